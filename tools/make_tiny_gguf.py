@@ -1,0 +1,299 @@
+"""Write a tiny random `llama` GGUF that llama.cpp and the engine both load: the models of the test suite.
+
+The network is neither dead nor chaotic: activations stay of order one and the logits spread over several nats,
+so that a KL divergence between two implementations says something. The vocabulary really tokenises and
+round-trips English. Weights are random: Q and K rows are taken to be in GGUF's order already.
+
+It does not train anything, and it does not check that the result is supported: a test may ask for odd files.
+
+Sources: gguf-py's GGUFWriter for the container, ggml's public `ggml_quantize_chunk` for every tensor type (gguf-py
+cannot quantise K types), llama.cpp `src/llama-vocab.cpp` for what a vocabulary must hold.
+
+usage: make_tiny_gguf.py OUT.gguf [--type Q4_0] [--tokenizer bpe|spm] [--L 2] [--C 64] ... [--tied] [--rope-freqs]
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import importlib.util
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.float32]
+
+TENSOR_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
+LLAMA3_ROPE_FACTORS = (
+    1.0,
+    8.0,
+)  # the range of Llama 3.1's frequency factors, from the highest frequency down
+
+
+@cache
+def _ggml() -> ctypes.CDLL:
+    """The ggml library inside llama-cpp-python, found without importing (and so initialising) llama.cpp."""
+    spec = importlib.util.find_spec("llama_cpp")
+    if spec is None or not spec.submodule_search_locations:
+        raise RuntimeError("llama-cpp-python is not installed: its ggml library quantises the tensors")
+    name = {"darwin": "libggml-base.dylib", "win32": "ggml-base.dll"}.get(sys.platform, "libggml-base.so")
+    library = ctypes.CDLL(str(Path(spec.submodule_search_locations[0]) / "lib" / name))
+    library.ggml_quantize_chunk.restype = ctypes.c_size_t
+    library.ggml_quantize_chunk.argtypes = [
+        ctypes.c_int,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.c_void_p,
+    ]
+    return library
+
+
+def quantise(array: FloatArray, type_name: str) -> NDArray[np.uint8]:
+    """Bytes (rows, bytes a row) of a float32 matrix (rows, columns) in a ggml type, rounded as ggml itself does."""
+    tensor_type = gguf.GGMLQuantizationType[type_name]
+    block, bytes_block = gguf.GGML_QUANT_SIZES[tensor_type]
+    rows, columns = array.shape
+    if columns % block:
+        raise ValueError(f"{type_name} needs rows in multiples of {block}, these have {columns}")
+    source = np.ascontiguousarray(array, dtype=np.float32)
+    result = np.zeros((rows, columns // block * bytes_block), dtype=np.uint8)
+    written = _ggml().ggml_quantize_chunk(
+        int(tensor_type), source.ctypes.data, result.ctypes.data, 0, rows, columns, None
+    )
+    if written != result.nbytes:
+        raise RuntimeError(f"ggml wrote {written} bytes of {type_name}, {result.nbytes} were expected")
+    return result
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a GGUF's `tokenizer.ggml.*` keys hold; `merges` for byte-level BPE, `scores` for SentencePiece."""
+
+    model: str
+    tokens: list[str]
+    types: list[int]
+    bos: int
+    eos: int
+    unknown: int
+    merges: list[str]
+    scores: list[float]
+
+
+def _byte_characters() -> list[str]:
+    """The printable character that byte-level BPE (GPT-2) writes for each of the 256 bytes."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(256, 512))
+    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
+
+
+BPE_MERGES = ("Ġ t", "h e", "Ġ a", "i n", "Ġt he", "r e", "o n", "n d", "Ġa nd", "in g", "Ġ s", "Ġ o", "Ġo f")
+SPM_PIECES = ("▁t", "he", "▁a", "in", "▁the", "re", "on", "nd", "▁and", "ing", "▁s", "▁o", "▁of")
+
+
+def bpe_vocabulary(V: int, reserved: int) -> Vocabulary:
+    """Byte-level BPE: <unk>, <bos>, <eos>, `reserved` control tokens, 256 bytes, a few merges, UNUSED up to V."""
+    control = ["<|unk|>", "<|bos|>", "<|eos|>", *(f"<|reserved_{i}|>" for i in range(reserved))]
+    normal = [*_byte_characters(), *(merge.replace(" ", "") for merge in BPE_MERGES)]
+    tokens = control + normal
+    types = [int(gguf.TokenType.CONTROL)] * len(control) + [int(gguf.TokenType.NORMAL)] * len(normal)
+    return _padded(Vocabulary("gpt2", tokens, types, 1, 2, 0, list(BPE_MERGES), []), V)
+
+
+def spm_vocabulary(V: int, reserved: int) -> Vocabulary:
+    """SentencePiece with byte fallback, as Llama 2: <unk>, <s>, </s>, 256 bytes, ASCII, a few pieces, UNUSED."""
+    control = ["<s>", "</s>", *(f"<reserved_{i}>" for i in range(reserved))]
+    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
+    pieces = ["▁", *(chr(c) for c in range(ord("!"), ord("~") + 1)), *SPM_PIECES]
+    kind = gguf.TokenType
+    types = [kind.UNKNOWN, *[kind.CONTROL] * len(control), *[kind.BYTE] * 256, *[kind.NORMAL] * len(pieces)]
+    tokens = ["<unk>", *control, *byte_tokens, *pieces]
+    # a pair merges into the piece of the highest score, so earlier pieces of SPM_PIECES merge first
+    scores = [-float(max(0, i - len(tokens) + len(SPM_PIECES))) for i in range(len(tokens))]
+    return _padded(Vocabulary("llama", tokens, [int(t) for t in types], 1, 2, 0, [], scores), V)
+
+
+def _padded(vocabulary: Vocabulary, V: int) -> Vocabulary:
+    padding = V - len(vocabulary.tokens)
+    if padding < 0:
+        raise ValueError(
+            f"this vocabulary has {len(vocabulary.tokens)} tokens: V must not be smaller than that"
+        )
+    vocabulary.tokens.extend(f"<unused_{i}>" for i in range(padding))
+    vocabulary.types.extend([int(gguf.TokenType.UNUSED)] * padding)
+    if vocabulary.scores:
+        vocabulary.scores.extend([-1000.0] * padding)
+    return vocabulary
+
+
+def _weights(
+    rng: np.random.Generator,
+    *,
+    L: int,
+    C: int,
+    H: int,
+    G: int,
+    D: int,
+    F: int,
+    V: int,
+    tied: bool,
+    rope_freqs: bool,
+) -> dict[str, FloatArray]:
+    """Random weights by GGUF name, shapes (out, in); norms (C,); see the module docstring for their scales."""
+
+    def matrix(rows: int, columns: int, gain: float) -> FloatArray:
+        return (rng.standard_normal((rows, columns)) * (gain / np.sqrt(columns))).astype(np.float32)
+
+    def norm() -> FloatArray:
+        return (1.0 + 0.2 * rng.standard_normal(C)).astype(np.float32)
+
+    # a tied head reads rows of the embedding: the same rows of length 2 give logits with a spread of about 2
+    embedding = matrix(V, C, 2.0)
+    # each block adds about half of the embedding's own root mean square to the residual stream
+    residual_gain = 1.0 / np.sqrt(C)
+    weights = {"token_embd": embedding, "output_norm": norm()}
+    for layer in range(L):
+        prefix = f"blk.{layer}."
+        weights[prefix + "attn_norm"] = norm()
+        weights[prefix + "attn_q"] = matrix(H * D, C, 1.4)
+        weights[prefix + "attn_k"] = matrix(G * D, C, 1.4)
+        weights[prefix + "attn_v"] = matrix(G * D, C, 2.0)
+        weights[prefix + "attn_output"] = matrix(C, H * D, residual_gain)
+        weights[prefix + "ffn_norm"] = norm()
+        weights[prefix + "ffn_gate"] = matrix(F, C, 1.4)
+        weights[prefix + "ffn_up"] = matrix(F, C, 1.4)
+        weights[prefix + "ffn_down"] = matrix(C, F, 1.5 * residual_gain)
+    if not tied:
+        weights["output"] = matrix(V, C, 2.0)
+    if rope_freqs:
+        weights["rope_freqs"] = np.linspace(*LLAMA3_ROPE_FACTORS, D // 2).astype(np.float32)
+    return weights
+
+
+def _add_metadata(writer: gguf.GGUFWriter, vocabulary: Vocabulary, **h: Any) -> None:
+    writer.add_name("tiny random llama")
+    writer.add_block_count(h["L"])
+    writer.add_context_length(h["context"])
+    writer.add_embedding_length(h["C"])
+    writer.add_feed_forward_length(h["F"])
+    writer.add_head_count(h["H"])
+    writer.add_head_count_kv(h["G"])
+    writer.add_key_length(h["D"])
+    writer.add_value_length(h["D"])
+    writer.add_rope_dimension_count(h["D"])
+    writer.add_rope_freq_base(h["rope_base"])
+    writer.add_layer_norm_rms_eps(h["eps"])
+    writer.add_vocab_size(h["V"])
+    writer.add_tokenizer_model(vocabulary.model)
+    if vocabulary.merges:
+        writer.add_tokenizer_pre("gpt-2")
+        writer.add_token_merges(vocabulary.merges)
+    else:
+        writer.add_tokenizer_pre("default")
+        writer.add_token_scores(vocabulary.scores)
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_types(vocabulary.types)
+    writer.add_bos_token_id(vocabulary.bos)
+    writer.add_eos_token_id(vocabulary.eos)
+    writer.add_unk_token_id(vocabulary.unknown)
+    writer.add_add_bos_token(False)
+
+
+def make_tiny_gguf(
+    path: str | Path,
+    *,
+    type: str = "F32",
+    overrides: Mapping[str, str] | None = None,
+    seed: int = 0,
+    L: int = 2,
+    C: int = 64,
+    H: int = 4,
+    G: int = 2,
+    D: int | None = None,
+    F: int = 96,
+    V: int = 384,
+    tied: bool = False,
+    rope_freqs: bool = False,
+    rope_base: float = 10000.0,
+    eps: float = 1e-5,
+    context: int = 512,
+    tokenizer: str = "bpe",
+    reserved: int = 6,
+) -> Path:
+    """Write a random llama-arch GGUF and return its path.
+
+    type: the ggml type of every matrix (embedding and head too); norms and RoPE factors are F32.
+    overrides: types of single matrices by the part of their GGUF name before `.weight` and after the layer, for
+        example {"token_embd": "Q8_0", "attn_v": "Q6_K"}.
+    D: head size, C // H by default. K types need C, H * D and F in multiples of 256, the other quantised ones of 32.
+    tied: no output.weight, so that the head reads the embedding. rope_freqs: with frequency factors, as Llama 3.1.
+    tokenizer: "bpe" (byte-level, as GPT-2; `reserved` control tokens that it never emits) or "spm" (as Llama 2).
+    The same arguments give the same bytes. Raises ValueError for a size that the type or the vocabulary cannot have.
+    """
+    head_size = C // H if D is None else D
+    vocabulary = {"bpe": bpe_vocabulary, "spm": spm_vocabulary}[tokenizer](V, reserved)
+    weights = _weights(
+        np.random.default_rng(seed),
+        L=L,
+        C=C,
+        H=H,
+        G=G,
+        D=head_size,
+        F=F,
+        V=V,
+        tied=tied,
+        rope_freqs=rope_freqs,
+    )
+    writer = gguf.GGUFWriter(str(path), "llama")
+    sizes = {"L": L, "C": C, "F": F, "H": H, "G": G, "D": head_size, "V": V}
+    _add_metadata(writer, vocabulary, context=context, rope_base=rope_base, eps=eps, **sizes)
+    for name, array in weights.items():
+        if array.ndim == 1:
+            writer.add_tensor(name + ".weight", array)
+            continue
+        type_name = (overrides or {}).get(name.rsplit(".", 1)[-1], type)
+        writer.add_tensor(
+            name + ".weight",
+            quantise(array, type_name),
+            raw_dtype=gguf.GGMLQuantizationType[type_name],
+        )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return Path(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write a tiny random llama GGUF.")
+    parser.add_argument("path", type=Path)
+    parser.add_argument("--type", choices=TENSOR_TYPES, default="F32")
+    parser.add_argument("--tokenizer", choices=("bpe", "spm"), default="bpe")
+    for name, default in {
+        "seed": 0,
+        "L": 2,
+        "C": 64,
+        "H": 4,
+        "G": 2,
+        "F": 96,
+        "V": 384,
+        "context": 512,
+    }.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--D", type=int, default=None, help="head size (C / H by default)")
+    parser.add_argument("--tied", action="store_true")
+    parser.add_argument("--rope-freqs", action="store_true")
+    make_tiny_gguf(**vars(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()
