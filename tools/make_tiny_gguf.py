@@ -1,15 +1,15 @@
 """Write a tiny random `llama` GGUF that llama.cpp and the engine both load: the models of the test suite.
 
-The network is neither dead nor chaotic: activations stay of order one and the logits spread over several nats,
-so that a KL divergence between two implementations says something. The vocabulary really tokenises and
+The network is neither dead nor chaotic: activations stay of order one and the logits spread over several
+nats, so that a KL divergence between two implementations says something. The vocabulary really tokenises and
 round-trips English. Weights are random: Q and K rows are taken to be in GGUF's order already.
 
 It does not train anything, and it does not check that the result is supported: a test may ask for odd files.
 
-Sources: gguf-py's GGUFWriter for the container, ggml's public `ggml_quantize_chunk` for every tensor type (gguf-py
-cannot quantise K types), llama.cpp `src/llama-vocab.cpp` for what a vocabulary must hold.
+Sources: gguf-py's GGUFWriter for the container, ggml's public `ggml_quantize_chunk` for every tensor type
+(gguf-py cannot quantise K types), llama.cpp `src/llama-vocab.cpp` for what a vocabulary must hold.
 
-usage: make_tiny_gguf.py OUT.gguf [--type Q4_0] [--tokenizer bpe|spm] [--L 2] [--C 64] ... [--tied] [--rope-freqs]
+usage: make_tiny_gguf.py OUT.gguf [--type Q4_0] [--tokenizer spm] [--L 2] [--C 64] ... [--tied] [--rope-freqs]
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def _ggml() -> ctypes.CDLL:
 
 
 def quantise(array: FloatArray, type_name: str) -> NDArray[np.uint8]:
-    """Bytes (rows, bytes a row) of a float32 matrix (rows, columns) in a ggml type, rounded as ggml itself does."""
+    """Bytes (rows, bytes a row) of a float32 matrix in a ggml type, rounded as ggml itself does."""
     tensor_type = gguf.GGMLQuantizationType[type_name]
     block, bytes_block = gguf.GGML_QUANT_SIZES[tensor_type]
     rows, columns = array.shape
@@ -101,7 +101,7 @@ SPM_PIECES = ("▁t", "he", "▁a", "in", "▁the", "re", "on", "nd", "▁and", 
 
 
 def bpe_vocabulary(V: int, reserved: int) -> Vocabulary:
-    """Byte-level BPE: <unk>, <bos>, <eos>, `reserved` control tokens, 256 bytes, a few merges, UNUSED up to V."""
+    """Byte-level BPE: unk, bos, eos, `reserved` control tokens, 256 bytes, a few merges, UNUSED up to V."""
     control = ["<|unk|>", "<|bos|>", "<|eos|>", *(f"<|reserved_{i}|>" for i in range(reserved))]
     normal = [*_byte_characters(), *(merge.replace(" ", "") for merge in BPE_MERGES)]
     tokens = control + normal
@@ -110,7 +110,7 @@ def bpe_vocabulary(V: int, reserved: int) -> Vocabulary:
 
 
 def spm_vocabulary(V: int, reserved: int) -> Vocabulary:
-    """SentencePiece with byte fallback, as Llama 2: <unk>, <s>, </s>, 256 bytes, ASCII, a few pieces, UNUSED."""
+    """SentencePiece with byte fallback, as Llama 2: unk, bos, eos, 256 bytes, ASCII, a few pieces, UNUSED."""
     control = ["<s>", "</s>", *(f"<reserved_{i}>" for i in range(reserved))]
     byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
     pieces = ["▁", *(chr(c) for c in range(ord("!"), ord("~") + 1)), *SPM_PIECES]
@@ -148,10 +148,13 @@ def _weights(
     tied: bool,
     rope_freqs: bool,
 ) -> dict[str, FloatArray]:
-    """Random weights by GGUF name, shapes (out, in); norms (C,); see the module docstring for their scales."""
+    """Random weights by GGUF name: matrices (out, in), norms (C,)."""
 
     def matrix(rows: int, columns: int, gain: float) -> FloatArray:
-        return (rng.standard_normal((rows, columns)) * (gain / np.sqrt(columns))).astype(np.float32)
+        scaled: FloatArray = (rng.standard_normal((rows, columns)) * (gain / np.sqrt(columns))).astype(
+            np.float32
+        )
+        return scaled
 
     def norm() -> FloatArray:
         return (1.0 + 0.2 * rng.standard_normal(C)).astype(np.float32)
@@ -232,12 +235,11 @@ def make_tiny_gguf(
     """Write a random llama-arch GGUF and return its path.
 
     type: the ggml type of every matrix (embedding and head too); norms and RoPE factors are F32.
-    overrides: types of single matrices by the part of their GGUF name before `.weight` and after the layer, for
-        example {"token_embd": "Q8_0", "attn_v": "Q6_K"}.
-    D: head size, C // H by default. K types need C, H * D and F in multiples of 256, the other quantised ones of 32.
-    tied: no output.weight, so that the head reads the embedding. rope_freqs: with frequency factors, as Llama 3.1.
-    tokenizer: "bpe" (byte-level, as GPT-2; `reserved` control tokens that it never emits) or "spm" (as Llama 2).
-    The same arguments give the same bytes. Raises ValueError for a size that the type or the vocabulary cannot have.
+    overrides: types of single matrices, for example {"token_embd": "Q8_0", "attn_v": "Q6_K"}.
+    D: head size, C // H by default. K types need C, H * D and F in multiples of 256, others of 32.
+    tied: no output.weight: the head reads the embedding. rope_freqs: with frequency factors, as Llama 3.1.
+    tokenizer: "bpe" (byte-level, as GPT-2) or "spm" (as Llama 2), with some `reserved` control tokens.
+    The same arguments give the same bytes. ValueError: a size that the type or the vocabulary cannot have.
     """
     head_size = C // H if D is None else D
     vocabulary = {"bpe": bpe_vocabulary, "spm": spm_vocabulary}[tokenizer](V, reserved)
@@ -274,6 +276,7 @@ def make_tiny_gguf(
 
 
 def main() -> None:
+    """Write one file as the command line says."""
     parser = argparse.ArgumentParser(description="Write a tiny random llama GGUF.")
     parser.add_argument("path", type=Path)
     parser.add_argument("--type", choices=TENSOR_TYPES, default="F32")

