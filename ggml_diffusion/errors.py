@@ -1,7 +1,7 @@
 """The one class of error that is the user's to mend.
 
-Deliberately not here: exit codes and printing. The command line turns a `UserError` into one line on stderr and
-exit code 2; anything else that escapes is a defect of the program and keeps its traceback.
+Deliberately not here: exit codes and printing. The command line turns a `UserError` into one line on stderr
+and exit code 2; anything else that escapes is a defect of the program and keeps its traceback.
 """
 
 

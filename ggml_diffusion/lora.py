@@ -1,12 +1,12 @@
 """Low-rank adapters as plain arrays: their names, shapes, start values and checks.
 
-A projection computes W x + (alpha / R) * B (A x), with A (R, in) and B (out, R) [Hu et al. 2021, arXiv:2106.09685].
-Tensors carry GGUF names and GGUF row order ("blk.0.attn_q.weight.lora_a"), the form that both the C core and
-llama.cpp read, so nothing is renamed or permuted between training and export.
+A projection computes W x + (alpha / R) * B (A x), with A (R, in) and B (out, R) [Hu et al. 2021,
+arXiv:2106.09685]. Tensors carry GGUF names and GGUF row order ("blk.0.attn_q.weight.lora_a"), the form that
+both the C core and llama.cpp read, so nothing is renamed or permuted between training and export.
 
-Deliberately not here: files (adapter_file.py, checkpoint.py), arithmetic (the C core) and settings (config.py).
-Letters: C hidden size, H query heads, G key/value heads, D head size, F feed-forward size, V vocabulary, R rank,
-L layers.
+Deliberately not here: files (adapter_file.py), arithmetic (the C core) and settings (config.py).
+Letters: C hidden size, H query heads, G key/value heads, D head size, F feed-forward size, V vocabulary,
+R rank, L layers.
 """
 
 import math
@@ -28,19 +28,32 @@ class ModelDims(Protocol):
     """The sizes of a base model; `ModelFile` and `Q4Model` both have them."""
 
     @property
-    def L(self) -> int: ...
+    def L(self) -> int:
+        """Layers."""
+
     @property
-    def C(self) -> int: ...
+    def C(self) -> int:
+        """Hidden size."""
+
     @property
-    def H(self) -> int: ...
+    def H(self) -> int:
+        """Query heads."""
+
     @property
-    def G(self) -> int: ...
+    def G(self) -> int:
+        """Key/value heads."""
+
     @property
-    def D(self) -> int: ...
+    def D(self) -> int:
+        """Head size."""
+
     @property
-    def F(self) -> int: ...
+    def F(self) -> int:
+        """Feed-forward size."""
+
     @property
-    def V(self) -> int: ...
+    def V(self) -> int:
+        """Size of the vocabulary."""
 
 
 class TargetModule(str, Enum):
@@ -97,6 +110,7 @@ class LoraAdapter:
         tensors: "blk.N.<projection>.weight.lora_a" (R, in) and ".lora_b" (out, R), float32, C-contiguous.
         mask_token_id: the token that stands for a masked position; its logit is -inf in every loss.
         mask_embedding: (C,) float32, added to the embedding of `mask_token_id`.
+
     """
 
     alpha: float
@@ -110,6 +124,7 @@ class LoraAdapter:
         Raises:
             UserError: unknown or unpaired tensor, wrong shape or type, a value that is not finite, or a mask
                 token outside of the vocabulary.
+
         """
         if not math.isfinite(self.alpha):
             raise UserError(f"adapter: alpha is {self.alpha}, not a finite number")
@@ -143,6 +158,7 @@ def lora_ranks(tensors: Mapping[str, NDArray[np.float32]]) -> dict[str, int]:
 
     Raises:
         UserError: a name that is not of a pair, a half pair, or a pair whose halves disagree on the rank.
+
     """
     ranks: dict[str, int] = {}
     for name in tensors:
@@ -181,6 +197,7 @@ class ParameterStore:
         flat: (n,) float32, C-contiguous, starts at zero.
         views: name -> view of `flat` in the tensor's shape.
         slices: name -> the tensor's place in `flat`.
+
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
