@@ -5,8 +5,8 @@ known architecture, every tensor known, of the right shape and a supported type,
 change the network. What is in doubt is refused by name, never guessed.
 
 Deliberately not here: tensor data and arithmetic (the C core), the bytes of the format (gguf_reader.py).
-Sources: the GGUF specification (ggml, docs/gguf.md) for the keys; llama.cpp, src/llama-model.cpp (load_hparams)
-and src/models/llama.cpp, for their defaults and shapes, src/llama-vocab.cpp for what it demands of a vocabulary.
+Sources: the GGUF specification (ggml, docs/gguf.md) for the keys; llama.cpp, src/llama-model.cpp and
+src/models/llama.cpp, for their defaults and the shapes, src/llama-vocab.cpp for what a vocabulary must hold.
 Letters: C hidden size, H query heads, G key/value heads, D head size, F feed-forward size, V vocabulary,
 L layers.
 """
@@ -119,7 +119,7 @@ class ModelFile:
         full_key = f"{self.arch}.{key}"
         size = self.require(full_key, int) if default is None else self.optional(full_key, default)
         if not 0 < size < 1 << 31:
-            self.fail(f"key '{full_key}' is {size}, which is not possible")
+            self.fail(f"key {quoted(full_key)} is {size}, which is not possible")
         return size
 
     @property
@@ -321,7 +321,7 @@ def check_tokenizer(model: ModelFile) -> None:
 
     Raises:
         UserError: an unsupported kind of tokenizer, arrays of different lengths or wrong types, a token that
-            occurs twice, a special token past the vocabulary, or a vocabulary of another size than the embedding.
+            occurs twice, a special token past the vocabulary, or another size than the embedding's.
 
     """
     vocab_size = model.optional(f"{model.arch}.vocab_size", model.V)
