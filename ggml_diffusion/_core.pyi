@@ -1,4 +1,4 @@
-"""The extension that CMake builds from csrc/ (see csrc/cffi_build.py); its functions are declared in csrc/include/ggd.h."""
+"""The extension that CMake builds from csrc/; csrc/include/ggd.h declares its functions."""
 
 from typing import Any
 

@@ -95,3 +95,44 @@ def test_every_mention_of_a_pinned_package_names_the_same_version():
         versions = [re.findall(rf"{package}==([\d.]+)", text) for text in texts]
         assert all(versions), package
         assert len({version for found in versions for version in found}) == 1, versions
+
+
+def check_machine():
+    """Return tools/check_machine.py as a module."""
+    spec = importlib.util.spec_from_file_location("check_machine", ROOT / "tools" / "check_machine.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_complete_machine_is_not_complained_about():
+    assert check_machine().missing_part() is None
+
+
+def test_a_python_without_venv_gets_one_line_that_says_what_to_install(monkeypatch):
+    module = check_machine()
+    monkeypatch.setattr(
+        module.importlib.util, "find_spec", lambda name: None if name == "ensurepip" else True
+    )
+    message = module.missing_part()
+    assert "lacks its venv module" in message and "install" in message and "\n" not in message
+
+
+def test_a_python_without_headers_gets_one_line_that_says_what_to_install(monkeypatch, tmp_path):
+    module = check_machine()
+    monkeypatch.setattr(module.sysconfig, "get_path", lambda name: str(tmp_path))
+    message = module.missing_part()
+    assert "Python.h" in message and "install" in message and "\n" not in message
+
+
+@pytest.mark.parametrize("variable", ["CC", "CXX"])
+def test_a_machine_without_a_compiler_gets_one_line_that_says_what_to_install(monkeypatch, variable):
+    monkeypatch.setenv(variable, "a-compiler-that-does-not-exist -O2")
+    message = check_machine().missing_part()
+    assert "a-compiler-that-does-not-exist" in message and "install" in message and "\n" not in message
+
+
+def test_an_old_python_is_told_which_one_is_needed(monkeypatch):
+    module = check_machine()
+    monkeypatch.setattr(module.sys, "version_info", (3, 9, 18, "final", 0))
+    assert "Python 3.9 is too old: install Python 3.10 or newer" in module.missing_part()

@@ -27,7 +27,7 @@ C_LAYERS = (
     {"linear", "attention", "ops", "loss"},
     {"model", "arch"},
     {"gemm", "unpack"},
-    {"kernels", "threads"},
+    {"matrix", "kernels", "threads"},
     {"error", "include/ggd"},
 )
 CONFIG_READERS = {"__init__", "cli", "convert", "trainer"}
