@@ -1,7 +1,7 @@
-"""The one class of error that is the user's to mend.
+"""The one class of error that is the user's to mend, and how foreign text is put into its message.
 
-Deliberately not here: exit codes and printing. The command line turns a `UserError` into one line on stderr
-and exit code 2; anything else that escapes is a defect of the program and keeps its traceback.
+Deliberately not here: exit codes and printing. The command line turns a `UserError` into one line on
+stderr and exit code 2; anything else that escapes is a defect of the program and keeps its traceback.
 """
 
 
@@ -10,3 +10,14 @@ class UserError(Exception):
 
     Its whole message is one line that names what is wrong, where, and, if it is not obvious, what to do.
     """
+
+
+def quoted(name: str) -> str:
+    """A name out of a file, safe to print: in quotes, control characters escaped, length limited."""
+    return repr(name if len(name) <= 80 else name[:77] + "...")
+
+
+def one_line(text: str) -> str:
+    """A message of another program, safe to print: on one line, no control characters, length limited."""
+    line = " ".join(text.split())
+    return "".join(letter if letter.isprintable() else "?" for letter in line[:200])

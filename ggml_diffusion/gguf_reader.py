@@ -21,7 +21,7 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 
-from ggml_diffusion.errors import UserError
+from ggml_diffusion.errors import UserError, quoted
 
 DEFAULT_ALIGNMENT = 32
 MAX_ALIGNMENT = 1 << 16
@@ -135,11 +135,6 @@ def read_header(path: Path) -> Header:
         raise UserError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
         raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-
-
-def quoted(name: str) -> str:
-    """A name out of a file, safe to print in one line: control characters escaped, length limited."""
-    return repr(name if len(name) <= 80 else name[:77] + "...")
 
 
 class _Parser:

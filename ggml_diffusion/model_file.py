@@ -20,8 +20,8 @@ from typing import NoReturn, TypeVar
 
 import numpy as np
 
-from ggml_diffusion.errors import UserError
-from ggml_diffusion.gguf_reader import MetadataValue, StringArray, TensorInfo, quoted, read_header
+from ggml_diffusion.errors import UserError, quoted
+from ggml_diffusion.gguf_reader import MetadataValue, StringArray, TensorInfo, read_header
 
 SUPPORTED_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
 TOKENIZERS_WITHOUT_VOCABULARY = ("none", "no_vocab")

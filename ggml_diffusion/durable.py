@@ -1,0 +1,47 @@
+"""Files that are whole or not there: written beside their place, flushed to the disk, then renamed into it.
+
+After a crash or a loss of power at any moment, the old file or the new one is found, never a part of one.
+Deliberately not here: what is written. Source: POSIX rename(2) and fsync(2); a rename lasts only once the
+folder that holds the name has been flushed as well.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from ggml_diffusion.errors import UserError
+
+
+def fsync_path(path: Path) -> None:
+    """Flush a file's content, or a folder's list of names, to the disk.
+
+    Raises:
+        OSError: it cannot be opened, or the disk refuses.
+
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_file(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary file beside `path`, then put it in the place of `path`.
+
+    Raises:
+        UserError: writing failed; `path` is as it was, and the temporary file is gone.
+
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        fsync_path(temporary)
+        os.replace(temporary, path)
+        fsync_path(path.parent)
+    except OSError as error:
+        raise UserError(f"{path}: could not be written: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()

@@ -1,0 +1,133 @@
+"""Safetensors files of float32 arrays with a JSON document, read with suspicion and written to last.
+
+The safetensors library already refuses overlaps, gaps and sizes that do not agree. It takes the last of two
+equal names, any number type and NaN, and accepts a header of 100 MB: those are refused here, by name.
+
+Deliberately not here: which tensors there should be (adapter_file.py, checkpoint.py).
+Source: the format section of the safetensors README.
+"""
+
+import json
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from ggml_diffusion.durable import replace_file
+from ggml_diffusion.errors import UserError, one_line, quoted
+
+# One key only: the library writes several in random order, and equal runs must make equal files.
+DOCUMENT_KEY = "ggml_diffusion"
+MAX_HEADER_BYTES = 4 << 20  # 500 layers with seven adapters each take 1 MB
+
+
+def write_safetensors(
+    path: Path, tensors: Mapping[str, NDArray[np.float32]], document: Mapping[str, Any]
+) -> None:
+    """Write float32 arrays and a JSON document so that the file is whole or not there.
+
+    Raises:
+        UserError: an array holds NaN or infinite values, or writing failed.
+
+    """
+    arrays = {name: np.ascontiguousarray(array, dtype=np.float32) for name, array in tensors.items()}
+    for name, array in arrays.items():
+        if not np.isfinite(array).all():
+            raise UserError(f"{path}: not written: tensor {quoted(name)} holds NaN or infinite values")
+    metadata = {DOCUMENT_KEY: json.dumps(document, sort_keys=True, allow_nan=False)}
+
+    def write(temporary: Path) -> None:
+        try:
+            save_file(arrays, temporary, metadata=metadata)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+
+    replace_file(path, write)
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, NDArray[np.float32]], dict[str, Any]]:
+    """Read all arrays, C-contiguous float32 in memory of their own, and the JSON document ({} without one).
+
+    Raises:
+        UserError: not a readable safetensors file, a header that is too large or names a tensor twice, an
+            array that is not float32 or holds NaN or infinite values, or a document that is no JSON object.
+
+    """
+    _check_header(path)
+    tensors = {}
+    try:
+        with safe_open(path, framework="numpy") as file:
+            text = (file.metadata() or {}).get(DOCUMENT_KEY, "{}")
+            for name in file.keys():  # noqa: SIM118  it is no mapping
+                tensors[name] = np.ascontiguousarray(file.get_tensor(name))
+    except (SafetensorError, OSError) as error:
+        _fail(path, f"not a valid safetensors file: {one_line(str(error))}")
+    for name, array in tensors.items():
+        if not np.isfinite(array).all():
+            _fail(path, f"tensor {quoted(name)} holds NaN or infinite values")
+    return tensors, parse_object(path, text, f"metadata key '{DOCUMENT_KEY}'")
+
+
+def parse_object(path: Path, text: str | bytes, what: str) -> dict[str, Any]:
+    """A JSON object out of a file that may be hostile: no name twice, no NaN, no endless nesting.
+
+    Raises:
+        UserError: the text is anything else.
+
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=_unique_names, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        _fail(path, f"{what} is not valid JSON: {one_line(str(error))}")
+    if not isinstance(value, dict):
+        _fail(path, f"{what} is not a JSON object")
+    return value
+
+
+def _check_header(path: Path) -> None:
+    """Everything about the header that the library would let pass."""
+    try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: not a file")
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(0)
+            head = file.read(8)
+            n_header_bytes = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+            if not 2 <= n_header_bytes <= size - 8:
+                _fail(path, f"truncated, or not a safetensors file ({size} bytes)")
+            if n_header_bytes > MAX_HEADER_BYTES:
+                _fail(path, f"its header has {n_header_bytes} bytes; at most {MAX_HEADER_BYTES} are accepted")
+            text = file.read(n_header_bytes)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
+        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    for name, entry in parse_object(path, text, "its header").items():
+        if name == "__metadata__":
+            continue
+        dtype = entry.get("dtype") if isinstance(entry, dict) else None
+        if dtype != "F32":
+            _fail(path, f"tensor {quoted(name)} has type {quoted(str(dtype))}; only F32 is supported")
+
+
+def _fail(path: Path, fault: str) -> NoReturn:
+    raise UserError(f"{path}: {fault}")
+
+
+def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value: dict[str, Any] = {}
+    for name, item in pairs:
+        if name in value:
+            raise ValueError(f"the name {quoted(name)} occurs twice")
+        value[name] = item
+    return value
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON")
