@@ -1,0 +1,130 @@
+// api.c - the calls of ggd.h that run the network: check the caller's arrays, reserve memory, run.
+#include <math.h>
+
+#include "error.h"
+#include "include/ggd.h"
+#include "transformer.h"
+
+static int check_segments(const ggd_batch *batch, const ggd_shape *shape) {
+    int32_t row = 0;
+    for (int32_t i = 0; i < batch->n_segments; i++) {
+        const ggd_segment *segment = &batch->segments[i];
+        if (segment->first_row != row || segment->n_rows < 1 || segment->n_rows > batch->n_rows - row) {
+            return ggd_fail("segment %d does not follow the one before it", i);
+        }
+        if (segment->n_rows > shape->context_length) {
+            return ggd_fail("a sequence of %d tokens is longer than the model's context of %d", segment->n_rows,
+                            shape->context_length);
+        }
+        if (segment->sequence < 0 || segment->sequence >= batch->n_sequences || segment->first_position < 0) {
+            return ggd_fail("segment %d belongs to no sequence of the batch", i);
+        }
+        row += segment->n_rows;
+    }
+    return row == batch->n_rows ? 0 : ggd_fail("the segments hold %d of %d rows", row, batch->n_rows);
+}
+
+static int check_batch(const ggd_session *s, const ggd_batch *batch) {
+    if (batch->n_rows < 1 || batch->n_segments < 1) {
+        return ggd_fail("an empty batch");
+    }
+    if (!(batch->causal_ratio >= 0.0f && batch->causal_ratio <= 1.0f)) {
+        return ggd_fail("causal ratio %g is not between 0 and 1", (double)batch->causal_ratio);
+    }
+    for (int32_t i = 0; i < batch->n_rows; i++) {
+        if (batch->tokens[i] < 0 || batch->tokens[i] >= s->model->shape.vocab_size) {
+            return ggd_fail("token id %d is outside the vocabulary of %d", batch->tokens[i], s->model->shape.vocab_size);
+        }
+    }
+    return check_segments(batch, &s->model->shape);
+}
+
+static int check_adapter(const ggd_session *s, const ggd_adapter *adapter, int gradients) {
+    if (adapter == NULL) {
+        return 0;
+    }
+    for (int32_t i = 0; i < adapter->n_pairs; i++) {
+        const ggd_lora_pair *pair = &adapter->pairs[i];
+        if (pair->layer < 0 || pair->layer >= s->model->shape.n_layers || pair->target < 0 || pair->target >= GGD_N_TARGETS ||
+            pair->rank < 1 || pair->a == NULL || pair->b == NULL) {
+            return ggd_fail("LoRA pair %d is for no projection of the model", i);
+        }
+        if (gradients && (pair->grad_a == NULL || pair->grad_b == NULL)) {
+            return ggd_fail("LoRA pair %d has no place for its gradients", i);
+        }
+    }
+    if (adapter->mask_token_id >= s->model->shape.vocab_size) {
+        return ggd_fail("mask token id %d is outside the vocabulary of %d", adapter->mask_token_id, s->model->shape.vocab_size);
+    }
+    return 0;
+}
+
+static int check_objective(const ggd_session *s, const ggd_batch *batch, const ggd_objective *objective) {
+    for (int32_t i = 0; i < batch->n_rows; i++) {
+        if (!isfinite(objective->weights[i])) {
+            return ggd_fail("the weight of row %d is not finite", i);
+        }
+        if (objective->weights[i] != 0 && (objective->targets[i] < 0 || objective->targets[i] >= s->model->shape.vocab_size)) {
+            return ggd_fail("target id %d is outside the vocabulary of %d", objective->targets[i], s->model->shape.vocab_size);
+        }
+    }
+    return 0;
+}
+
+static int prepare(ggd_session *s, const ggd_batch *batch, const ggd_adapter *adapter, int gradients) {
+    if (check_batch(s, batch) || check_adapter(s, adapter, gradients)) {
+        return -1;
+    }
+    ggd_capacity wanted = {.n_rows = (size_t)batch->n_rows, .gradients = gradients};
+    for (int32_t i = 0; i < batch->n_segments; i++) {
+        size_t n = (size_t)batch->segments[i].n_rows;
+        wanted.max_segment_rows = n > wanted.max_segment_rows ? n : wanted.max_segment_rows;
+    }
+    for (int32_t i = 0; adapter != NULL && i < adapter->n_pairs; i++) {
+        size_t rank = (size_t)adapter->pairs[i].rank;
+        wanted.max_rank = rank > wanted.max_rank ? rank : wanted.max_rank;
+    }
+    if (ggd_session_reserve(s, &wanted)) {
+        return -1;
+    }
+    ggd_bind_adapter(s, adapter);
+    return 0;
+}
+
+int ggd_logits(ggd_session *s, const ggd_batch *batch, const ggd_adapter *adapter, int32_t n_select, const int32_t *rows,
+               float *logits) {
+    if (prepare(s, batch, adapter, 0)) {
+        return -1;
+    }
+    for (int32_t i = 0; i < n_select; i++) {
+        if (rows[i] < 0 || rows[i] >= batch->n_rows) {
+            return ggd_fail("row %d is outside the batch of %d rows", rows[i], batch->n_rows);
+        }
+    }
+    const float *x = ggd_transformer_forward(s, batch, adapter);
+    ggd_head head = ggd_transformer_head(s, NULL);
+    ggd_logits_run(&s->compute, &head, &s->buffers.loss, (size_t)(n_select > 0 ? n_select : 0), rows, x, s->ld_hidden, logits);
+    return 0;
+}
+
+int ggd_loss(ggd_session *s, const ggd_batch *batch, const ggd_adapter *adapter, ggd_objective *objective) {
+    if (prepare(s, batch, adapter, 0) || check_objective(s, batch, objective)) {
+        return -1;
+    }
+    const float *x = ggd_transformer_forward(s, batch, adapter);
+    ggd_head head = ggd_transformer_head(s, adapter);
+    ggd_loss_run(&s->compute, &head, &s->buffers.loss, (size_t)batch->n_rows, x, s->ld_hidden, objective, NULL);
+    return 0;
+}
+
+int ggd_loss_and_gradients(ggd_session *s, const ggd_batch *batch, const ggd_adapter *adapter, ggd_objective *objective,
+                           float *grad_offset) {
+    if (prepare(s, batch, adapter, 1) || check_objective(s, batch, objective)) {
+        return -1;
+    }
+    const float *x = ggd_transformer_forward(s, batch, adapter);
+    ggd_head head = ggd_transformer_head(s, adapter);
+    ggd_loss_run(&s->compute, &head, &s->buffers.loss, (size_t)batch->n_rows, x, s->ld_hidden, objective, s->buffers.dx);
+    ggd_transformer_backward(s, batch, adapter, grad_offset);
+    return 0;
+}

@@ -1,0 +1,369 @@
+// attention.c - p_ij proportional to w_ij exp(q_i k_j / sqrt(D)), w = 1 for j <= i and 1 - causal_ratio for a future key j > i, so a
+// future score gets log(1 - causal_ratio) added (-inf when fully causal). With the Bernoulli mask a future key is there or not, by a hash.
+//
+// A thread takes one segment and one key/value head with all the query heads that share it. Scores exist for a strip of STRIP_ROWS
+// queries at a time, never T x T; the backward computes them again from the saved log-sum-exp (Dao et al. 2022, arXiv:2205.14135):
+//   dV = P^T dO,  dP = dO V^T,  dS = P (dP - sum(dO O)) / sqrt(D),  dQ = dS K,  dK = dS^T Q
+// dK and dV are summed transposed, (D, T), over all strips and query heads of the group in a fixed order.
+#include "attention.h"
+
+#include <math.h>
+#include <string.h>
+
+enum { STRIP_ROWS = 48 };
+
+typedef struct {
+    const ggd_compute *compute;
+    const ggd_batch *batch;
+    const ggd_heads *heads;
+    ggd_activation qkv, out, dout, dqkv;
+    float *lse;
+    float scale, future_bias;  // 1 / sqrt(D), log(1 - causal_ratio)
+} attention_job;
+
+// One thread's scratch for one unit.
+typedef struct {
+    float *unpacked;
+    uint8_t *keys;           // panels of K for S = Q K^T
+    uint8_t *values;         // panels of V for O = P V
+    uint8_t *values_t;       // panels of V for dP = dO V^T
+    uint8_t *keys_plain;     // panels of K for dQ = dS K
+    uint8_t *strip_panel;    // one panel over the strip's rows
+    float *scores;           // (STRIP_ROWS, ld_t): S, then P
+    float *dscores;          // (STRIP_ROWS, ld_t): dP, then dS
+    uint8_t *strip;          // (STRIP_ROWS, ld_t): P or dS as activation
+    float *rows;             // (STRIP_ROWS, ld_d)
+    uint8_t *transposed;     // (D, STRIP_ROWS padded): Q^T or dO^T
+    float *dkeys, *dvalues;  // (D, ld_t)
+    size_t bytes;
+} attention_scratch;
+
+static uint8_t *take(uint8_t *base, size_t *offset, size_t bytes) {
+    uint8_t *piece = base != NULL ? base + *offset : NULL;
+    *offset += ggd_round_up(bytes, 64);
+    return piece;
+}
+
+static attention_scratch lay_out(uint8_t *base, ggd_element element, size_t head_size, size_t t, int gradients) {
+    attention_scratch s;
+    size_t bytes = ggd_element_bytes(element), offset = 0;
+    size_t ld_t = ggd_round_up(t, GGD_PANEL_COLUMNS), ld_d = ggd_round_up(head_size, GGD_PANEL_COLUMNS);
+    size_t ld_strip = ggd_round_up(STRIP_ROWS, GGD_PANEL_COLUMNS);
+    s.unpacked = (float *)take(base, &offset, GGD_UNPACKED_FLOATS * sizeof(float));
+    s.keys = take(base, &offset, ld_t * ld_d * bytes);
+    s.values = take(base, &offset, ld_t * ld_d * bytes);
+    s.scores = (float *)take(base, &offset, STRIP_ROWS * ld_t * sizeof(float));
+    s.strip = take(base, &offset, STRIP_ROWS * ld_t * bytes);
+    s.rows = (float *)take(base, &offset, STRIP_ROWS * ld_d * sizeof(float));
+    size_t n = gradients ? 1 : 0;
+    s.values_t = take(base, &offset, n * ld_t * ld_d * bytes);
+    s.keys_plain = take(base, &offset, n * ld_t * ld_d * bytes);
+    s.strip_panel = take(base, &offset, n * ld_strip * GGD_PANEL_COLUMNS * bytes);
+    s.dscores = (float *)take(base, &offset, n * STRIP_ROWS * ld_t * sizeof(float));
+    s.transposed = take(base, &offset, n * ld_d * ld_strip * bytes);
+    s.dkeys = (float *)take(base, &offset, n * ld_d * ld_t * sizeof(float));
+    s.dvalues = (float *)take(base, &offset, n * ld_d * ld_t * sizeof(float));
+    s.bytes = offset;
+    return s;
+}
+
+size_t ggd_attention_bytes_scratch(ggd_element element, const ggd_heads *heads, size_t max_rows, int gradients) {
+    return lay_out(NULL, element, heads->head_size, max_rows, gradients).bytes;
+}
+
+// What a thread works on: a segment's rows under one key/value head.
+typedef struct {
+    const attention_job *job;
+    const ggd_segment *segment;
+    attention_scratch s;
+    size_t t, ld_t, ld_d, d;
+    size_t kv_head, first_head, n_heads;
+} unit;
+
+static unit unit_of(const attention_job *job, size_t item, size_t thread, int gradients) {
+    const ggd_heads *heads = job->heads;
+    unit u = {.job = job, .segment = &job->batch->segments[item / heads->n_kv_heads], .kv_head = item % heads->n_kv_heads};
+    u.t = (size_t)u.segment->n_rows;
+    u.d = heads->head_size;
+    u.ld_t = ggd_round_up(u.t, GGD_PANEL_COLUMNS);
+    u.ld_d = ggd_round_up(u.d, GGD_PANEL_COLUMNS);
+    u.n_heads = heads->n_heads / heads->n_kv_heads;
+    u.first_head = u.kv_head * u.n_heads;
+    u.s = lay_out(ggd_scratch(job->compute, thread), job->compute->element, u.d, u.t, gradients);
+    return u;
+}
+
+// The segment's rows of one head, as an operand.
+static ggd_matrix head_matrix(const unit *u, ggd_activation x, size_t column, size_t first_row, size_t n_rows) {
+    ggd_element element = u->job->compute->element;
+    ggd_activation view = {ggd_activation_at(x, (size_t)u->segment->first_row + first_row, column, element), x.ld};
+    return ggd_matrix_of(view, n_rows, u->d, element);
+}
+
+static void pack_all(const unit *u, ggd_operation operation, const ggd_matrix *w, uint8_t *panels) {
+    const ggd_compute *compute = u->job->compute;
+    size_t columns = operation == GGD_TIMES_TRANSPOSE ? w->n_rows : w->n_cols;
+    size_t reduction = operation == GGD_TIMES_TRANSPOSE ? w->n_cols : w->n_rows;
+    size_t bytes_panel = ggd_panel_k(compute->element, reduction) * GGD_PANEL_COLUMNS * ggd_element_bytes(compute->element);
+    for (size_t column = 0; column < columns; column += GGD_PANEL_COLUMNS) {
+        ggd_pack_panel(compute, operation, w, column, 1.0f, u->s.unpacked, panels + column / GGD_PANEL_COLUMNS * bytes_panel);
+    }
+}
+
+// C (rows, columns) = init + A P over packed panels, reduction k.
+static void multiply(const unit *u, size_t rows, size_t columns, const void *a, size_t ld_a, size_t k, const uint8_t *panels,
+                     const float *init, float *c, size_t ld_c) {
+    const ggd_compute *compute = u->job->compute;
+    size_t k_panel = ggd_panel_k(compute->element, k);
+    size_t bytes_panel = k_panel * GGD_PANEL_COLUMNS * ggd_element_bytes(compute->element);
+    for (size_t column = 0; column < columns; column += GGD_PANEL_COLUMNS) {
+        ggd_tile tile = {.a1 = a,
+                         .ld_a1 = ld_a,
+                         .k1 = k_panel,
+                         .panel = panels + column / GGD_PANEL_COLUMNS * bytes_panel,
+                         .init = init != NULL ? init + column : NULL,
+                         .ld_init = ld_c,
+                         .c = c + column,
+                         .ld_c = ld_c,
+                         .c_element = GGD_ELEMENT_F32};
+        ggd_multiply_panel(compute, rows, &tile);
+    }
+}
+
+// Uniform in [0, 1) from (seed, i, j): the splitmix64 finaliser (Steele et al. 2014).
+static float pattern(uint64_t seed, uint64_t i, uint64_t j) {
+    uint64_t x = seed + 0x9E3779B97F4A7C15u * (((i << 32) | j) + 1);
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
+    x ^= x >> 31;
+    return (float)(x >> 40) / 16777216.0f;
+}
+
+static void hide_keys(const unit *u, size_t query, float *scores) {
+    const ggd_batch *batch = u->job->batch;
+    if (!batch->bernoulli) {
+        return;
+    }
+    uint64_t first = (uint64_t)u->segment->first_position;
+    for (size_t key = query + 1; key < u->t; key++) {
+        if (!(pattern(batch->bernoulli_seed, first + query, first + key) < 1.0f - batch->causal_ratio)) {
+            scores[key] = -INFINITY;
+        }
+    }
+}
+
+// Keys that a strip starting at `first` can see at all.
+static size_t visible_keys(const unit *u, size_t first, size_t rows) {
+    return u->job->batch->causal_ratio >= 1.0f ? first + rows : u->t;
+}
+
+static void strip_scores(const unit *u, size_t head, size_t first, size_t rows) {
+    ggd_element element = u->job->compute->element;
+    const void *queries = ggd_activation_at(u->job->qkv, (size_t)u->segment->first_row + first, head * u->d, element);
+    multiply(u, rows, visible_keys(u, first, rows), queries, u->job->qkv.ld, u->d, u->s.keys, NULL, u->s.scores, u->ld_t);
+    for (size_t i = 0; i < rows; i++) {
+        hide_keys(u, first + i, u->s.scores + i * u->ld_t);
+    }
+}
+
+// The strip as left operand of a product over keys: converted, with a zero after an odd row for the pairs.
+static const void *strip_activation(const unit *u, float *values, size_t rows, size_t keys) {
+    const ggd_compute *compute = u->job->compute;
+    if (compute->element == GGD_ELEMENT_F32) {
+        return values;
+    }
+    for (size_t i = 0; i < rows; i++) {
+        uint16_t *target = (uint16_t *)u->s.strip + i * u->ld_t;
+        compute->kernels->to_bf16(values + i * u->ld_t, target, keys);
+        if (keys % 2 != 0) {
+            target[keys] = 0;
+        }
+    }
+    return u->s.strip;
+}
+
+// ---- forward ----
+
+static void forward_strip(const unit *u, size_t head, size_t first) {
+    const attention_job *job = u->job;
+    const ggd_compute *compute = job->compute;
+    size_t rows = u->t - first < STRIP_ROWS ? u->t - first : STRIP_ROWS, keys = visible_keys(u, first, rows);
+    size_t first_row = (size_t)u->segment->first_row + first;
+    strip_scores(u, head, first, rows);
+    for (size_t i = 0; i < rows; i++) {
+        float *scores = u->s.scores + i * u->ld_t;
+        job->lse[(first_row + i) * job->heads->n_heads + head] =
+            compute->kernels->attention_softmax(scores, keys, first + i + 1, job->scale, job->future_bias);
+    }
+    const void *p = strip_activation(u, u->s.scores, rows, keys);
+    // The panels of V hold all t rows; a causal strip stops early in each of them.
+    size_t bytes_panel = ggd_panel_k(compute->element, u->t) * GGD_PANEL_COLUMNS * ggd_element_bytes(compute->element);
+    for (size_t column = 0; column < u->d; column += GGD_PANEL_COLUMNS) {
+        multiply(u, rows, GGD_PANEL_COLUMNS, p, u->ld_t, keys, u->s.values + column / GGD_PANEL_COLUMNS * bytes_panel, NULL,
+                 u->s.rows + column, u->ld_d);
+    }
+    for (size_t i = 0; i < rows; i++) {
+        ggd_store_row(compute, u->s.rows + i * u->ld_d, job->out, first_row + i, head * u->d, u->d);
+    }
+}
+
+static void forward_item(void *context, size_t item, size_t thread) {
+    const attention_job *job = context;
+    unit u = unit_of(job, item, thread, 0);
+    ggd_matrix keys = head_matrix(&u, job->qkv, job->heads->k_column + u.kv_head * u.d, 0, u.t);
+    ggd_matrix values = head_matrix(&u, job->qkv, job->heads->v_column + u.kv_head * u.d, 0, u.t);
+    pack_all(&u, GGD_TIMES_TRANSPOSE, &keys, u.s.keys);
+    pack_all(&u, GGD_TIMES_PLAIN, &values, u.s.values);
+    for (size_t head = u.first_head; head < u.first_head + u.n_heads; head++) {
+        for (size_t first = 0; first < u.t; first += STRIP_ROWS) {
+            forward_strip(&u, head, first);
+        }
+    }
+}
+
+static float future_bias(const ggd_batch *batch) { return batch->bernoulli ? 0.0f : logf(1.0f - batch->causal_ratio); }
+
+static size_t n_units(const ggd_batch *batch, const ggd_heads *heads) { return (size_t)batch->n_segments * heads->n_kv_heads; }
+
+void ggd_attention_forward(const ggd_compute *compute, const ggd_batch *batch, const ggd_heads *heads, ggd_activation qkv,
+                           ggd_activation out, float *lse) {
+    attention_job job = {.compute = compute,
+                         .batch = batch,
+                         .heads = heads,
+                         .qkv = qkv,
+                         .out = out,
+                         .lse = lse,
+                         .scale = 1.0f / sqrtf((float)heads->head_size),
+                         .future_bias = future_bias(batch)};
+    ggd_parallel(compute->threads, n_units(batch, heads), forward_item, &job);
+}
+
+// ---- backward ----
+
+// (D, rows) from the strip's rows of one head, padded to an even number of columns.
+static void transpose_strip(const unit *u, ggd_activation x, size_t column, size_t first, size_t rows) {
+    size_t ld = ggd_round_up(STRIP_ROWS, GGD_PANEL_COLUMNS);
+    for (size_t i = 0; i < ggd_round_up(rows, 2); i++) {
+        const void *source = ggd_activation_at(x, (size_t)u->segment->first_row + first + i, column, u->job->compute->element);
+        for (size_t d = 0; d < u->d; d++) {
+            if (u->job->compute->element == GGD_ELEMENT_BF16) {
+                ((uint16_t *)u->s.transposed)[d * ld + i] = i < rows ? ((const uint16_t *)source)[d] : 0;
+            } else {
+                ((float *)u->s.transposed)[d * ld + i] = i < rows ? ((const float *)source)[d] : 0.0f;
+            }
+        }
+    }
+}
+
+// target (D, keys) += transposed (D, rows) * strip (rows, keys)
+static void add_transposed_product(const unit *u, const float *strip, size_t rows, size_t keys, float *target) {
+    const ggd_compute *compute = u->job->compute;
+    size_t ld = ggd_round_up(STRIP_ROWS, GGD_PANEL_COLUMNS);
+    for (size_t key = 0; key < keys; key += GGD_PANEL_COLUMNS) {
+        compute->kernels->pack_rows[compute->element](strip + key, u->ld_t, rows, 1.0f, u->s.strip_panel);
+        multiply(u, u->d, GGD_PANEL_COLUMNS, u->s.transposed, ld, rows, u->s.strip_panel, target + key, target + key, u->ld_t);
+    }
+}
+
+// dS of the strip from P and dP; pad columns to zero, because whole panels of them are multiplied.
+static void strip_gradient(const unit *u, size_t head, size_t first, size_t rows, size_t keys) {
+    const attention_job *job = u->job;
+    const ggd_kernels *kernels = job->compute->kernels;
+    float *buffer = u->s.unpacked;
+    for (size_t i = 0; i < rows; i++) {
+        size_t row = (size_t)u->segment->first_row + first + i;
+        float *p = u->s.scores + i * u->ld_t, *dp = u->s.dscores + i * u->ld_t;
+        const float *out = ggd_load_row(job->compute, job->out, row, head * u->d, u->d, buffer);
+        const float *dout = ggd_load_row(job->compute, job->dout, row, head * u->d, u->d, buffer + u->d);
+        float delta = kernels->dot(out, dout, u->d);
+        float lse = job->lse[row * job->heads->n_heads + head];
+        kernels->attention_probabilities(p, keys, first + i + 1, job->scale, job->future_bias, lse);
+        kernels->attention_score_gradient(p, dp, delta, job->scale, keys);
+        memset(p + keys, 0, (u->ld_t - keys) * sizeof *p);
+        memset(dp + keys, 0, (u->ld_t - keys) * sizeof *dp);
+    }
+}
+
+static void store_query_gradient(const unit *u, size_t head, size_t first, size_t rows) {
+    const ggd_heads *heads = u->job->heads;
+    size_t half = u->d / 2;
+    for (size_t i = 0; i < rows; i++) {
+        float *dq = u->s.rows + i * u->ld_d;
+        u->job->compute->kernels->rope(dq, heads->cosine + (first + i) * half, heads->sine + (first + i) * half, -1.0f, 1, u->d);
+        ggd_store_row(u->job->compute, dq, u->job->dqkv, (size_t)u->segment->first_row + first + i, head * u->d, u->d);
+    }
+}
+
+static void backward_strip(const unit *u, size_t head, size_t first) {
+    const attention_job *job = u->job;
+    const ggd_compute *compute = job->compute;
+    size_t rows = u->t - first < STRIP_ROWS ? u->t - first : STRIP_ROWS, keys = visible_keys(u, first, rows);
+    size_t first_row = (size_t)u->segment->first_row + first;
+    strip_scores(u, head, first, rows);
+    const void *dout = ggd_activation_at(job->dout, first_row, head * u->d, compute->element);
+    multiply(u, rows, keys, dout, job->dout.ld, u->d, u->s.values_t, NULL, u->s.dscores, u->ld_t);
+    strip_gradient(u, head, first, rows, keys);
+    transpose_strip(u, job->dout, head * u->d, first, rows);
+    add_transposed_product(u, u->s.scores, rows, keys, u->s.dvalues);
+    transpose_strip(u, job->qkv, head * u->d, first, rows);
+    add_transposed_product(u, u->s.dscores, rows, keys, u->s.dkeys);
+    const void *ds = strip_activation(u, u->s.dscores, rows, keys);
+    size_t bytes_panel = ggd_panel_k(compute->element, u->t) * GGD_PANEL_COLUMNS * ggd_element_bytes(compute->element);
+    for (size_t column = 0; column < u->d; column += GGD_PANEL_COLUMNS) {
+        multiply(u, rows, GGD_PANEL_COLUMNS, ds, u->ld_t, keys, u->s.keys_plain + column / GGD_PANEL_COLUMNS * bytes_panel, NULL,
+                 u->s.rows + column, u->ld_d);
+    }
+    store_query_gradient(u, head, first, rows);
+}
+
+// dK (rotated back) and dV of the unit from their transposed sums.
+static void store_key_value_gradients(const unit *u) {
+    const attention_job *job = u->job;
+    const ggd_heads *heads = job->heads;
+    float *row = u->s.unpacked;
+    for (size_t t = 0; t < u->t; t++) {
+        size_t target = (size_t)u->segment->first_row + t, half = u->d / 2;
+        for (size_t d = 0; d < u->d; d++) {
+            row[d] = u->s.dkeys[d * u->ld_t + t];
+        }
+        job->compute->kernels->rope(row, heads->cosine + t * half, heads->sine + t * half, -1.0f, 1, u->d);
+        ggd_store_row(job->compute, row, job->dqkv, target, heads->k_column + u->kv_head * u->d, u->d);
+        for (size_t d = 0; d < u->d; d++) {
+            row[d] = u->s.dvalues[d * u->ld_t + t];
+        }
+        ggd_store_row(job->compute, row, job->dqkv, target, heads->v_column + u->kv_head * u->d, u->d);
+    }
+}
+
+static void backward_item(void *context, size_t item, size_t thread) {
+    const attention_job *job = context;
+    unit u = unit_of(job, item, thread, 1);
+    ggd_matrix keys = head_matrix(&u, job->qkv, job->heads->k_column + u.kv_head * u.d, 0, u.t);
+    ggd_matrix values = head_matrix(&u, job->qkv, job->heads->v_column + u.kv_head * u.d, 0, u.t);
+    pack_all(&u, GGD_TIMES_TRANSPOSE, &keys, u.s.keys);
+    pack_all(&u, GGD_TIMES_TRANSPOSE, &values, u.s.values_t);
+    pack_all(&u, GGD_TIMES_PLAIN, &keys, u.s.keys_plain);
+    memset(u.s.dkeys, 0, u.d * u.ld_t * sizeof(float));
+    memset(u.s.dvalues, 0, u.d * u.ld_t * sizeof(float));
+    for (size_t head = u.first_head; head < u.first_head + u.n_heads; head++) {
+        for (size_t first = 0; first < u.t; first += STRIP_ROWS) {
+            backward_strip(&u, head, first);
+        }
+    }
+    store_key_value_gradients(&u);
+}
+
+void ggd_attention_backward(const ggd_compute *compute, const ggd_batch *batch, const ggd_heads *heads, ggd_activation qkv,
+                            ggd_activation out, const float *lse, ggd_activation dout, ggd_activation dqkv) {
+    attention_job job = {.compute = compute,
+                         .batch = batch,
+                         .heads = heads,
+                         .qkv = qkv,
+                         .out = out,
+                         .dout = dout,
+                         .dqkv = dqkv,
+                         .lse = (float *)lse,
+                         .scale = 1.0f / sqrtf((float)heads->head_size),
+                         .future_bias = future_bias(batch)};
+    ggd_parallel(compute->threads, n_units(batch, heads), backward_item, &job);
+}

@@ -1,0 +1,18 @@
+// attention.h - multi-head attention with grouped queries under the fractional causal mask, forward and backward.
+#ifndef GGD_ATTENTION_H
+#define GGD_ATTENTION_H
+
+#include "ops.h"
+
+// qkv: (M, [Q | K | V]) after RoPE. out: (M, H * D). lse: (M, H), the log of each softmax's denominator, for the backward.
+void ggd_attention_forward(const ggd_compute *compute, const ggd_batch *batch, const ggd_heads *heads, ggd_activation qkv,
+                           ggd_activation out, float *lse);
+
+// dqkv: (M, [dQ | dK | dV]) before RoPE, from dout (M, H * D).
+void ggd_attention_backward(const ggd_compute *compute, const ggd_batch *batch, const ggd_heads *heads, ggd_activation qkv,
+                            ggd_activation out, const float *lse, ggd_activation dout, ggd_activation dqkv);
+
+// Scratch bytes of one thread; linear in the longest segment.
+size_t ggd_attention_bytes_scratch(ggd_element element, const ggd_heads *heads, size_t max_rows, int gradients);
+
+#endif

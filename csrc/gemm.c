@@ -1,0 +1,174 @@
+// gemm.c - C = init + A op(W) + A2 op(W2): a thread unpacks 32 columns of op(W) (more where the blocks are longer) into a panel that stays
+// in its cache, and all rows of A stream past it. W is never unpacked whole. Every element of C is summed by one thread in the order
+// of k, so the bits do not depend on how the work is split.
+#include "gemm.h"
+
+#include <string.h>
+
+enum {
+    PIECE = 256,         // elements unpacked at a time along a row; a multiple of every block
+    ROWS_PIECE = 64,     // rows unpacked at a time across
+    MIN_CHUNK_ROWS = 96  // below this, packing would cost more than the product
+};
+
+static size_t result_columns(const ggd_gemm *g) { return g->operation == GGD_TIMES_TRANSPOSE ? g->w.n_rows : g->w.n_cols; }
+static size_t reduction_of(ggd_operation operation, const ggd_matrix *w) {
+    return operation == GGD_TIMES_TRANSPOSE ? w->n_cols : w->n_rows;
+}
+
+// Panels that are packed together: as many as one block of W spans.
+static size_t panels_a_group(const ggd_gemm *g) {
+    if (g->operation == GGD_TIMES_TRANSPOSE || g->w.block <= GGD_PANEL_COLUMNS) {
+        return 1;
+    }
+    return g->w.block / GGD_PANEL_COLUMNS;
+}
+
+size_t ggd_gemm_bytes_scratch(ggd_element element, size_t reduction, size_t block) {
+    size_t panels = block > GGD_PANEL_COLUMNS ? block / GGD_PANEL_COLUMNS : 1;
+    size_t bytes_panels = panels * (reduction + 4) * GGD_PANEL_COLUMNS * ggd_element_bytes(element);
+    return ggd_round_up(bytes_panels, 64) + GGD_UNPACKED_FLOATS * sizeof(float);
+}
+
+// op(W) = W^T: panel columns are rows of W.
+static void pack_transposed(const ggd_compute *compute, const ggd_matrix *w, size_t column, float scale, float *unpacked,
+                            uint8_t *panel) {
+    size_t n = w->n_rows - column < GGD_PANEL_COLUMNS ? w->n_rows - column : GGD_PANEL_COLUMNS;
+    if (n < GGD_PANEL_COLUMNS) {
+        memset(unpacked, 0, GGD_PANEL_COLUMNS * PIECE * sizeof *unpacked);
+    }
+    for (size_t k = 0; k < w->n_cols; k += PIECE) {
+        size_t length = w->n_cols - k < PIECE ? w->n_cols - k : PIECE;
+        for (size_t i = 0; i < n; i++) {
+            const uint8_t *row = w->data + (column + i) * w->bytes_row;
+            w->unpack(row + k / w->block * w->bytes_block, unpacked + i * PIECE, (int64_t)length);
+        }
+        void *target = panel + k * GGD_PANEL_COLUMNS * ggd_element_bytes(compute->element);
+        compute->kernels->pack_columns[compute->element](unpacked, PIECE, length, scale, target);
+    }
+}
+
+// op(W) = W: panel columns are columns of W; `n_panels` neighbouring panels, `bytes_panel` apart, are packed from one unpacking.
+static void pack_plain(const ggd_compute *compute, const ggd_matrix *w, size_t column, size_t n_panels, float scale,
+                       float *unpacked, uint8_t *panel, size_t bytes_panel) {
+    size_t width = n_panels * GGD_PANEL_COLUMNS;
+    size_t n = w->n_cols - column < width ? w->n_cols - column : width;
+    if (n < width) {
+        memset(unpacked, 0, ROWS_PIECE * width * sizeof *unpacked);
+    }
+    for (size_t k = 0; k < w->n_rows; k += ROWS_PIECE) {
+        size_t rows = w->n_rows - k < ROWS_PIECE ? w->n_rows - k : ROWS_PIECE;
+        for (size_t i = 0; i < rows; i++) {
+            const uint8_t *row = w->data + (k + i) * w->bytes_row;
+            w->unpack(row + column / w->block * w->bytes_block, unpacked + i * width, (int64_t)n);
+        }
+        for (size_t p = 0; p < n_panels; p++) {
+            void *target = panel + p * bytes_panel + k * GGD_PANEL_COLUMNS * ggd_element_bytes(compute->element);
+            compute->kernels->pack_rows[compute->element](unpacked + p * GGD_PANEL_COLUMNS, width, rows, scale, target);
+        }
+    }
+}
+
+void ggd_pack_panel(const ggd_compute *compute, ggd_operation operation, const ggd_matrix *w, size_t column, float scale,
+                    float *unpacked, void *panel) {
+    if (operation == GGD_TIMES_TRANSPOSE) {
+        pack_transposed(compute, w, column, scale, unpacked, panel);
+    } else {
+        pack_plain(compute, w, column, 1, scale, unpacked, panel, 0);
+    }
+}
+
+void ggd_multiply_panel(const ggd_compute *compute, size_t m, const ggd_tile *prototype) {
+    ggd_tile tile = *prototype;
+    size_t bytes = ggd_element_bytes(compute->element), bytes_c = ggd_element_bytes(tile.c_element);
+    for (size_t row = 0; row < m; row += GGD_TILE_ROWS) {
+        tile.n_rows = m - row < GGD_TILE_ROWS ? m - row : GGD_TILE_ROWS;
+        compute->kernels->tile[compute->element](&tile);
+        tile.a1 = (const uint8_t *)tile.a1 + GGD_TILE_ROWS * tile.ld_a1 * bytes;
+        tile.a2 = tile.a2 != NULL ? (const uint8_t *)tile.a2 + GGD_TILE_ROWS * tile.ld_a2 * bytes : NULL;
+        tile.init = tile.init != NULL ? tile.init + GGD_TILE_ROWS * tile.ld_init : NULL;
+        tile.c = (uint8_t *)tile.c + GGD_TILE_ROWS * tile.ld_c * bytes_c;
+    }
+}
+
+typedef struct {
+    const ggd_compute *compute;
+    const ggd_gemm *gemm;
+    size_t n_panels, group;       // panels in all; packed together
+    size_t n_chunks, rows_chunk;  // pieces of the rows
+    size_t k1, k2;                // rows of a panel from W and from W2
+    size_t bytes_panel;
+} gemm_job;
+
+static void pack_group(const gemm_job *job, size_t first_panel, size_t n_panels, uint8_t *panels, float *unpacked) {
+    const ggd_gemm *g = job->gemm;
+    size_t column = first_panel * GGD_PANEL_COLUMNS;
+    if (g->operation == GGD_TIMES_TRANSPOSE) {
+        pack_transposed(job->compute, &g->w, column, g->scale, unpacked, panels);
+    } else {
+        pack_plain(job->compute, &g->w, column, n_panels, g->scale, unpacked, panels, job->bytes_panel);
+    }
+    if (job->k2 == 0) {
+        return;
+    }
+    size_t offset = job->k1 * GGD_PANEL_COLUMNS * ggd_element_bytes(job->compute->element);
+    for (size_t p = 0; p < n_panels; p++) {
+        ggd_pack_panel(job->compute, g->operation, &g->w2, column + p * GGD_PANEL_COLUMNS, g->scale2, unpacked,
+                       panels + p * job->bytes_panel + offset);
+    }
+}
+
+static void gemm_item(void *context, size_t item, size_t thread) {
+    const gemm_job *job = context;
+    const ggd_gemm *g = job->gemm;
+    ggd_element element = job->compute->element;
+    size_t first_panel = item / job->n_chunks * job->group, first_row = item % job->n_chunks * job->rows_chunk;
+    size_t n_panels = job->n_panels - first_panel < job->group ? job->n_panels - first_panel : job->group;
+    size_t rows = g->m - first_row < job->rows_chunk ? g->m - first_row : job->rows_chunk;
+    uint8_t *panels = ggd_scratch(job->compute, thread) + GGD_UNPACKED_FLOATS * sizeof(float);
+    pack_group(job, first_panel, n_panels, panels, (float *)ggd_scratch(job->compute, thread));
+    for (size_t p = 0; p < n_panels; p++) {
+        size_t column = (first_panel + p) * GGD_PANEL_COLUMNS;
+        ggd_tile tile = {
+            .a1 = ggd_activation_at(g->a, first_row, 0, element),
+            .ld_a1 = g->a.ld,
+            .k1 = job->k1,
+            .a2 = job->k2 > 0 ? ggd_activation_at(g->a2, first_row, 0, element) : NULL,
+            .ld_a2 = g->a2.ld,
+            .k2 = job->k2,
+            .panel = panels + p * job->bytes_panel,
+            .init = g->init != NULL ? g->init + first_row * g->ld_init + column : NULL,
+            .ld_init = g->ld_init,
+            .c = (uint8_t *)g->c + (first_row * g->ld_c + column) * ggd_element_bytes(g->c_element),
+            .ld_c = g->ld_c,
+            .c_element = g->c_element,
+        };
+        ggd_multiply_panel(job->compute, rows, &tile);
+    }
+}
+
+// Rows are split too where there are too few panels to keep the threads busy; each chunk then packs its panels again.
+static void split_rows(gemm_job *job, size_t n_groups) {
+    size_t wanted = 4 * ggd_threads_count(job->compute->threads);
+    size_t chunks = ggd_threads_count(job->compute->threads) == 1 ? 1 : (wanted + n_groups - 1) / n_groups;
+    size_t most = job->gemm->m / MIN_CHUNK_ROWS;
+    chunks = chunks > most ? most : chunks;
+    chunks = chunks < 1 ? 1 : chunks;
+    job->rows_chunk = ggd_round_up((job->gemm->m + chunks - 1) / chunks, GGD_TILE_ROWS);
+    job->n_chunks = (job->gemm->m + job->rows_chunk - 1) / job->rows_chunk;
+}
+
+void ggd_gemm_run(const ggd_compute *compute, const ggd_gemm *gemm) {
+    if (gemm->m == 0) {
+        return;
+    }
+    gemm_job job = {.compute = compute, .gemm = gemm};
+    job.n_panels = (result_columns(gemm) + GGD_PANEL_COLUMNS - 1) / GGD_PANEL_COLUMNS;
+    job.group = panels_a_group(gemm);
+    job.k1 = ggd_panel_k(compute->element, reduction_of(gemm->operation, &gemm->w));
+    job.k2 = gemm->a2.data != NULL ? ggd_panel_k(compute->element, reduction_of(gemm->operation, &gemm->w2)) : 0;
+    job.bytes_panel = (job.k1 + job.k2) * GGD_PANEL_COLUMNS * ggd_element_bytes(compute->element);
+    size_t n_groups = (job.n_panels + job.group - 1) / job.group;
+    split_rows(&job, n_groups);
+    ggd_parallel(compute->threads, n_groups * job.n_chunks, gemm_item, &job);
+}

@@ -1,0 +1,139 @@
+// ggd.h - the whole public C API of the ggml-diffusion core: a frozen, quantised, autoregressive transformer in a GGUF file, run
+// forward and backward under a fractional causal mask with LoRA deltas.
+//
+// Letters: B sequences, M rows (all tokens of a batch, sequence after sequence, no padding), C hidden size, H query heads, G key/value
+// heads, D head size, F feed-forward size, V vocabulary, R LoRA rank, L layers. Matrices are row-major.
+//
+// Ownership: handles are created and freed here; every array in a struct belongs to the caller and must outlive the call only.
+// Threads: a model is immutable and may be shared; a session is used by one caller at a time and runs on its own worker threads.
+// Failure: functions that return int give 0 on success and -1 on failure; ggd_last_error() then holds one line, per thread.
+//
+// Not here: tokenisation, time embedding, noise, optimizer, file export (Python), any other device.
+#ifndef GGD_H
+#define GGD_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* cffi: begin */
+typedef struct ggd_model ggd_model;
+typedef struct ggd_session ggd_session;
+
+typedef struct {
+    int32_t n_layers;           // L
+    int32_t hidden_size;        // C
+    int32_t n_heads;            // H
+    int32_t n_kv_heads;         // G
+    int32_t head_size;          // D
+    int32_t feed_forward_size;  // F
+    int32_t vocab_size;         // V
+    int32_t context_length;     // tokens
+    int32_t tied_head;          // 1: the head reads the token embedding's rows
+} ggd_shape;
+
+enum { GGD_COMPUTE_FAST = 0, GGD_COMPUTE_F32 = 1 };
+
+// What the forward of a training step keeps for its backward; the gradients are identical.
+enum {
+    GGD_KEEP_ALL = 0,          // every activation
+    GGD_KEEP_WITHOUT_FFN = 1,  // gate and up are computed again
+    GGD_KEEP_BOUNDARIES = 2    // only each layer's input; the layer is computed again
+};
+
+enum { GGD_ATTN_Q = 0, GGD_ATTN_K = 1, GGD_ATTN_V = 2, GGD_ATTN_OUTPUT = 3, GGD_FFN_GATE = 4, GGD_FFN_UP = 5, GGD_FFN_DOWN = 6 };
+
+typedef struct {
+    int32_t n_threads;  // >= 1
+    int32_t compute;    // GGD_COMPUTE_*
+    int32_t use_simd;   // 0: the naive reference kernels
+    int32_t keep;       // GGD_KEEP_*
+} ggd_session_options;
+
+// A run of rows that attend to each other only: a sequence, or one document of a packed sequence.
+typedef struct {
+    int32_t first_row;       // into the batch's rows
+    int32_t n_rows;          // >= 1, at most the context length
+    int32_t sequence;        // row of embedding_offset
+    int32_t first_position;  // the run's place in its sequence, for the Bernoulli mask's pattern
+} ggd_segment;
+
+typedef struct {
+    int32_t n_rows;         // M
+    const int32_t *tokens;  // (M)
+    int32_t n_segments;
+    const ggd_segment *segments;    // in row order, without gaps
+    int32_t n_sequences;            // B
+    const float *embedding_offset;  // (B, C) added to every input embedding of the sequence, or NULL
+    float causal_ratio;             // 1 fully causal ... 0 bidirectional
+    int32_t bernoulli;              // 1: future keys are visible with probability 1 - causal_ratio instead of weighted by it
+    uint64_t bernoulli_seed;
+} ggd_batch;
+
+// W x + scale * B (A x) on one projection of one layer.
+typedef struct {
+    int32_t layer;
+    int32_t target;  // GGD_ATTN_Q ...
+    int32_t rank;    // R
+    float scale;     // alpha / R
+    const float *a;  // (R, in)
+    const float *b;  // (out, R)
+    float *grad_a;   // (R, in), added to; NULL without gradients
+    float *grad_b;   // (out, R), added to
+} ggd_lora_pair;
+
+typedef struct {
+    int32_t n_pairs;
+    const ggd_lora_pair *pairs;
+    int32_t mask_token_id;        // -1: none
+    const float *mask_embedding;  // (C) added to the embedding of mask_token_id, or NULL
+    float *grad_mask_embedding;   // (C), added to; or NULL
+} ggd_adapter;
+
+// Weighted cross-entropy, indexed by the row whose hidden state predicts. The mask token's logit is -inf.
+typedef struct {
+    const int32_t *targets;  // (M)
+    const float *weights;    // (M), 0: the row does not count
+    float *row_loss;         // (M) out: cross-entropy in nats, 0 where the weight is 0
+    uint8_t *row_correct;    // (M) out: 1 where the most probable token is the target
+    double loss;             // out: sum of weights * cross-entropy
+} ggd_objective;
+
+const char *ggd_last_error(void);
+// "ggml version" that the core was compiled against is checked by the caller: the version of the library in the process.
+const char *ggd_ggml_version(void);
+// Comma-separated kernel sets that this machine can run, fastest first.
+const char *ggd_kernel_sets(void);
+
+int ggd_model_load(const char *path, ggd_model **model);
+void ggd_model_free(ggd_model *model);
+void ggd_model_shape(const ggd_model *model, ggd_shape *shape);
+// Rows of the token embedding, (n_tokens, C).
+int ggd_model_embed(const ggd_model *model, int32_t n_tokens, const int32_t *tokens, float *rows);
+
+int ggd_session_create(const ggd_model *model, const ggd_session_options *options, ggd_session **session);
+void ggd_session_free(ggd_session *session);
+// Name of the kernel set in use, and of the element type of its matrix products.
+const char *ggd_session_kernels(const ggd_session *session);
+// Bytes that a call would take: n_rows of at most max_segment_rows, LoRA pairs of at most max_rank, with or without gradients.
+int ggd_session_plan(const ggd_session *session, int32_t n_rows, int32_t max_segment_rows, int32_t max_rank, int32_t gradients,
+                     size_t *bytes);
+// Bytes that the session holds now.
+size_t ggd_session_bytes(const ggd_session *session);
+
+// Raw logits of chosen rows, (n_select, V).
+int ggd_logits(ggd_session *session, const ggd_batch *batch, const ggd_adapter *adapter, int32_t n_select, const int32_t *rows,
+               float *logits);
+int ggd_loss(ggd_session *session, const ggd_batch *batch, const ggd_adapter *adapter, ggd_objective *objective);
+// Adds into the adapter's gradients; grad_offset is (B, C), assigned, or NULL.
+int ggd_loss_and_gradients(ggd_session *session, const ggd_batch *batch, const ggd_adapter *adapter, ggd_objective *objective,
+                           float *grad_offset);
+/* cffi: end */
+
+#ifdef __cplusplus
+}
+#endif
+#endif

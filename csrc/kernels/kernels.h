@@ -1,0 +1,113 @@
+// kernels.h - the inner loops of the core as one table per instruction set, chosen at run time. Kernels know rows, tiles and panels;
+// they know no model, no threads, no ggml.
+//
+// A matrix product runs as C = A P: A is row-major activations, P is a panel, 32 columns of the other operand laid out for the tile
+// kernel by one of the two packers:
+//   float32 panel:  P[k * 32 + column]
+//   bfloat16 panel: P[(k / 2) * 64 + column * 2 + k % 2], so that two neighbouring k lie in one 32-bit lane; an odd k is padded by 0
+#ifndef GGD_KERNELS_H
+#define GGD_KERNELS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+enum { GGD_PANEL_COLUMNS = 32, GGD_TILE_ROWS = 12 };
+
+// Element type of activations, panels and products. Sums are float32 in both.
+typedef enum { GGD_ELEMENT_F32 = 0, GGD_ELEMENT_BF16 = 1 } ggd_element;
+
+// A tile C[rows, 32] = init + A1 P1 + A2 P2, where the panel holds P1's k1 rows, then P2's k2 rows (both even for bfloat16).
+// A second operand is how a LoRA delta joins the product of the frozen weight without another pass over C.
+typedef struct {
+    size_t n_rows;  // 1 .. GGD_TILE_ROWS
+    const void *a1;
+    size_t ld_a1, k1;
+    const void *a2;  // may be NULL with k2 = 0
+    size_t ld_a2, k2;
+    const void *panel;
+    const float *init;  // (rows, 32) float32 or NULL for zero; may be c
+    size_t ld_init;
+    void *c;
+    size_t ld_c;
+    ggd_element c_element;
+} ggd_tile;
+
+typedef struct {
+    const char *name;
+    ggd_element fast_element;  // what GGD_COMPUTE_FAST uses with this set
+
+    // Both indexed by ggd_element.
+    void (*tile[2])(const ggd_tile *tile);
+    // Panel columns from 32 rows of `source` (32, k), row stride ld: Y = X W^T.
+    void (*pack_columns[2])(const float *source, size_t ld, size_t k, float scale, void *panel);
+    // Panel rows from the rows of `source` (k, 32), row stride ld: dX = dY W.
+    void (*pack_rows[2])(const float *source, size_t ld, size_t k, float scale, void *panel);
+
+    void (*to_bf16)(const float *source, uint16_t *target, size_t n);
+    void (*from_bf16)(const uint16_t *source, float *target, size_t n);
+
+    // y_j = x_j r w_j with r = 1 / sqrt(mean(x^2) + eps); returns r.
+    float (*rmsnorm)(const float *x, const float *w, float eps, float *y, size_t n);
+    // dx_j += r (dy_j w_j - x_j r^2 mean(dy w x))
+    void (*rmsnorm_backward)(const float *dy, const float *x, const float *w, float r, float *dx, size_t n);
+    // Rotates the pairs (2i, 2i + 1) of each head by the angles whose cosine and sine are given (head_size / 2 each); `direction` 1 or
+    // -1 (the inverse, which is the backward).
+    void (*rope)(float *x, const float *cosine, const float *sine, float direction, size_t n_heads, size_t head_size);
+    // h = silu(g) u
+    void (*swiglu)(const float *g, const float *u, float *h, size_t n);
+    // From dh: dg = dh u silu'(g), du = dh silu(g), and h again.
+    void (*swiglu_backward)(const float *g, const float *u, const float *dh, float *dg, float *du, float *h, size_t n);
+
+    // Scores of one query to probabilities in place: p_j = exp(scale s_j + (j >= first_future ? future_bias : 0) - lse); returns lse.
+    float (*attention_softmax)(float *s, size_t n, size_t first_future, float scale, float future_bias);
+    // The same with lse known (backward's recomputation).
+    void (*attention_probabilities)(float *s, size_t n, size_t first_future, float scale, float future_bias, float lse);
+    // ds_j = scale p_j (dp_j - delta), into dp
+    void (*attention_score_gradient)(const float *p, float *dp, float delta, float scale, size_t n);
+
+    // out_j = exp(x_j - shift); returns the sum. Largest element's index in *argmax by ggd_row_max.
+    float (*exp_sum)(const float *x, float shift, float *out, size_t n);
+    float (*max)(const float *x, size_t n);
+    float (*dot)(const float *x, const float *y, size_t n);
+    void (*add_scaled)(const float *x, float scale, float *y, size_t n);  // y += scale x
+    void (*scale)(float *x, float scale, size_t n);
+} ggd_kernels;
+
+extern const ggd_kernels ggd_kernels_reference;
+#ifdef GGD_HAVE_AVX512
+extern const ggd_kernels ggd_kernels_avx512_bf16, ggd_kernels_avx512;
+#endif
+#ifdef GGD_HAVE_AVX2
+extern const ggd_kernels ggd_kernels_avx2;
+#endif
+#ifdef GGD_HAVE_NEON
+extern const ggd_kernels ggd_kernels_neon;
+#endif
+
+// The fastest set that this processor runs, or the reference. The environment variable GGD_KERNELS names another one of the list.
+const ggd_kernels *ggd_kernels_choose(int use_simd);
+
+static inline size_t ggd_element_bytes(ggd_element element) { return element == GGD_ELEMENT_BF16 ? 2 : 4; }
+static inline size_t ggd_round_up(size_t n, size_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+// Reduction length in a panel.
+static inline size_t ggd_panel_k(ggd_element element, size_t k) { return element == GGD_ELEMENT_BF16 ? ggd_round_up(k, 2) : k; }
+
+static inline uint16_t ggd_bf16_from_float(float value) {  // round to nearest even; a NaN stays one
+    union {
+        float f;
+        uint32_t u;
+    } bits = {value};
+    if ((bits.u & 0x7fffffffu) > 0x7f800000u) {
+        return (uint16_t)((bits.u >> 16) | 64);
+    }
+    return (uint16_t)((bits.u + 0x7fffu + ((bits.u >> 16) & 1)) >> 16);
+}
+static inline float ggd_float_from_bf16(uint16_t value) {
+    union {
+        uint32_t u;
+        float f;
+    } bits = {(uint32_t)value << 16};
+    return bits.f;
+}
+
+#endif

@@ -1,0 +1,228 @@
+// reference.c - the naive twin of every kernel: the formula, one element after the other. It runs anywhere, is what the fast kernels
+// are tested against, and is what `use_simd = false` selects. It deliberately does nothing for speed.
+#include <math.h>
+
+#include "kernels.h"
+
+static float element_at(const void *data, size_t index, ggd_element element) {
+    return element == GGD_ELEMENT_BF16 ? ggd_float_from_bf16(((const uint16_t *)data)[index]) : ((const float *)data)[index];
+}
+
+static float panel_at(const void *panel, size_t k, size_t column, ggd_element element) {
+    size_t index = element == GGD_ELEMENT_BF16 ? (k / 2) * 64 + column * 2 + k % 2 : k * GGD_PANEL_COLUMNS + column;
+    return element_at(panel, index, element);
+}
+
+static void tile(const ggd_tile *t, ggd_element element) {
+    for (size_t row = 0; row < t->n_rows; row++) {
+        float sums[GGD_PANEL_COLUMNS];
+        for (size_t column = 0; column < GGD_PANEL_COLUMNS; column++) {
+            sums[column] = t->init != NULL ? t->init[row * t->ld_init + column] : 0.0f;
+        }
+        for (size_t k = 0; k < t->k1 + t->k2; k++) {
+            float a = k < t->k1 ? element_at(t->a1, row * t->ld_a1 + k, element)
+                                : element_at(t->a2, row * t->ld_a2 + (k - t->k1), element);
+            for (size_t column = 0; column < GGD_PANEL_COLUMNS; column++) {
+                sums[column] += a * panel_at(t->panel, k, column, element);
+            }
+        }
+        for (size_t column = 0; column < GGD_PANEL_COLUMNS; column++) {
+            if (t->c_element == GGD_ELEMENT_BF16) {
+                ((uint16_t *)t->c)[row * t->ld_c + column] = ggd_bf16_from_float(sums[column]);
+            } else {
+                ((float *)t->c)[row * t->ld_c + column] = sums[column];
+            }
+        }
+    }
+}
+static void tile_f32(const ggd_tile *t) { tile(t, GGD_ELEMENT_F32); }
+static void tile_bf16(const ggd_tile *t) { tile(t, GGD_ELEMENT_BF16); }
+
+static void pack_columns_f32(const float *source, size_t ld, size_t k, float scale, void *panel) {
+    for (size_t row = 0; row < k; row++) {
+        for (size_t column = 0; column < GGD_PANEL_COLUMNS; column++) {
+            ((float *)panel)[row * GGD_PANEL_COLUMNS + column] = source[column * ld + row] * scale;
+        }
+    }
+}
+
+static void pack_rows_f32(const float *source, size_t ld, size_t k, float scale, void *panel) {
+    for (size_t row = 0; row < k; row++) {
+        for (size_t column = 0; column < GGD_PANEL_COLUMNS; column++) {
+            ((float *)panel)[row * GGD_PANEL_COLUMNS + column] = source[row * ld + column] * scale;
+        }
+    }
+}
+
+static void pack_columns_bf16(const float *source, size_t ld, size_t k, float scale, void *panel) {
+    for (size_t row = 0; row < ggd_round_up(k, 2); row++) {
+        for (size_t column = 0; column < GGD_PANEL_COLUMNS; column++) {
+            float value = row < k ? source[column * ld + row] * scale : 0.0f;
+            ((uint16_t *)panel)[(row / 2) * 64 + column * 2 + row % 2] = ggd_bf16_from_float(value);
+        }
+    }
+}
+
+static void pack_rows_bf16(const float *source, size_t ld, size_t k, float scale, void *panel) {
+    for (size_t row = 0; row < ggd_round_up(k, 2); row++) {
+        for (size_t column = 0; column < GGD_PANEL_COLUMNS; column++) {
+            float value = row < k ? source[row * ld + column] * scale : 0.0f;
+            ((uint16_t *)panel)[(row / 2) * 64 + column * 2 + row % 2] = ggd_bf16_from_float(value);
+        }
+    }
+}
+
+static void to_bf16(const float *source, uint16_t *target, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        target[i] = ggd_bf16_from_float(source[i]);
+    }
+}
+
+static void from_bf16(const uint16_t *source, float *target, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        target[i] = ggd_float_from_bf16(source[i]);
+    }
+}
+
+static float rmsnorm(const float *x, const float *w, float eps, float *y, size_t n) {
+    double sum = 0;
+    for (size_t i = 0; i < n; i++) {
+        sum += (double)x[i] * x[i];
+    }
+    float r = (float)(1.0 / sqrt(sum / (double)n + eps));
+    for (size_t i = 0; i < n; i++) {
+        y[i] = x[i] * r * w[i];
+    }
+    return r;
+}
+
+static void rmsnorm_backward(const float *dy, const float *x, const float *w, float r, float *dx, size_t n) {
+    double sum = 0;
+    for (size_t i = 0; i < n; i++) {
+        sum += (double)dy[i] * w[i] * x[i];
+    }
+    float mean = (float)(sum / (double)n);
+    for (size_t i = 0; i < n; i++) {
+        dx[i] += r * (dy[i] * w[i] - x[i] * r * r * mean);
+    }
+}
+
+static void rope(float *x, const float *cosine, const float *sine, float direction, size_t n_heads, size_t head_size) {
+    for (size_t head = 0; head < n_heads; head++) {
+        for (size_t i = 0; i < head_size / 2; i++) {
+            float *pair = x + head * head_size + 2 * i;
+            float first = pair[0], second = pair[1];
+            pair[0] = first * cosine[i] - direction * second * sine[i];
+            pair[1] = direction * first * sine[i] + second * cosine[i];
+        }
+    }
+}
+
+static void swiglu(const float *g, const float *u, float *h, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        h[i] = g[i] / (1.0f + expf(-g[i])) * u[i];
+    }
+}
+
+static void swiglu_backward(const float *g, const float *u, const float *dh, float *dg, float *du, float *h, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        float sigmoid = 1.0f / (1.0f + expf(-g[i]));
+        float silu = g[i] * sigmoid, d = dh[i], gate = g[i], up = u[i];
+        h[i] = silu * up;
+        du[i] = d * silu;
+        dg[i] = d * up * sigmoid * (1.0f + gate * (1.0f - sigmoid));
+    }
+}
+
+static float biased_score(float s, size_t j, size_t first_future, float scale, float future_bias) {
+    return j >= first_future ? s * scale + future_bias : s * scale;
+}
+
+static float attention_softmax(float *s, size_t n, size_t first_future, float scale, float future_bias) {
+    float largest = -INFINITY;
+    for (size_t j = 0; j < n; j++) {
+        s[j] = biased_score(s[j], j, first_future, scale, future_bias);
+        largest = fmaxf(largest, s[j]);
+    }
+    double sum = 0;
+    for (size_t j = 0; j < n; j++) {
+        s[j] = expf(s[j] - largest);
+        sum += s[j];
+    }
+    for (size_t j = 0; j < n; j++) {
+        s[j] = (float)(s[j] / sum);
+    }
+    return largest + (float)log(sum);
+}
+
+static void attention_probabilities(float *s, size_t n, size_t first_future, float scale, float future_bias, float lse) {
+    for (size_t j = 0; j < n; j++) {
+        s[j] = expf(biased_score(s[j], j, first_future, scale, future_bias) - lse);
+    }
+}
+
+static void attention_score_gradient(const float *p, float *dp, float delta, float scale, size_t n) {
+    for (size_t j = 0; j < n; j++) {
+        dp[j] = scale * p[j] * (dp[j] - delta);
+    }
+}
+
+static float exp_sum(const float *x, float shift, float *out, size_t n) {
+    double sum = 0;
+    for (size_t i = 0; i < n; i++) {
+        out[i] = expf(x[i] - shift);
+        sum += out[i];
+    }
+    return (float)sum;
+}
+
+static float max_element(const float *x, size_t n) {
+    float largest = -INFINITY;
+    for (size_t i = 0; i < n; i++) {
+        largest = fmaxf(largest, x[i]);
+    }
+    return largest;
+}
+
+static float dot(const float *x, const float *y, size_t n) {
+    double sum = 0;
+    for (size_t i = 0; i < n; i++) {
+        sum += (double)x[i] * y[i];
+    }
+    return (float)sum;
+}
+
+static void add_scaled(const float *x, float scale, float *y, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        y[i] += scale * x[i];
+    }
+}
+
+static void scale_row(float *x, float scale, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        x[i] *= scale;
+    }
+}
+
+const ggd_kernels ggd_kernels_reference = {
+    .name = "reference",
+    .fast_element = GGD_ELEMENT_F32,
+    .tile = {tile_f32, tile_bf16},
+    .pack_columns = {pack_columns_f32, pack_columns_bf16},
+    .pack_rows = {pack_rows_f32, pack_rows_bf16},
+    .to_bf16 = to_bf16,
+    .from_bf16 = from_bf16,
+    .rmsnorm = rmsnorm,
+    .rmsnorm_backward = rmsnorm_backward,
+    .rope = rope,
+    .swiglu = swiglu,
+    .swiglu_backward = swiglu_backward,
+    .attention_softmax = attention_softmax,
+    .attention_probabilities = attention_probabilities,
+    .attention_score_gradient = attention_score_gradient,
+    .exp_sum = exp_sum,
+    .max = max_element,
+    .dot = dot,
+    .add_scaled = add_scaled,
+    .scale = scale_row,
+};

@@ -1,0 +1,211 @@
+// rows.h - the row kernels in a form that the compiler turns into vectors, included once by each simd_*.c under its own instruction
+// set. The formulas stand in kernels.h, their naive twins in reference.c. Reductions use `omp simd`: the lanes' partial sums have a fixed
+// order for a given build, so a result does not depend on threads.
+#ifndef GGD_ROWS_H
+#define GGD_ROWS_H
+
+#include <math.h>
+#include <string.h>
+
+#include "kernels.h"
+
+// exp(x) to about 1 ulp: x = n ln 2 + r, |r| <= ln 2 / 2, a degree-6 Taylor polynomial with its last coefficients fitted by the
+// remainder's bound (r^7 / 5040 < 1.2e-7), scaled by 2^n through the exponent bits. Below -87 the result is 0, so that exp(-inf) is; a NaN stays one.
+static inline float fast_exp(float x) {
+    float clamped = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+    float n = rintf(clamped * 1.44269504088896341f);
+    float r = fmaf(n, -0.693145751953125f, clamped);
+    r = fmaf(n, -1.42860682030941723e-6f, r);
+    float p = 1.0f / 5040.0f;
+    p = fmaf(p, r, 1.0f / 720.0f);
+    p = fmaf(p, r, 1.0f / 120.0f);
+    p = fmaf(p, r, 1.0f / 24.0f);
+    p = fmaf(p, r, 1.0f / 6.0f);
+    p = fmaf(p, r, 0.5f);
+    p = fmaf(p, r, 1.0f);
+    p = fmaf(p, r, 1.0f);
+    int32_t bits = ((int32_t)n + 127) << 23;
+    float power;
+    memcpy(&power, &bits, sizeof power);
+    return x < -87.0f ? 0.0f : p * power;
+}
+
+static void rows_to_bf16(const float *restrict source, uint16_t *restrict target, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        uint32_t bits;
+        memcpy(&bits, source + i, sizeof bits);
+        uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16;
+        uint32_t nan = (bits >> 16) | 64;
+        target[i] = (uint16_t)((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded);
+    }
+}
+
+static void rows_from_bf16(const uint16_t *restrict source, float *restrict target, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        uint32_t bits = (uint32_t)source[i] << 16;
+        memcpy(target + i, &bits, sizeof bits);
+    }
+}
+
+static float rows_rmsnorm(const float *restrict x, const float *restrict w, float eps, float *restrict y, size_t n) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (size_t i = 0; i < n; i++) {
+        sum += x[i] * x[i];
+    }
+    float r = 1.0f / sqrtf(sum / (float)n + eps);
+    for (size_t i = 0; i < n; i++) {
+        y[i] = x[i] * r * w[i];
+    }
+    return r;
+}
+
+static void rows_rmsnorm_backward(const float *restrict dy, const float *restrict x, const float *restrict w, float r,
+                                  float *restrict dx, size_t n) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (size_t i = 0; i < n; i++) {
+        sum += dy[i] * w[i] * x[i];
+    }
+    float factor = r * r * (sum / (float)n);
+    for (size_t i = 0; i < n; i++) {
+        dx[i] += r * (dy[i] * w[i] - x[i] * factor);
+    }
+}
+
+static void rows_rope(float *x, const float *restrict cosine, const float *restrict sine, float direction, size_t n_heads,
+                      size_t head_size) {
+    for (size_t head = 0; head < n_heads; head++) {
+        float *restrict pairs = x + head * head_size;
+        for (size_t i = 0; i < head_size / 2; i++) {
+            float first = pairs[2 * i], second = pairs[2 * i + 1], s = direction * sine[i];
+            pairs[2 * i] = first * cosine[i] - second * s;
+            pairs[2 * i + 1] = first * s + second * cosine[i];
+        }
+    }
+}
+
+static void rows_swiglu(const float *restrict g, const float *restrict u, float *restrict h, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        h[i] = g[i] / (1.0f + fast_exp(-g[i])) * u[i];
+    }
+}
+
+static void rows_swiglu_backward(const float *restrict g, const float *restrict u, const float *restrict dh, float *restrict dg,
+                                 float *restrict du, float *restrict h, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        float sigmoid = 1.0f / (1.0f + fast_exp(-g[i]));
+        float silu = g[i] * sigmoid;
+        h[i] = silu * u[i];
+        du[i] = dh[i] * silu;
+        dg[i] = dh[i] * u[i] * sigmoid * (1.0f + g[i] * (1.0f - sigmoid));
+    }
+}
+
+static float rows_max(const float *restrict x, size_t n) {
+    float largest = -INFINITY;
+#pragma omp simd reduction(max : largest)
+    for (size_t i = 0; i < n; i++) {
+        largest = x[i] > largest ? x[i] : largest;
+    }
+    return largest;
+}
+
+static float rows_exp_sum(const float *restrict x, float shift, float *restrict out, size_t n) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (size_t i = 0; i < n; i++) {
+        out[i] = fast_exp(x[i] - shift);
+        sum += out[i];
+    }
+    return sum;
+}
+
+static void scale_and_bias(float *restrict s, size_t begin, size_t end, float scale, float bias) {
+    for (size_t j = begin; j < end; j++) {
+        s[j] = s[j] * scale + bias;
+    }
+}
+
+static void exp_in_place(float *restrict s, size_t n, float shift) {
+    for (size_t j = 0; j < n; j++) {
+        s[j] = fast_exp(s[j] - shift);
+    }
+}
+
+static float rows_attention_softmax(float *s, size_t n, size_t first_future, float scale, float future_bias) {
+    size_t middle = first_future < n ? first_future : n;
+    scale_and_bias(s, 0, middle, scale, 0.0f);
+    scale_and_bias(s, middle, n, scale, future_bias);
+    float largest = rows_max(s, n), sum = 0;
+    exp_in_place(s, n, largest);
+#pragma omp simd reduction(+ : sum)
+    for (size_t j = 0; j < n; j++) {
+        sum += s[j];
+    }
+    float inverse = 1.0f / sum;
+    for (size_t j = 0; j < n; j++) {
+        s[j] *= inverse;
+    }
+    return largest + logf(sum);
+}
+
+static void rows_attention_probabilities(float *s, size_t n, size_t first_future, float scale, float future_bias, float lse) {
+    size_t middle = first_future < n ? first_future : n;
+    scale_and_bias(s, 0, middle, scale, 0.0f);
+    scale_and_bias(s, middle, n, scale, future_bias);
+    exp_in_place(s, n, lse);
+}
+
+static void rows_attention_score_gradient(const float *restrict p, float *restrict dp, float delta, float scale, size_t n) {
+    for (size_t j = 0; j < n; j++) {
+        dp[j] = scale * p[j] * (dp[j] - delta);
+    }
+}
+
+static float rows_dot(const float *restrict x, const float *restrict y, size_t n) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (size_t i = 0; i < n; i++) {
+        sum += x[i] * y[i];
+    }
+    return sum;
+}
+
+static void rows_add_scaled(const float *restrict x, float scale, float *restrict y, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        y[i] += scale * x[i];
+    }
+}
+
+static void rows_scale(float *restrict x, float scale, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        x[i] *= scale;
+    }
+}
+
+static inline void rows_pack_rows_f32(const float *restrict source, size_t ld, size_t k, float scale, void *restrict panel) {
+    for (size_t row = 0; row < k; row++) {
+        for (size_t column = 0; column < GGD_PANEL_COLUMNS; column++) {
+            ((float *)panel)[row * GGD_PANEL_COLUMNS + column] = source[row * ld + column] * scale;
+        }
+    }
+}
+
+static inline void rows_pack_columns_f32(const float *restrict source, size_t ld, size_t k, float scale, void *restrict panel) {
+    for (size_t column = 0; column < GGD_PANEL_COLUMNS; column++) {
+        for (size_t row = 0; row < k; row++) {
+            ((float *)panel)[row * GGD_PANEL_COLUMNS + column] = source[column * ld + row] * scale;
+        }
+    }
+}
+
+// The row kernels of a table; the includer adds name, fast_element, tiles and the bfloat16 packers.
+#define GGD_ROW_KERNELS                                                                                                          \
+    .to_bf16 = rows_to_bf16, .from_bf16 = rows_from_bf16, .rmsnorm = rows_rmsnorm, .rmsnorm_backward = rows_rmsnorm_backward,    \
+    .rope = rows_rope, .swiglu = rows_swiglu, .swiglu_backward = rows_swiglu_backward,                                           \
+    .attention_softmax = rows_attention_softmax, .attention_probabilities = rows_attention_probabilities,                        \
+    .attention_score_gradient = rows_attention_score_gradient, .exp_sum = rows_exp_sum, .max = rows_max, .dot = rows_dot,        \
+    .add_scaled = rows_add_scaled, .scale = rows_scale
+
+#endif

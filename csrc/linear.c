@@ -1,0 +1,160 @@
+// linear.c - frozen quantised linear layer + LoRA delta, forward and backward (Hu et al. 2021, arXiv:2106.09685; Dettmers et al. 2023,
+// arXiv:2305.14314). The weight gets no gradient; its input does.
+#include "linear.h"
+
+#include <string.h>
+
+static ggd_matrix lora_a(const ggd_linear *linear) {
+    size_t rank = (size_t)linear->lora->rank, in = linear->weight->n_cols;
+    return ggd_matrix_f32(linear->lora->a, rank, in, in);
+}
+
+static ggd_matrix lora_b(const ggd_linear *linear) {
+    size_t rank = (size_t)linear->lora->rank, out = linear->weight->n_rows;
+    return ggd_matrix_f32(linear->lora->b, out, rank, rank);
+}
+
+void ggd_linear_forward_lora(const ggd_compute *compute, const ggd_linear *linear, size_t m, ggd_activation x) {
+    if (linear->lora != NULL) {
+        ggd_gemm p = {.operation = GGD_TIMES_TRANSPOSE,
+                      .m = m,
+                      .a = x,
+                      .w = lora_a(linear),
+                      .scale = 1.0f,
+                      .c = linear->p.data,
+                      .ld_c = linear->p.ld,
+                      .c_element = compute->element};
+        ggd_gemm_run(compute, &p);
+    }
+}
+
+void ggd_linear_forward(const ggd_compute *compute, const ggd_linear *linear, size_t m, ggd_activation x, const float *init,
+                        size_t ld_init, void *c, size_t ld_c, ggd_element c_element) {
+    ggd_gemm y = {.operation = GGD_TIMES_TRANSPOSE,
+                  .m = m,
+                  .a = x,
+                  .w = *linear->weight,
+                  .scale = 1.0f,
+                  .init = init,
+                  .ld_init = ld_init,
+                  .c = c,
+                  .ld_c = ld_c,
+                  .c_element = c_element};
+    ggd_linear_forward_lora(compute, linear, m, x);
+    if (linear->lora != NULL) {
+        y.a2 = linear->p;
+        y.w2 = lora_b(linear);
+        y.scale2 = linear->lora->scale;
+    }
+    ggd_gemm_run(compute, &y);
+}
+
+typedef struct {
+    const ggd_compute *compute;
+    ggd_activation source, target;
+    size_t n_rows, n_cols;
+} transpose_job;
+
+enum { TRANSPOSE_ROWS = 64 };
+
+static void transpose_item(void *context, size_t item, size_t thread) {
+    (void)thread;
+    const transpose_job *job = context;
+    size_t begin = item * TRANSPOSE_ROWS;
+    size_t end = job->n_rows < begin + TRANSPOSE_ROWS ? job->n_rows : begin + TRANSPOSE_ROWS;
+    for (size_t column = 0; column < job->n_cols; column++) {
+        for (size_t row = begin; row < end; row++) {
+            if (job->compute->element == GGD_ELEMENT_BF16) {
+                ((uint16_t *)job->target.data)[column * job->target.ld + row] =
+                    ((const uint16_t *)job->source.data)[row * job->source.ld + column];
+            } else {
+                ((float *)job->target.data)[column * job->target.ld + row] =
+                    ((const float *)job->source.data)[row * job->source.ld + column];
+            }
+        }
+    }
+}
+
+// target (n_cols, n_rows) = source (n_rows, n_cols) transposed, with a zero after an odd row for the bfloat16 pairs.
+static void transpose(const ggd_compute *compute, ggd_activation source, size_t n_rows, size_t n_cols, ggd_activation target) {
+    transpose_job job = {compute, source, target, n_rows, n_cols};
+    if (n_rows % 2 != 0) {
+        for (size_t column = 0; column < n_cols; column++) {
+            memset(ggd_activation_at(target, column, n_rows, compute->element), 0, ggd_element_bytes(compute->element));
+        }
+    }
+    ggd_parallel(compute->threads, (n_rows + TRANSPOSE_ROWS - 1) / TRANSPOSE_ROWS, transpose_item, &job);
+}
+
+// product (R, n) = thin^T wide, a reduction over all rows of the batch.
+static void reduce_over_rows(const ggd_compute *compute, const ggd_linear *linear, size_t m, ggd_activation thin,
+                             ggd_activation wide, size_t n, const ggd_linear_scratch *scratch) {
+    size_t rank = (size_t)linear->lora->rank;
+    transpose(compute, thin, m, rank, scratch->transposed);
+    ggd_gemm product = {.operation = GGD_TIMES_PLAIN,
+                        .m = rank,
+                        .a = scratch->transposed,
+                        .w = ggd_matrix_of(wide, m, n, compute->element),
+                        .scale = 1.0f,
+                        .c = scratch->product,
+                        .ld_c = scratch->ld_product,
+                        .c_element = GGD_ELEMENT_F32};
+    ggd_gemm_run(compute, &product);
+}
+
+static void add_gradient_a(const ggd_compute *compute, const ggd_linear *linear, const ggd_linear_scratch *scratch) {
+    size_t rank = (size_t)linear->lora->rank, in = linear->weight->n_cols;
+    for (size_t r = 0; r < rank; r++) {
+        compute->kernels->add_scaled(scratch->product + r * scratch->ld_product, 1.0f, linear->lora->grad_a + r * in, in);
+    }
+}
+
+static void add_gradient_b(const ggd_linear *linear, const ggd_linear_scratch *scratch) {
+    size_t rank = (size_t)linear->lora->rank, out = linear->weight->n_rows;
+    for (size_t row = 0; row < out; row++) {
+        for (size_t r = 0; r < rank; r++) {
+            linear->lora->grad_b[row * rank + r] += linear->lora->scale * scratch->product[r * scratch->ld_product + row];
+        }
+    }
+}
+
+void ggd_linear_backward_input(const ggd_compute *compute, const ggd_linear *linear, size_t m, ggd_activation dy,
+                               const ggd_linear_scratch *scratch, const float *init, void *dx, size_t ld_dx,
+                               ggd_element dx_element) {
+    ggd_gemm gradient = {.operation = GGD_TIMES_PLAIN,
+                         .m = m,
+                         .a = dy,
+                         .w = *linear->weight,
+                         .scale = 1.0f,
+                         .init = init,
+                         .ld_init = ld_dx,
+                         .c = dx,
+                         .ld_c = ld_dx,
+                         .c_element = dx_element};
+    if (linear->lora != NULL) {
+        ggd_gemm q = {.operation = GGD_TIMES_PLAIN,
+                      .m = m,
+                      .a = dy,
+                      .w = lora_b(linear),
+                      .scale = linear->lora->scale,
+                      .c = scratch->q.data,
+                      .ld_c = scratch->q.ld,
+                      .c_element = compute->element};
+        ggd_gemm_run(compute, &q);
+        gradient.a2 = scratch->q;
+        gradient.w2 = lora_a(linear);
+        gradient.scale2 = 1.0f;
+    }
+    ggd_gemm_run(compute, &gradient);
+}
+
+void ggd_linear_backward_lora(const ggd_compute *compute, const ggd_linear *linear, size_t m, ggd_activation x, ggd_activation dy,
+                              const ggd_linear_scratch *scratch) {
+    if (linear->lora == NULL) {
+        return;
+    }
+    reduce_over_rows(compute, linear, m, scratch->q, x, linear->weight->n_cols, scratch);
+    add_gradient_a(compute, linear, scratch);
+    reduce_over_rows(compute, linear, m, linear->p, dy, linear->weight->n_rows, scratch);
+    add_gradient_b(linear, scratch);
+}

@@ -1,0 +1,38 @@
+// linear.h - a frozen, packed linear layer with a LoRA delta: y = W x + scale * B (A x).
+#ifndef GGD_LINEAR_H
+#define GGD_LINEAR_H
+
+#include "gemm.h"
+#include "include/ggd.h"
+
+typedef struct {
+    const ggd_matrix *weight;   // (out, in)
+    const ggd_lora_pair *lora;  // NULL: none
+    ggd_activation p;           // (M, R): A x, written by the forward and read by the backward
+} ggd_linear;
+
+// Scratch of the backward, shared by all layers.
+typedef struct {
+    ggd_activation q;           // (M, R): scale * dY B
+    ggd_activation transposed;  // (R, M)
+    float *product;             // (R, ld_product) float32
+    size_t ld_product;          // at least the largest of in and out, a multiple of GGD_PANEL_COLUMNS
+} ggd_linear_scratch;
+
+// C (M, out) = init + X W^T + scale * (X A^T) B^T
+void ggd_linear_forward(const ggd_compute *compute, const ggd_linear *linear, size_t m, ggd_activation x, const float *init,
+                        size_t ld_init, void *c, size_t ld_c, ggd_element c_element);
+
+// P = X A^T alone, where the layer has a LoRA pair.
+void ggd_linear_forward_lora(const ggd_compute *compute, const ggd_linear *linear, size_t m, ggd_activation x);
+
+// dX (M, in) = init + dY W + scale * (dY B) A, and scratch->q = scale * dY B for the LoRA gradients.
+void ggd_linear_backward_input(const ggd_compute *compute, const ggd_linear *linear, size_t m, ggd_activation dy,
+                               const ggd_linear_scratch *scratch, const float *init, void *dx, size_t ld_dx,
+                               ggd_element dx_element);
+
+// dB += scale * dY^T (X A^T);  dA += (scale * dY B)^T X. Follows ggd_linear_backward_input of the same layer.
+void ggd_linear_backward_lora(const ggd_compute *compute, const ggd_linear *linear, size_t m, ggd_activation x, ggd_activation dy,
+                              const ggd_linear_scratch *scratch);
+
+#endif

@@ -1,0 +1,257 @@
+// ops.c - see ops.h. Rows are independent, so threads share them out in blocks; arithmetic is the kernels'.
+#include "ops.h"
+
+#include <string.h>
+
+enum { BLOCK_ROWS = 16, PIECE = 512 };
+
+static size_t n_blocks(size_t m) { return (m + BLOCK_ROWS - 1) / BLOCK_ROWS; }
+static size_t block_end(size_t m, size_t item) { return m < (item + 1) * BLOCK_ROWS ? m : (item + 1) * BLOCK_ROWS; }
+
+const float *ggd_load_row(const ggd_compute *compute, ggd_activation x, size_t row, size_t column, size_t n, float *buffer) {
+    const void *source = ggd_activation_at(x, row, column, compute->element);
+    if (compute->element == GGD_ELEMENT_F32) {
+        return source;
+    }
+    compute->kernels->from_bf16(source, buffer, n);
+    return buffer;
+}
+
+void ggd_store_row(const ggd_compute *compute, const float *values, ggd_activation x, size_t row, size_t column, size_t n) {
+    void *target = ggd_activation_at(x, row, column, compute->element);
+    if (compute->element == GGD_ELEMENT_BF16) {
+        compute->kernels->to_bf16(values, target, n);
+    } else if (target != values) {
+        memcpy(target, values, n * sizeof *values);
+    }
+}
+
+// ---- embedding ----
+
+typedef struct {
+    const ggd_compute *compute;
+    const ggd_matrix *embedding;
+    const ggd_batch *batch;
+    const ggd_adapter *adapter;
+    size_t hidden, ld;
+    float *x;
+    const float *dx;
+    float *grad_offset;
+} embedding_job;
+
+static void embedding_forward_item(void *context, size_t item, size_t thread) {
+    (void)thread;
+    const embedding_job *job = context;
+    const ggd_segment *segment = &job->batch->segments[item];
+    const float *mask_row = job->adapter != NULL ? job->adapter->mask_embedding : NULL;
+    for (size_t i = 0; i < (size_t)segment->n_rows; i++) {
+        size_t row = (size_t)segment->first_row + i;
+        int32_t token = job->batch->tokens[row];
+        float *x = job->x + row * job->ld;
+        ggd_matrix_unpack_row(job->embedding, (size_t)token, x);
+        if (job->batch->embedding_offset != NULL) {
+            job->compute->kernels->add_scaled(job->batch->embedding_offset + (size_t)segment->sequence * job->hidden, 1.0f, x,
+                                              job->hidden);
+        }
+        if (mask_row != NULL && token == job->adapter->mask_token_id) {
+            job->compute->kernels->add_scaled(mask_row, 1.0f, x, job->hidden);
+        }
+    }
+}
+
+void ggd_embedding_forward(const ggd_compute *compute, const ggd_matrix *embedding, const ggd_batch *batch,
+                           const ggd_adapter *adapter, float *x, size_t ld) {
+    embedding_job job = {.compute = compute,
+                         .embedding = embedding,
+                         .batch = batch,
+                         .adapter = adapter,
+                         .hidden = embedding->n_cols,
+                         .ld = ld,
+                         .x = x};
+    ggd_parallel(compute->threads, (size_t)batch->n_segments, embedding_forward_item, &job);
+}
+
+// A thread owns a range of columns and adds up the rows in order.
+static void embedding_backward_item(void *context, size_t item, size_t thread) {
+    (void)thread;
+    const embedding_job *job = context;
+    size_t column = item * PIECE, n = job->hidden - column < PIECE ? job->hidden - column : PIECE;
+    const ggd_kernels *kernels = job->compute->kernels;
+    float *grad_mask = job->adapter != NULL ? job->adapter->grad_mask_embedding : NULL;
+    for (size_t b = 0; job->grad_offset != NULL && b < (size_t)job->batch->n_sequences; b++) {
+        memset(job->grad_offset + b * job->hidden + column, 0, n * sizeof(float));
+    }
+    for (size_t s = 0; s < (size_t)job->batch->n_segments; s++) {
+        const ggd_segment *segment = &job->batch->segments[s];
+        for (size_t i = 0; i < (size_t)segment->n_rows; i++) {
+            size_t row = (size_t)segment->first_row + i;
+            const float *dx = job->dx + row * job->ld + column;
+            if (job->grad_offset != NULL) {
+                kernels->add_scaled(dx, 1.0f, job->grad_offset + (size_t)segment->sequence * job->hidden + column, n);
+            }
+            if (grad_mask != NULL && job->batch->tokens[row] == job->adapter->mask_token_id) {
+                kernels->add_scaled(dx, 1.0f, grad_mask + column, n);
+            }
+        }
+    }
+}
+
+void ggd_embedding_backward(const ggd_compute *compute, const ggd_batch *batch, const ggd_adapter *adapter, size_t hidden,
+                            const float *dx, size_t ld, float *grad_offset) {
+    embedding_job job = {
+        .compute = compute, .batch = batch, .adapter = adapter, .hidden = hidden, .ld = ld, .dx = dx, .grad_offset = grad_offset};
+    ggd_parallel(compute->threads, (hidden + PIECE - 1) / PIECE, embedding_backward_item, &job);
+}
+
+// ---- RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467) ----
+
+typedef struct {
+    const ggd_compute *compute;
+    size_t m, n, ld;
+    const float *x, *weight, *dy, *scales_in;
+    float eps;
+    ggd_activation y;
+    float *scales, *dx;
+} norm_job;
+
+static void rmsnorm_forward_item(void *context, size_t item, size_t thread) {
+    const norm_job *job = context;
+    float *buffer = (float *)ggd_scratch(job->compute, thread);
+    for (size_t row = item * BLOCK_ROWS; row < block_end(job->m, item); row++) {
+        job->scales[row] = job->compute->kernels->rmsnorm(job->x + row * job->ld, job->weight, job->eps, buffer, job->n);
+        ggd_store_row(job->compute, buffer, job->y, row, 0, job->n);
+    }
+}
+
+void ggd_rmsnorm_forward(const ggd_compute *compute, size_t m, size_t n, const float *x, size_t ld, const float *weight,
+                         float eps, ggd_activation y, float *scales) {
+    norm_job job = {.compute = compute, .m = m, .n = n, .ld = ld, .x = x, .weight = weight, .eps = eps, .y = y, .scales = scales};
+    ggd_parallel(compute->threads, n_blocks(m), rmsnorm_forward_item, &job);
+}
+
+static void rmsnorm_backward_item(void *context, size_t item, size_t thread) {
+    (void)thread;
+    const norm_job *job = context;
+    for (size_t row = item * BLOCK_ROWS; row < block_end(job->m, item); row++) {
+        float *dx = job->dx + row * job->ld;
+        job->compute->kernels->rmsnorm_backward(job->dy + row * job->ld, job->x + row * job->ld, job->weight, job->scales_in[row],
+                                                dx, job->n);
+        ggd_store_row(job->compute, dx, job->y, row, 0, job->n);
+    }
+}
+
+void ggd_rmsnorm_backward(const ggd_compute *compute, size_t m, size_t n, const float *dy, const float *x, size_t ld,
+                          const float *weight, const float *scales, float *dx, ggd_activation dx_activation) {
+    norm_job job = {.compute = compute,
+                    .m = m,
+                    .n = n,
+                    .ld = ld,
+                    .x = x,
+                    .weight = weight,
+                    .dy = dy,
+                    .scales_in = scales,
+                    .y = dx_activation,
+                    .dx = dx};
+    ggd_parallel(compute->threads, n_blocks(m), rmsnorm_backward_item, &job);
+}
+
+// ---- RoPE (Su et al. 2021, arXiv:2104.09864); its backward, the inverse rotation, happens in attention.c ----
+
+typedef struct {
+    const ggd_compute *compute;
+    const ggd_batch *batch;
+    const ggd_heads *heads;
+    const float *qkv;
+    size_t ld;
+    ggd_activation rotated;
+} rope_job;
+
+static void rope_forward_item(void *context, size_t item, size_t thread) {
+    const rope_job *job = context;
+    const ggd_segment *segment = &job->batch->segments[item];
+    const ggd_heads *heads = job->heads;
+    const ggd_kernels *kernels = job->compute->kernels;
+    size_t half = heads->head_size / 2, n_keys = heads->n_kv_heads * heads->head_size;
+    float *buffer = (float *)ggd_scratch(job->compute, thread);
+    for (size_t i = 0; i < (size_t)segment->n_rows; i++) {
+        size_t row = (size_t)segment->first_row + i;
+        memcpy(buffer, job->qkv + row * job->ld, (heads->v_column + n_keys) * sizeof *buffer);
+        kernels->rope(buffer, heads->cosine + i * half, heads->sine + i * half, 1.0f, heads->n_heads, heads->head_size);
+        kernels->rope(buffer + heads->k_column, heads->cosine + i * half, heads->sine + i * half, 1.0f, heads->n_kv_heads,
+                      heads->head_size);
+        ggd_store_row(job->compute, buffer, job->rotated, row, 0, heads->v_column + n_keys);
+    }
+}
+
+void ggd_rope_forward(const ggd_compute *compute, const ggd_batch *batch, const ggd_heads *heads, const float *qkv, size_t ld,
+                      ggd_activation rotated) {
+    rope_job job = {compute, batch, heads, qkv, ld, rotated};
+    ggd_parallel(compute->threads, (size_t)batch->n_segments, rope_forward_item, &job);
+}
+
+// ---- SwiGLU (Shazeer 2020, arXiv:2002.05202) ----
+
+typedef struct {
+    const ggd_compute *compute;
+    size_t m, n;
+    ggd_activation gate, up, h, dh, dup;
+} swiglu_job;
+
+static void swiglu_forward_item(void *context, size_t item, size_t thread) {
+    const swiglu_job *job = context;
+    float *buffer = (float *)ggd_scratch(job->compute, thread);
+    for (size_t row = item * BLOCK_ROWS; row < block_end(job->m, item); row++) {
+        for (size_t column = 0; column < job->n; column += PIECE) {
+            size_t n = job->n - column < PIECE ? job->n - column : PIECE;
+            const float *gate = ggd_load_row(job->compute, job->gate, row, column, n, buffer);
+            const float *up = ggd_load_row(job->compute, job->up, row, column, n, buffer + PIECE);
+            job->compute->kernels->swiglu(gate, up, buffer + 2 * PIECE, n);
+            ggd_store_row(job->compute, buffer + 2 * PIECE, job->h, row, column, n);
+        }
+    }
+}
+
+void ggd_swiglu_forward(const ggd_compute *compute, size_t m, size_t n, ggd_activation gate, ggd_activation up,
+                        ggd_activation h) {
+    swiglu_job job = {.compute = compute, .m = m, .n = n, .gate = gate, .up = up, .h = h};
+    ggd_parallel(compute->threads, n_blocks(m), swiglu_forward_item, &job);
+}
+
+static void swiglu_backward_item(void *context, size_t item, size_t thread) {
+    const swiglu_job *job = context;
+    float *buffer = (float *)ggd_scratch(job->compute, thread);
+    float *dgate = buffer + 3 * PIECE, *dup = buffer + 4 * PIECE, *h = buffer + 5 * PIECE;
+    for (size_t row = item * BLOCK_ROWS; row < block_end(job->m, item); row++) {
+        for (size_t column = 0; column < job->n; column += PIECE) {
+            size_t n = job->n - column < PIECE ? job->n - column : PIECE;
+            const float *gate = ggd_load_row(job->compute, job->gate, row, column, n, buffer);
+            const float *up = ggd_load_row(job->compute, job->up, row, column, n, buffer + PIECE);
+            const float *dh = ggd_load_row(job->compute, job->dh, row, column, n, buffer + 2 * PIECE);
+            job->compute->kernels->swiglu_backward(gate, up, dh, dgate, dup, h, n);
+            ggd_store_row(job->compute, dgate, job->dh, row, column, n);
+            ggd_store_row(job->compute, dup, job->dup, row, column, n);
+            ggd_store_row(job->compute, h, job->h, row, column, n);
+        }
+    }
+}
+
+void ggd_swiglu_backward(const ggd_compute *compute, size_t m, size_t n, ggd_activation gate, ggd_activation up,
+                         ggd_activation dh, ggd_activation dup, ggd_activation h) {
+    swiglu_job job = {.compute = compute, .m = m, .n = n, .gate = gate, .up = up, .h = h, .dh = dh, .dup = dup};
+    ggd_parallel(compute->threads, n_blocks(m), swiglu_backward_item, &job);
+}
+
+// ---- conversion ----
+
+static void to_activation_item(void *context, size_t item, size_t thread) {
+    (void)thread;
+    const norm_job *job = context;
+    for (size_t row = item * BLOCK_ROWS; row < block_end(job->m, item); row++) {
+        ggd_store_row(job->compute, job->x + row * job->ld, job->y, row, 0, job->n);
+    }
+}
+
+void ggd_to_activation(const ggd_compute *compute, size_t m, size_t n, const float *x, size_t ld, ggd_activation y) {
+    norm_job job = {.compute = compute, .m = m, .n = n, .ld = ld, .x = x, .y = y};
+    ggd_parallel(compute->threads, n_blocks(m), to_activation_item, &job);
+}

@@ -1,0 +1,46 @@
+// ops.h - the row-wise parts of a transformer: embedding, RMSNorm, RoPE, SwiGLU; each forward with its backward.
+#ifndef GGD_OPS_H
+#define GGD_OPS_H
+
+#include "gemm.h"
+#include "include/ggd.h"
+
+// Q, K and V lie side by side in one activation: (M, [Q | K | V]), each part starting at a multiple of GGD_PANEL_COLUMNS.
+typedef struct {
+    size_t n_heads, n_kv_heads, head_size;
+    size_t k_column, v_column;   // where K and V start
+    const float *cosine, *sine;  // (positions, D / 2)
+} ggd_heads;
+
+// x (M, C) float32 = embedding of each token + its sequence's offset + the mask token's added row.
+void ggd_embedding_forward(const ggd_compute *compute, const ggd_matrix *embedding, const ggd_batch *batch,
+                           const ggd_adapter *adapter, float *x, size_t ld);
+// Sums dx (M, C) over each sequence into grad_offset (B, C), assigned, and over the mask token's rows into the adapter, added.
+void ggd_embedding_backward(const ggd_compute *compute, const ggd_batch *batch, const ggd_adapter *adapter, size_t hidden,
+                            const float *dx, size_t ld, float *grad_offset);
+
+// y_j = x_j r w_j, r = 1 / sqrt(mean(x^2) + eps) kept in `scales` (M).
+void ggd_rmsnorm_forward(const ggd_compute *compute, size_t m, size_t n, const float *x, size_t ld, const float *weight,
+                         float eps, ggd_activation y, float *scales);
+// dx (M, n) float32 += the norm's input gradient; dx again as activation for the products that follow.
+void ggd_rmsnorm_backward(const ggd_compute *compute, size_t m, size_t n, const float *dy, const float *x, size_t ld,
+                          const float *weight, const float *scales, float *dx, ggd_activation dx_activation);
+
+// float32 Q, K, V to activations, Q and K rotated by each row's place in its segment.
+void ggd_rope_forward(const ggd_compute *compute, const ggd_batch *batch, const ggd_heads *heads, const float *qkv, size_t ld,
+                      ggd_activation rotated);
+
+// h = silu(gate) * up
+void ggd_swiglu_forward(const ggd_compute *compute, size_t m, size_t n, ggd_activation gate, ggd_activation up, ggd_activation h);
+// dh becomes d gate in place; d up and h are written.
+void ggd_swiglu_backward(const ggd_compute *compute, size_t m, size_t n, ggd_activation gate, ggd_activation up,
+                         ggd_activation dh, ggd_activation dup, ggd_activation h);
+
+// float32 (M, n) to activation.
+void ggd_to_activation(const ggd_compute *compute, size_t m, size_t n, const float *x, size_t ld, ggd_activation y);
+
+// One row's piece as float32: in place where activations are float32, else through `buffer`.
+const float *ggd_load_row(const ggd_compute *compute, ggd_activation x, size_t row, size_t column, size_t n, float *buffer);
+void ggd_store_row(const ggd_compute *compute, const float *values, ggd_activation x, size_t row, size_t column, size_t n);
+
+#endif

@@ -1,0 +1,247 @@
+// session.c - plans memory before taking it: one function lays all buffers out, once without memory to count the bytes and once in
+// the arena. After the first call of a size nothing is allocated any more.
+#include "session.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "attention.h"
+#include "error.h"
+
+enum { ALIGNMENT = 64, MAX_THREADS = 1024 };
+
+typedef struct {
+    uint8_t *base;  // NULL: count only
+    size_t offset;
+} arena;
+
+static void *take(arena *a, size_t count, size_t bytes) {
+    void *piece = a->base != NULL ? a->base + a->offset : NULL;
+    a->offset += ggd_round_up(count * bytes, ALIGNMENT);
+    return piece;
+}
+
+static ggd_activation take_activation(arena *a, ggd_element element, size_t rows, size_t ld) {
+    return (ggd_activation){take(a, rows * ld, ggd_element_bytes(element)), ld};
+}
+
+static size_t panel_multiple(size_t n) { return ggd_round_up(n, GGD_PANEL_COLUMNS); }
+
+// The parts of a layer that a policy computes again share one buffer among the layers.
+static void lay_out_layers(const ggd_session *s, arena *a, const ggd_capacity *c, ggd_buffers *b) {
+    const ggd_shape *shape = &s->model->shape;
+    size_t m = c->n_rows, n_layers = (size_t)shape->n_layers, ld_rank = panel_multiple(c->max_rank);
+    int keep_layers = c->gradients && s->options.keep != GGD_KEEP_BOUNDARIES;
+    int keep_ffn = c->gradients && s->options.keep == GGD_KEEP_ALL;
+    ggd_element e = s->compute.element;
+    ggd_layer_activations shared = {0};
+    for (size_t l = 0; l < n_layers; l++) {
+        ggd_layer_activations layer = shared;
+        if (l == 0 || keep_layers) {
+            layer.attn_normed = take_activation(a, e, m, s->ld_hidden);
+            layer.qkv = take_activation(a, e, m, s->ld_qkv);
+            layer.attn_out = take_activation(a, e, m, s->ld_queries);
+            layer.lse = take(a, m * (size_t)shape->n_heads, sizeof(float));
+            layer.x_mid = take(a, m * s->ld_hidden, sizeof(float));
+            layer.ffn_normed = take_activation(a, e, m, s->ld_hidden);
+            layer.attn_scales = take(a, m, sizeof(float));
+            layer.ffn_scales = take(a, m, sizeof(float));
+            for (int target = 0; target < GGD_N_TARGETS; target++) {
+                layer.p[target] = take_activation(a, e, c->max_rank > 0 ? m : 0, ld_rank);
+            }
+        }
+        if (l == 0 || keep_ffn) {
+            layer.gate = take_activation(a, e, m, s->ld_ffn);
+            layer.up = take_activation(a, e, m, s->ld_ffn);
+        }
+        if (b->layers != NULL) {
+            b->layers[l] = layer;
+        }
+        shared = layer;
+    }
+}
+
+static void lay_out_gradients(const ggd_session *s, arena *a, const ggd_capacity *c, ggd_buffers *b) {
+    size_t m = c->gradients ? c->n_rows : 0, ld_rank = panel_multiple(c->max_rank), widest = s->ld_ffn;
+    ggd_element e = s->compute.element;
+    widest = s->ld_hidden > widest ? s->ld_hidden : widest;
+    widest = s->ld_queries > widest ? s->ld_queries : widest;
+    b->dx = take(a, m * s->ld_hidden, sizeof(float));
+    b->dnormed = take(a, m * s->ld_hidden, sizeof(float));
+    b->dx_activation = take_activation(a, e, m, s->ld_hidden);
+    b->dgate = take_activation(a, e, m, s->ld_ffn);
+    b->dup = take_activation(a, e, m, s->ld_ffn);
+    b->dattn_out = take_activation(a, e, m, s->ld_queries);
+    b->dqkv = take_activation(a, e, m, s->ld_qkv);
+    b->linear.q = take_activation(a, e, c->max_rank > 0 ? m : 0, ld_rank);
+    b->linear.transposed = take_activation(a, e, m > 0 ? ld_rank : 0, panel_multiple(m + 1));
+    b->linear.product = take(a, m > 0 ? ld_rank * widest : 0, sizeof(float));
+    b->linear.ld_product = widest;
+}
+
+static void lay_out_loss(const ggd_session *s, arena *a, const ggd_capacity *c, ggd_buffers *b) {
+    size_t rows = c->n_rows < GGD_LOSS_ROWS ? c->n_rows : GGD_LOSS_ROWS, gradient_rows = c->gradients ? rows : 0;
+    ggd_element e = s->compute.element;
+    b->loss.normed = take_activation(a, e, rows, s->ld_hidden);
+    b->loss.scales = take(a, rows, sizeof(float));
+    b->loss.logits = take(a, rows * GGD_LOSS_TOKENS, sizeof(float));
+    b->loss.weights = take_activation(a, e, gradient_rows, GGD_LOSS_TOKENS);
+    b->loss.dnormed = take(a, gradient_rows * s->ld_hidden, sizeof(float));
+    b->loss.largest = take(a, rows, sizeof(float));
+    b->loss.target_logit = take(a, rows, sizeof(float));
+    b->loss.sum = take(a, rows, sizeof(double));
+    b->loss.rows = take(a, c->n_rows, sizeof(int32_t));
+    b->loss.ld = s->ld_hidden;
+}
+
+static size_t thread_scratch_bytes(const ggd_session *s, const ggd_capacity *c) {
+    size_t block = 1, reduction = s->ld_ffn > s->ld_qkv ? s->ld_ffn : s->ld_qkv;
+    for (int32_t l = 0; l < s->model->shape.n_layers; l++) {
+        for (int target = 0; target < GGD_N_TARGETS; target++) {
+            block = s->model->layers[l].linear[target].block > block ? s->model->layers[l].linear[target].block : block;
+        }
+    }
+    block = s->model->head.block > block ? s->model->head.block : block;
+    reduction = (s->ld_hidden > reduction ? s->ld_hidden : reduction) + c->max_rank;
+    reduction = GGD_LOSS_TOKENS > reduction ? GGD_LOSS_TOKENS : reduction;
+    size_t bytes = ggd_gemm_bytes_scratch(s->compute.element, reduction, block);
+    // LoRA gradients reduce over all rows, with operands that have no blocks.
+    size_t rows = ggd_gemm_bytes_scratch(s->compute.element, c->gradients ? c->n_rows : 0, 1);
+    size_t attention = ggd_attention_bytes_scratch(s->compute.element, &s->heads, c->max_segment_rows, c->gradients);
+    size_t row = (s->ld_qkv + s->ld_hidden) * sizeof(float);
+    bytes = rows > bytes ? rows : bytes;
+    bytes = attention > bytes ? attention : bytes;
+    return ggd_round_up(row > bytes ? row : bytes, 4096);
+}
+
+static size_t lay_out(const ggd_session *s, void *base, const ggd_capacity *c, ggd_buffers *b, size_t *bytes_thread) {
+    const ggd_shape *shape = &s->model->shape;
+    size_t n_layers = (size_t)shape->n_layers;
+    arena a = {base, 0};
+    *b = (ggd_buffers){0};
+    b->x = take(&a, n_layers + 1, sizeof *b->x);
+    b->layers = take(&a, n_layers, sizeof *b->layers);
+    b->pairs = take(&a, n_layers * GGD_N_TARGETS, sizeof *b->pairs);
+    // Without gradients two residual streams take turns.
+    float *streams[2] = {NULL, NULL};
+    for (size_t l = 0; l <= n_layers; l++) {
+        if (c->gradients || l < 2) {
+            streams[l % 2] = take(&a, c->n_rows * s->ld_hidden, sizeof(float));
+        }
+        if (b->x != NULL) {
+            b->x[l] = streams[l % 2];
+        }
+    }
+    lay_out_layers(s, &a, c, b);
+    b->qkv = take(&a, c->n_rows * s->ld_qkv, sizeof(float));
+    b->h = take_activation(&a, s->compute.element, c->n_rows, s->ld_ffn);
+    b->cosine = take(&a, c->max_segment_rows * (size_t)shape->head_size / 2, sizeof(float));
+    b->sine = take(&a, c->max_segment_rows * (size_t)shape->head_size / 2, sizeof(float));
+    lay_out_gradients(s, &a, c, b);
+    lay_out_loss(s, &a, c, b);
+    *bytes_thread = thread_scratch_bytes(s, c);
+    b->thread_scratch = take(&a, (size_t)s->options.n_threads * *bytes_thread, 1);
+    return a.offset;
+}
+
+static void fill_rope_table(ggd_session *s, size_t n_positions) {
+    size_t half = (size_t)s->model->shape.head_size / 2;
+    for (size_t position = 0; position < n_positions; position++) {
+        for (size_t i = 0; i < half; i++) {
+            double angle = (double)position * s->model->rope_frequencies[i];
+            s->buffers.cosine[position * half + i] = (float)cos(angle);
+            s->buffers.sine[position * half + i] = (float)sin(angle);
+        }
+    }
+    s->heads.cosine = s->buffers.cosine;
+    s->heads.sine = s->buffers.sine;
+}
+
+static size_t larger(size_t a, size_t b) { return a > b ? a : b; }
+
+int ggd_session_reserve(ggd_session *s, const ggd_capacity *wanted) {
+    const ggd_capacity *have = &s->capacity;
+    if (s->arena != NULL && wanted->n_rows <= have->n_rows && wanted->max_segment_rows <= have->max_segment_rows &&
+        wanted->max_rank <= have->max_rank && wanted->gradients <= have->gradients) {
+        return 0;
+    }
+    ggd_capacity grown = {larger(wanted->n_rows, have->n_rows), larger(wanted->max_segment_rows, have->max_segment_rows),
+                          larger(wanted->max_rank, have->max_rank), wanted->gradients || have->gradients};
+    free(s->arena);
+    s->arena = NULL;
+    s->capacity = (ggd_capacity){0};
+    size_t bytes = lay_out(s, NULL, &grown, &s->buffers, &s->compute.bytes_scratch);
+    s->arena = aligned_alloc(4096, ggd_round_up(bytes, 4096));
+    if (s->arena == NULL) {
+        s->bytes_arena = 0;
+        return ggd_fail("out of memory: a call of %zu rows needs %zu MiB", grown.n_rows, bytes >> 20);
+    }
+    // Pad columns of activations are read as parts of pairs; they must be zero, not leftovers.
+    memset(s->arena, 0, bytes);
+    s->bytes_arena = bytes;
+    lay_out(s, s->arena, &grown, &s->buffers, &s->compute.bytes_scratch);
+    s->compute.scratch = s->buffers.thread_scratch;
+    s->capacity = grown;
+    fill_rope_table(s, grown.max_segment_rows);
+    return 0;
+}
+
+int ggd_session_create(const ggd_model *model, const ggd_session_options *options, ggd_session **session) {
+    *session = NULL;
+    if (options->n_threads < 1 || options->n_threads > MAX_THREADS) {
+        return ggd_fail("%d threads: must be between 1 and %d", options->n_threads, MAX_THREADS);
+    }
+    ggd_session *s = calloc(1, sizeof *s);
+    if (s == NULL) {
+        return ggd_fail("out of memory for a session");
+    }
+    const ggd_shape *shape = &model->shape;
+    size_t head_size = (size_t)shape->head_size;
+    s->model = model;
+    s->options = *options;
+    s->compute.kernels = ggd_kernels_choose(options->use_simd);
+    s->compute.element = options->compute == GGD_COMPUTE_FAST ? s->compute.kernels->fast_element : GGD_ELEMENT_F32;
+    s->ld_hidden = panel_multiple((size_t)shape->hidden_size);
+    s->ld_ffn = panel_multiple((size_t)shape->feed_forward_size);
+    s->ld_queries = panel_multiple((size_t)shape->n_heads * head_size);
+    size_t ld_keys = panel_multiple((size_t)shape->n_kv_heads * head_size);
+    s->ld_qkv = s->ld_queries + 2 * ld_keys;
+    s->heads = (ggd_heads){.n_heads = (size_t)shape->n_heads,
+                           .n_kv_heads = (size_t)shape->n_kv_heads,
+                           .head_size = head_size,
+                           .k_column = s->ld_queries,
+                           .v_column = s->ld_queries + ld_keys};
+    s->compute.threads = ggd_threads_create((size_t)options->n_threads);
+    if (s->compute.threads == NULL) {
+        free(s);
+        return -1;
+    }
+    *session = s;
+    return 0;
+}
+
+void ggd_session_free(ggd_session *session) {
+    if (session == NULL) {
+        return;
+    }
+    ggd_threads_free(session->compute.threads);
+    free(session->arena);
+    free(session);
+}
+
+const char *ggd_session_kernels(const ggd_session *session) { return session->compute.kernels->name; }
+
+int ggd_session_plan(const ggd_session *session, int32_t n_rows, int32_t max_segment_rows, int32_t max_rank, int32_t gradients,
+                     size_t *bytes) {
+    if (n_rows < 1 || max_segment_rows < 1 || max_rank < 0) {
+        return ggd_fail("cannot plan %d rows in segments of %d at rank %d", n_rows, max_segment_rows, max_rank);
+    }
+    ggd_capacity wanted = {(size_t)n_rows, (size_t)max_segment_rows, (size_t)max_rank, gradients != 0};
+    ggd_buffers buffers;
+    size_t bytes_thread;
+    *bytes = lay_out(session, NULL, &wanted, &buffers, &bytes_thread);
+    return 0;
+}
+
+size_t ggd_session_bytes(const ggd_session *session) { return session->bytes_arena; }

@@ -1,0 +1,60 @@
+// session.h - everything mutable: workers, the memory plan, and one arena from which all buffers come.
+#ifndef GGD_SESSION_H
+#define GGD_SESSION_H
+
+#include "linear.h"
+#include "loss.h"
+#include "model.h"
+#include "ops.h"
+
+// What a layer's forward leaves for its backward.
+typedef struct {
+    ggd_activation attn_normed;       // (M, C)
+    ggd_activation qkv;               // (M, [Q | K | V]) after RoPE
+    ggd_activation attn_out;          // (M, H D)
+    float *lse;                       // (M, H)
+    float *x_mid;                     // (M, C) float32, the residual stream between attention and feed-forward
+    ggd_activation ffn_normed;        // (M, C)
+    ggd_activation gate, up;          // (M, F)
+    float *attn_scales, *ffn_scales;  // (M)
+    ggd_activation p[GGD_N_TARGETS];  // (M, R): A x of each LoRA pair
+} ggd_layer_activations;
+
+// Sizes that a plan is made for.
+typedef struct {
+    size_t n_rows, max_segment_rows, max_rank;
+    int gradients;
+} ggd_capacity;
+
+typedef struct {
+    float **x;                       // (L + 1): the residual stream, (M, C) float32, before each layer and after the last
+    ggd_layer_activations *layers;   // (L)
+    const ggd_lora_pair **pairs;     // (L, GGD_N_TARGETS), NULL where there is none
+    float *qkv;                      // (M, [Q | K | V]) float32, before RoPE
+    ggd_activation h;                // (M, F)
+    float *cosine, *sine;            // (longest segment, D / 2)
+    float *dx, *dnormed;             // (M, C) float32
+    ggd_activation dx_activation;    // (M, C)
+    ggd_activation dgate, dup;       // (M, F)
+    ggd_activation dattn_out, dqkv;  // (M, H D), (M, [dQ | dK | dV])
+    ggd_linear_scratch linear;
+    ggd_loss_scratch loss;
+    uint8_t *thread_scratch;
+} ggd_buffers;
+
+struct ggd_session {
+    const ggd_model *model;
+    ggd_session_options options;
+    ggd_compute compute;
+    ggd_heads heads;
+    size_t ld_hidden, ld_queries, ld_qkv, ld_ffn;  // row strides in elements
+    ggd_capacity capacity;
+    ggd_buffers buffers;
+    void *arena;
+    size_t bytes_arena;
+};
+
+// Makes sure that the buffers hold a call of this size; allocates only if they do not.
+int ggd_session_reserve(ggd_session *session, const ggd_capacity *wanted);
+
+#endif
