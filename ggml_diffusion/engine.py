@@ -1,0 +1,546 @@
+"""The engine: a frozen GGUF model that computes logits, losses and gradients.
+
+`Q4Model` is the C core behind NumPy arrays. It knows tokens, rows, masks and LoRA arrays; it deliberately knows no
+text, no noise, no time, no optimizer. An engine is `from_gguf`, `logits`, `embed`, `loss`, `loss_and_gradients`, `close`; nothing
+above this file may know more of it. The only importer of the compiled extension.
+
+Letters: B sequences, T tokens a sequence, M rows (all tokens that are no padding), C hidden size, V vocabulary, R rank.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ggml_diffusion._native import ffi, lib
+from ggml_diffusion.adapter_file import load_adapter
+from ggml_diffusion.errors import UserError
+from ggml_diffusion.lora import LoraAdapter, TargetModule, lora_ranks
+from ggml_diffusion.model_file import ModelFile, file_sha256, read_model
+
+Compute = Literal["fast", "f32"]
+Keep = Literal["all", "without-ffn", "boundaries"]
+
+MASK_EMBEDDING = "mask_embedding"
+
+_COMPUTE = {"fast": lib.GGD_COMPUTE_FAST, "f32": lib.GGD_COMPUTE_F32}
+_KEEP = {
+    "all": lib.GGD_KEEP_ALL,
+    "without-ffn": lib.GGD_KEEP_WITHOUT_FFN,
+    "boundaries": lib.GGD_KEEP_BOUNDARIES,
+}
+# In the order of the core's GGD_ATTN_Q ... GGD_FFN_DOWN.
+_TARGET_IDS = {module.gguf_name: number for number, module in enumerate(TargetModule)}
+
+
+@dataclass(frozen=True)
+class LossResult:
+    """Loss of a batch.
+
+    Attributes:
+        loss: sum of weights * cross-entropy, nats, not normalised.
+        row_loss: (B, T) float32, cross-entropy in nats of the rows with a weight, else 0.
+        row_correct: (B, T) bool, whether the target is the most probable token of a row with a weight.
+        offset_gradient: (B, C) float32, d loss / d embedding_offset; None where no gradients were asked for.
+
+    """
+
+    loss: float
+    row_loss: NDArray[np.float32]
+    row_correct: NDArray[np.bool_]
+    offset_gradient: NDArray[np.float32] | None = None
+
+
+def default_threads() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _check(status: int) -> None:
+    if status != 0:
+        raise UserError(ffi.string(lib.ggd_last_error()).decode(errors="replace"))
+
+
+def _pointer(kind: str, array: NDArray[Any] | None) -> Any:
+    return ffi.NULL if array is None else ffi.cast(kind, array.ctypes.data)
+
+
+class _Rows:
+    """The rows of a padded batch without its padding, cut into segments that attend to each other only.
+
+    Attributes:
+        valid: (B, T) bool, False at padding.
+        tokens: (M,) int32.
+        batch: the core's `ggd_batch *`; valid while this object lives.
+
+    """
+
+    def __init__(
+        self,
+        model: "Q4Model",
+        tokens: ArrayLike,
+        causal_ratio: float,
+        embedding_offset: ArrayLike | None,
+        lengths: ArrayLike | None,
+        document_ids: ArrayLike | None,
+        bernoulli_seed: int | None,
+    ) -> None:
+        ids = _token_array(tokens)
+        n_sequences, n_tokens = ids.shape
+        self.valid = _valid_positions(ids.shape, lengths)
+        self.tokens = np.ascontiguousarray(ids[self.valid], dtype=np.int32)
+        self._segments = _segments(self.valid, _documents(ids.shape, document_ids))
+        self._offset = None
+        if embedding_offset is not None:
+            self._offset = np.ascontiguousarray(embedding_offset, dtype=np.float32)
+            if self._offset.shape != (n_sequences, model.C):
+                raise ValueError(
+                    f"embedding_offset has the shape {self._offset.shape}, not {(n_sequences, model.C)}"
+                )
+        self.batch = ffi.new("ggd_batch *")
+        self.batch.n_rows = len(self.tokens)
+        self.batch.tokens = _pointer("const int32_t *", self.tokens)
+        self.batch.n_segments = len(self._segments)
+        self.batch.segments = _pointer("const ggd_segment *", self._segments)
+        self.batch.n_sequences = n_sequences
+        self.batch.embedding_offset = _pointer("const float *", self._offset)
+        self.batch.causal_ratio = causal_ratio
+        self.batch.bernoulli = bernoulli_seed is not None
+        self.batch.bernoulli_seed = (bernoulli_seed or 0) % 2**64
+
+    def take(self, array: ArrayLike, dtype: type[np.generic], name: str) -> NDArray[Any]:
+        """The (M,) rows of a (B, T) array."""
+        values = np.asarray(array)
+        if values.shape != self.valid.shape:
+            raise ValueError(f"{name} has the shape {values.shape}, not {self.valid.shape}")
+        return np.ascontiguousarray(values[self.valid], dtype=dtype)
+
+    def spread(self, rows: NDArray[Any]) -> NDArray[Any]:
+        """(M, ...) rows back to (B, T, ...), zero at padding."""
+        padded = np.zeros(self.valid.shape + rows.shape[1:], dtype=rows.dtype)
+        padded[self.valid] = rows
+        return padded
+
+
+def _token_array(tokens: ArrayLike) -> NDArray[Any]:
+    ids = np.asarray(tokens)
+    if ids.ndim != 2 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(f"tokens must be a (B, T) array of integers, not {ids.dtype} of the shape {ids.shape}")
+    if ids.max() >= 2**31 or ids.min() < -(2**31):
+        raise UserError(f"token id {int(np.abs(ids).max())} is outside the vocabulary")
+    return ids
+
+
+def _valid_positions(shape: tuple[int, ...], lengths: ArrayLike | None) -> NDArray[np.bool_]:
+    n_sequences, n_tokens = shape
+    if lengths is None:
+        return np.ones(shape, dtype=bool)
+    counts = np.asarray(lengths)
+    if counts.shape != (n_sequences,) or counts.min() < 1 or counts.max() > n_tokens:
+        raise ValueError(f"lengths must be ({n_sequences},) numbers between 1 and {n_tokens}")
+    return np.asarray(np.arange(n_tokens)[None, :] < counts[:, None])
+
+
+def _documents(shape: tuple[int, ...], document_ids: ArrayLike | None) -> NDArray[np.int32]:
+    if document_ids is None:
+        return np.zeros(shape, dtype=np.int32)
+    documents = np.asarray(document_ids, dtype=np.int32)
+    if documents.shape != shape:
+        raise ValueError(f"document_ids has the shape {documents.shape}, not {shape}")
+    return documents
+
+
+def _segments(valid: NDArray[np.bool_], documents: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Runs of one document: (n, 4) int32 as the core's ggd_segment: first_row, n_rows, sequence, first_position."""
+    segments = []
+    row = 0
+    for sequence, n_tokens in enumerate(valid.sum(axis=1)):
+        ids = documents[sequence, :n_tokens]
+        starts = np.flatnonzero(np.diff(ids, prepend=ids[0] - 1))
+        if len(np.unique(ids)) != len(starts):
+            raise ValueError(f"the documents of sequence {sequence} are not contiguous")
+        for start, end in zip(starts, [*starts[1:], n_tokens], strict=True):
+            segments.append((row + start, end - start, sequence, start))
+        row += n_tokens
+    return np.array(segments, dtype=np.int32)
+
+
+class Q4Model:
+    """A frozen autoregressive model whose packed weights stay mapped in its GGUF file.
+
+    Not safe for calls from several threads at once; one call runs on `n_threads` of its own. The same input gives the same bits
+    for any number of threads.
+    """
+
+    def __init__(self, file: ModelFile, n_threads: int, compute: Compute, use_simd: bool, keep: Keep) -> None:
+        """Use `from_gguf`."""
+        self._file = file
+        self._n_threads = n_threads
+        self._compute = compute
+        self._model: Any = ffi.NULL
+        self._session: Any = ffi.NULL
+        model = ffi.new("ggd_model **")
+        _check(lib.ggd_model_load(os.fsencode(file.path), model))
+        self._model = model[0]
+        options = ffi.new("ggd_session_options *")
+        options.n_threads = n_threads
+        options.compute = _COMPUTE[compute]
+        options.use_simd = use_simd
+        options.keep = _KEEP[keep]
+        session = ffi.new("ggd_session **")
+        try:
+            _check(lib.ggd_session_create(self._model, options, session))
+        except UserError:
+            self.close()
+            raise
+        self._session = session[0]
+
+    @classmethod
+    def from_gguf(
+        cls,
+        path: str | os.PathLike[str],
+        n_threads: int | None = None,
+        *,
+        compute: Compute = "fast",
+        use_simd: bool = True,
+        keep: Keep = "all",
+    ) -> "Q4Model":
+        """Open a model.
+
+        Args:
+            path: a GGUF file of a supported architecture.
+            n_threads: worker threads; None = the processors that this process may use.
+            compute: "fast" multiplies in bfloat16 where the processor can (sums and the residual stream are float32), "f32" in
+                float32.
+            use_simd: False selects the naive reference kernels.
+            keep: what a training step keeps for its backward: "all", "without-ffn" (gate and up are computed again) or
+                "boundaries" (each layer is). The gradients are the same.
+
+        Raises:
+            UserError: the file is missing, damaged or not supported; the message says why in one line.
+
+        """
+        if n_threads is not None and n_threads < 1:
+            raise UserError(f"the number of threads must be at least 1, not {n_threads}")
+        return cls(read_model(path), n_threads or default_threads(), compute, use_simd, keep)
+
+    def close(self) -> None:
+        """Free the model's memory; every other call is an error afterwards."""
+        lib.ggd_session_free(self._session)
+        lib.ggd_model_free(self._model)
+        self._session = self._model = ffi.NULL
+
+    def __enter__(self) -> "Q4Model":
+        """Close the model at the end of a `with` block."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """See `close`."""
+        self.close()
+
+    def __del__(self) -> None:
+        """Free the core's memory with the object."""
+        if getattr(self, "_model", ffi.NULL) != ffi.NULL:
+            self.close()
+
+    @property
+    def L(self) -> int:
+        """Layers."""
+        return self._file.L
+
+    @property
+    def C(self) -> int:
+        """Hidden size."""
+        return self._file.C
+
+    @property
+    def H(self) -> int:
+        """Query heads."""
+        return self._file.H
+
+    @property
+    def G(self) -> int:
+        """Key/value heads."""
+        return self._file.G
+
+    @property
+    def D(self) -> int:
+        """Head size."""
+        return self._file.D
+
+    @property
+    def F(self) -> int:
+        """Feed-forward size."""
+        return self._file.F
+
+    @property
+    def V(self) -> int:
+        """Vocabulary size."""
+        return self._file.V
+
+    @property
+    def context_length(self) -> int:
+        """Longest sequence that the base was trained for, tokens."""
+        return self._file.context_length
+
+    @property
+    def tied_head(self) -> bool:
+        """Whether the head reads the token embedding's rows."""
+        return self._file.tied_head
+
+    @property
+    def file(self) -> ModelFile:
+        """The file's header."""
+        return self._file
+
+    @property
+    def path(self) -> Path:
+        """The GGUF file."""
+        return Path(self._file.path)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the whole file, hexadecimal; read on first use."""
+        return file_sha256(self._file.path)
+
+    @property
+    def n_threads(self) -> int:
+        """Worker threads."""
+        return self._n_threads
+
+    @property
+    def compute(self) -> Compute:
+        """Arithmetic: "fast" or "f32"."""
+        return self._compute
+
+    @property
+    def kernels(self) -> str:
+        """Name of the kernel set in use."""
+        return str(ffi.string(lib.ggd_session_kernels(self._open())).decode())
+
+    @property
+    def description(self) -> str:
+        """One line for people."""
+        return (
+            f"{self.path.name}: {self._file.arch}, L {self.L}, C {self.C}, H {self.H}/{self.G}, D {self.D}, F {self.F}, V {self.V}; "
+            f"{self.kernels} kernels, {self.n_threads} threads"
+        )
+
+    def memory_bytes(self, n_rows: int, longest: int, rank: int = 0, gradients: bool = True) -> int:
+        """Bytes that a call takes beside the mapped file.
+
+        Args:
+            n_rows: M, tokens of the batch.
+            longest: tokens of its longest document.
+            rank: largest R of the adapter.
+            gradients: for `loss_and_gradients` or for the other calls.
+
+        """
+        n_bytes = ffi.new("size_t *")
+        _check(lib.ggd_session_plan(self._open(), n_rows, longest, rank, gradients, n_bytes))
+        return int(n_bytes[0])
+
+    def embed(self, tokens: ArrayLike) -> NDArray[np.float32]:
+        """Token embeddings, (B, T) -> (B, T, C) float32, without offset and mask row.
+
+        Raises:
+            UserError: a token id outside the vocabulary.
+
+        """
+        self._open()
+        ids = np.ascontiguousarray(_token_array(tokens), dtype=np.int32)
+        rows = np.empty((*ids.shape, self.C), dtype=np.float32)
+        ids_pointer, rows_pointer = _pointer("const int32_t *", ids), _pointer("float *", rows)
+        _check(lib.ggd_model_embed(self._model, ids.size, ids_pointer, rows_pointer))
+        return rows
+
+    def logits(
+        self,
+        tokens: ArrayLike,
+        causal_ratio: float = 1.0,
+        adapter: LoraAdapter | str | os.PathLike[str] | None = None,
+        embedding_offset: ArrayLike | None = None,
+        *,
+        lengths: ArrayLike | None = None,
+        document_ids: ArrayLike | None = None,
+        select: ArrayLike | None = None,
+    ) -> NDArray[np.float32]:
+        """Raw logits; the mask token's is not suppressed.
+
+        Args:
+            tokens: (B, T) integers.
+            causal_ratio: 1 = fully causal, 0 = fully bidirectional; a future key has the weight 1 - causal_ratio.
+            adapter: LoRA arrays, or the path of a .safetensors or .gguf adapter.
+            embedding_offset: (B, C), added to every input embedding of a sequence.
+            lengths: (B,), tokens of each sequence that are no padding; None = T.
+            document_ids: (B, T), attention stays within runs of the same number.
+            select: (B, T) bool, rows whose logits are wanted, in row order.
+
+        Returns:
+            (B, T, V) float32, zero at padding; with `select` (n_selected, V).
+
+        Raises:
+            UserError: a token outside the vocabulary, a sequence longer than the context, an adapter that does not fit.
+            ValueError: arrays of wrong shape.
+
+        """
+        self._open()
+        rows = _Rows(self, tokens, causal_ratio, embedding_offset, lengths, document_ids, None)
+        wanted = rows.valid if select is None else np.asarray(select, dtype=bool)
+        chosen = np.flatnonzero(rows.take(wanted, np.bool_, "select")).astype(np.int32)
+        logits = np.empty((len(chosen), self.V), dtype=np.float32)
+        native = self._native_adapter(adapter, None)
+        row_pointer, logits_pointer = _pointer("const int32_t *", chosen), _pointer("float *", logits)
+        _check(lib.ggd_logits(self._session, rows.batch, native.struct, len(chosen), row_pointer, logits_pointer))
+        return rows.spread(logits) if select is None else logits
+
+    def loss(
+        self,
+        tokens: ArrayLike,
+        targets: ArrayLike,
+        weights: ArrayLike,
+        causal_ratio: float = 1.0,
+        adapter: LoraAdapter | str | os.PathLike[str] | None = None,
+        embedding_offset: ArrayLike | None = None,
+        *,
+        lengths: ArrayLike | None = None,
+        document_ids: ArrayLike | None = None,
+        bernoulli_seed: int | None = None,
+    ) -> LossResult:
+        """Weighted cross-entropy without gradients; see `loss_and_gradients`."""
+        self._open()
+        rows = _Rows(self, tokens, causal_ratio, embedding_offset, lengths, document_ids, bernoulli_seed)
+        objective = _Objective(rows, targets, weights)
+        native = self._native_adapter(adapter, None)
+        _check(lib.ggd_loss(self._session, rows.batch, native.struct, objective.struct))
+        return objective.result(None)
+
+    def loss_and_gradients(
+        self,
+        tokens: ArrayLike,
+        targets: ArrayLike,
+        weights: ArrayLike,
+        causal_ratio: float,
+        adapter: LoraAdapter,
+        gradients: Mapping[str, NDArray[np.float32]],
+        embedding_offset: ArrayLike | None = None,
+        *,
+        lengths: ArrayLike | None = None,
+        document_ids: ArrayLike | None = None,
+        bernoulli_seed: int | None = None,
+    ) -> LossResult:
+        """Weighted cross-entropy and its gradients.
+
+        The mask token's logit is -inf where the adapter names one. Arrays beyond those of `logits`:
+
+        Args:
+            tokens: (B, T) integers, what the network sees (masked).
+            targets: (B, T) integers by output row: the token that the row's hidden state predicts.
+            weights: (B, T) float32 by output row, 0 where a row predicts nothing.
+            causal_ratio: see `logits`.
+            adapter: LoRA arrays and mask row.
+            gradients: an array for each LoRA tensor of the adapter, and optionally for "mask_embedding"; C-contiguous float32. The
+                gradients are added to them.
+            embedding_offset: see `logits`; its gradient is in the result.
+            lengths: see `logits`.
+            document_ids: see `logits`.
+            bernoulli_seed: future keys are visible with probability 1 - causal_ratio by this seed's pattern, instead of being
+                weighted by it; None = weighted.
+
+        Raises:
+            UserError: as `logits`.
+            ValueError: arrays of wrong shape or type.
+
+        """
+        self._open()
+        rows = _Rows(self, tokens, causal_ratio, embedding_offset, lengths, document_ids, bernoulli_seed)
+        objective = _Objective(rows, targets, weights)
+        native = self._native_adapter(adapter, gradients)
+        offset_gradient = np.zeros((rows.valid.shape[0], self.C), dtype=np.float32)
+        offset_pointer = _pointer("float *", offset_gradient)
+        _check(
+            lib.ggd_loss_and_gradients(self._session, rows.batch, native.struct, objective.struct, offset_pointer)
+        )
+        return objective.result(offset_gradient)
+
+    def _open(self) -> Any:
+        if self._session == ffi.NULL:
+            raise ValueError("the model is closed")
+        return self._session
+
+    def _native_adapter(
+        self,
+        adapter: LoraAdapter | str | os.PathLike[str] | None,
+        gradients: Mapping[str, NDArray[np.float32]] | None,
+    ) -> "_NativeAdapter":
+        if isinstance(adapter, str | os.PathLike):
+            adapter = load_adapter(adapter, self._file.arch)
+        if adapter is not None:
+            adapter.check(self._file)
+        return _NativeAdapter(adapter, gradients)
+
+
+class _Objective:
+    """The core's `ggd_objective` and the arrays that it points to."""
+
+    def __init__(self, rows: _Rows, targets: ArrayLike, weights: ArrayLike) -> None:
+        self._rows = rows
+        self._targets = rows.take(targets, np.int32, "targets")
+        self._weights = rows.take(weights, np.float32, "weights")
+        self._row_loss = np.empty(len(rows.tokens), dtype=np.float32)
+        self._row_correct = np.empty(len(rows.tokens), dtype=np.uint8)
+        self.struct = ffi.new("ggd_objective *")
+        self.struct.targets = _pointer("const int32_t *", self._targets)
+        self.struct.weights = _pointer("const float *", self._weights)
+        self.struct.row_loss = _pointer("float *", self._row_loss)
+        self.struct.row_correct = _pointer("uint8_t *", self._row_correct)
+
+    def result(self, offset_gradient: NDArray[np.float32] | None) -> LossResult:
+        row_correct = self._rows.spread(self._row_correct.astype(bool))
+        return LossResult(self.struct.loss, self._rows.spread(self._row_loss), row_correct, offset_gradient)
+
+
+class _NativeAdapter:
+    """The core's `ggd_adapter` over an adapter's own arrays, and where their gradients go."""
+
+    def __init__(self, adapter: LoraAdapter | None, gradients: Mapping[str, NDArray[np.float32]] | None) -> None:
+        self.struct = ffi.NULL
+        if adapter is None:
+            return
+        self._adapter = adapter
+        ranks = lora_ranks(adapter.tensors)
+        self._pairs = ffi.new("ggd_lora_pair[]", max(len(ranks), 1))
+        for pair, (name, rank) in zip(self._pairs, ranks.items(), strict=False):
+            _, layer, projection, _ = name.split(".")
+            pair.layer, pair.target, pair.rank = int(layer), _TARGET_IDS[projection], rank
+            pair.scale = adapter.alpha / rank
+            pair.a = _pointer("const float *", adapter.tensors[name + ".lora_a"])
+            pair.b = _pointer("const float *", adapter.tensors[name + ".lora_b"])
+            if gradients is not None:
+                pair.grad_a = _gradient(name + ".lora_a", adapter.tensors, gradients)
+                pair.grad_b = _gradient(name + ".lora_b", adapter.tensors, gradients)
+        self.struct = ffi.new("ggd_adapter *")
+        self.struct.n_pairs = len(ranks)
+        self.struct.pairs = self._pairs
+        self.struct.mask_token_id = -1 if adapter.mask_token_id is None else adapter.mask_token_id
+        if adapter.mask_embedding is not None:
+            self.struct.mask_embedding = _pointer("const float *", adapter.mask_embedding)
+            if gradients is not None and MASK_EMBEDDING in gradients:
+                shapes = {MASK_EMBEDDING: adapter.mask_embedding}
+                self.struct.grad_mask_embedding = _gradient(MASK_EMBEDDING, shapes, gradients)
+
+
+def _gradient(
+    name: str, tensors: Mapping[str, NDArray[np.float32]], gradients: Mapping[str, NDArray[np.float32]]
+) -> Any:
+    target = gradients.get(name)
+    if target is None or target.shape != tensors[name].shape:
+        raise ValueError(f"gradients['{name}'] must be an array of the shape {tensors[name].shape}")
+    if target.dtype != np.float32 or not target.flags.c_contiguous or not target.flags.writeable:
+        raise ValueError(f"gradients['{name}'] must be a contiguous, writable float32 array")
+    return _pointer("float *", target)
