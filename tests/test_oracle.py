@@ -15,10 +15,9 @@ import make_tiny_gguf as tiny
 import numpy as np
 import oracle
 import pytest
+from cases import MASK, TEXT, mean_kl, random_adapter, random_batch
 from conftest import TinyModel, sizes_for
 from llama_reference import Request, llama_logits, llama_tokens
-
-TEXT = "The old mill by the river ground corn for the whole village; in winter, the wheel froze."
 
 # llama.cpp computes in float32: logits of size 2 after a few sums over C and F are off by some 1e-6 (1.5e-5
 # where a small RoPE base makes large angles), and the KL divergence, quadratic in that, is 2e-13 to 8e-13.
@@ -37,45 +36,6 @@ SHAPES: dict[str, dict[str, Any]] = {
     "large eps": {"eps": 0.02},
     "SentencePiece": {"tokenizer": "spm", "V": 400},
 }
-
-
-def mean_kl(reference: oracle.Array, other: Any) -> float:
-    """Mean over the rows of KL(reference || other) in nats, from logits (T, V)."""
-    p, q = (log_softmax(np.asarray(x, np.float64)) for x in (reference, other))
-    return float(np.mean(np.sum(np.exp(p) * (p - q), axis=1)))
-
-
-def log_softmax(logits: oracle.Array) -> oracle.Array:
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    result: oracle.Array = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    return result
-
-
-def random_adapter(
-    model: oracle.OracleModel, *, rank: int, B: int, seed: int = 0, mask_token_id: int | None = 3
-) -> oracle.Adapter:
-    """All seven projections adapted, B not zero, so that the adapter moves the logits by about their own size."""
-    rng = np.random.default_rng(seed)
-    parameters: dict[str, oracle.Array] = {}
-    for name, weight in model.weights.items():
-        if weight.ndim == 2 and name.startswith("blk."):
-            parameters[name + ".lora_a"] = rng.standard_normal((rank, weight.shape[1])) / np.sqrt(
-                weight.shape[1]
-            )
-            parameters[name + ".lora_b"] = rng.standard_normal((weight.shape[0], rank)) * weight.std() * 2.0
-    scale = model.weights["token_embd.weight"].std()
-    parameters["mask_embedding"] = rng.standard_normal(model.C) * scale
-    parameters["embedding_offset"] = rng.standard_normal((B, model.C)) * scale
-    return oracle.Adapter(parameters, alpha=float(np.sqrt(rank)), mask_token_id=mask_token_id)
-
-
-def random_batch(model: oracle.OracleModel, *, B: int, T: int, seed: int = 0) -> oracle.Batch:
-    rng = np.random.default_rng(seed)
-    tokens = rng.integers(10, model.V, (B, T)).astype(np.int32)
-    tokens[rng.random((B, T)) < 0.4] = 3
-    targets = rng.integers(10, model.V, (B, T)).astype(np.int32)
-    weights = np.where(rng.random((B, T)) < 0.5, rng.random((B, T)), 0.0).astype(np.float32)
-    return oracle.Batch(tokens, targets, weights)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -105,7 +65,7 @@ def test_its_adapter_is_that_of_llama_cpp(tiny_model: TinyModel, tmp_path: Path)
     model = oracle.load_model(path)
     adapter = random_adapter(model, rank=3, B=1)
     tokens = llama_tokens(path, TEXT)
-    tokens[::3] = 3
+    tokens[::3] = MASK
     _write_adapter(tmp_path / "adapter.gguf", adapter)
     x = oracle.embeddings(model, adapter, tokens, adapter.parameters["embedding_offset"][0]).astype(
         np.float32
@@ -170,7 +130,7 @@ def test_its_gradients_are_its_finite_differences(
     tiny_model: TinyModel, causal_ratio: float, seed: int | None
 ) -> None:
     model = oracle.load_model(tiny_model(C=32, F=40, H=4, G=2, L=2))
-    batch = random_batch(model, B=3, T=7)
+    batch = random_batch(model.V, B=3, T=7)
     batch = replace(
         batch,
         lengths=np.array([7, 1, 5], np.int32),
@@ -240,12 +200,12 @@ def test_documents_of_a_sequence_do_not_see_each_other(tiny_model: TinyModel) ->
 
 def test_the_mask_token_is_never_predicted_and_has_no_part_in_the_loss(tiny_model: TinyModel) -> None:
     model = oracle.load_model(tiny_model())
-    batch = random_batch(model, B=1, T=6)
-    adapter = oracle.Adapter({}, mask_token_id=3)
+    batch = random_batch(model.V, B=1, T=6)
+    adapter = oracle.Adapter({}, mask_token_id=MASK)
     result = oracle.loss_and_gradients(model, adapter, batch, 1.0)
-    logits = np.delete(oracle.batch_logits(model, batch.tokens, 1.0)[0], 3, axis=1)
+    logits = np.delete(oracle.batch_logits(model, batch.tokens, 1.0)[0], MASK, axis=1)
     used = np.flatnonzero(batch.weights[0])
-    column = batch.targets[0] - 1  # all targets lie above the removed column 3
+    column = batch.targets[0] - 1  # all targets lie above the removed column
     expected = np.log(np.exp(logits).sum(1)) - logits[np.arange(6), column]
     np.testing.assert_allclose(result.row_loss[0, used], expected[used], rtol=1e-12)
     assert result.loss == pytest.approx(np.sum(batch.weights[0] * expected), rel=1e-12)
