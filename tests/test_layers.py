@@ -12,26 +12,31 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
+COMPONENTS = {"engine", "data", "corruption", "annealing", "time_embedding", "optim", "metrics", "sampling"}
 PYTHON_LAYERS = (
     {"__init__", "__main__"},
     {"cli"},
-    {"convert", "demo", "display"},
-    {"trainer", "evaluate", "generate", "identity", "diffusion_model", "export.inspect"},
-    {"engine", "data", "corruption", "annealing", "time_embedding", "optim", "metrics", "config", "sampling"},
-    {"adapter_file", "checkpoint", "export", "export.gguf_adapter", "_native"},
-    {"lora", "model_file", "gguf_reader", "tokenizer", "output_rows"},
+    {"demo", "display"},
+    {"convert"},
+    {"trainer", "evaluate", "generate", "identity", "diffusion_model", "inspect"},
+    {"config"},
+    COMPONENTS,
+    {"adapter_file", "checkpoint", "gguf_adapter", "_native"},
+    {"lora", "model_file", "gguf_reader", "safetensors_file", "tokenizer"},
+    {"durable", "output_rows"},
     {"errors", "_core"},
 )
 C_LAYERS = (
+    {"api"},
     {"session", "transformer"},
     {"linear", "attention", "ops", "loss"},
     {"model", "arch"},
-    {"gemm", "unpack"},
+    {"gemm"},
     {"matrix", "kernels", "threads"},
     {"error", "include/ggd"},
 )
 CONFIG_READERS = {"__init__", "cli", "convert", "trainer"}
-GGML_USERS = {"model", "unpack"}
+GGML_USERS = {"model"}
 
 
 def module_name(path: Path) -> str:
@@ -79,15 +84,16 @@ def c_includes(path: Path) -> list[str]:
     return re.findall(r'^\s*#\s*include\s+["<]([^">]+)[">]', path.read_text(encoding="utf-8"), re.MULTILINE)
 
 
+def c_file_included(name: str, path: Path) -> Path | None:
+    """Return the file of csrc/ that an include of a file means, or None for a header from elsewhere."""
+    folders = (path.parent, ROOT / "csrc", ROOT / "csrc" / "include")
+    return next(((folder / name).resolve() for folder in folders if (folder / name).is_file()), None)
+
+
 def c_units_used(path: Path) -> set[str]:
     """Units of csrc/ which a file includes."""
-    used = set()
-    for name in c_includes(path):
-        for folder in (path.parent, ROOT / "csrc", ROOT / "csrc" / "include"):
-            if (folder / name).is_file():
-                used.add(c_unit((folder / name).resolve()))
-                break
-    return used - {c_unit(path)}
+    found = (c_file_included(name, path) for name in c_includes(path))
+    return {c_unit(included) for included in found if included} - {c_unit(path)}
 
 
 def layer_faults(layers: tuple[set[str], ...], uses: dict[str, set[str]]) -> list[str]:
@@ -135,6 +141,13 @@ def test_config_is_seen_by_the_command_line_convert_and_the_trainer_only():
     assert readers <= CONFIG_READERS
 
 
+def test_the_components_below_the_trainer_do_not_import_each_other():
+    uses = python_uses()
+    assert {
+        name: uses[name] & COMPONENTS for name in COMPONENTS & uses.keys() if uses[name] & COMPONENTS
+    } == {}
+
+
 def test_only_the_engine_imports_the_compiled_extension():
     uses = python_uses()
     assert {name for name, used in uses.items() if "_core" in used} == {"_native"}
@@ -145,8 +158,13 @@ def test_c_files_include_their_own_layer_or_lower_ones():
     assert layer_faults(C_LAYERS, c_uses()) == []
 
 
-def test_no_c_units_include_each_other():
-    TopologicalSorter(c_uses()).prepare()
+def test_no_c_headers_include_each_other():
+    headers = [path for path in c_files() if path.suffix == ".h"]
+    uses = {
+        path: {found for name in c_includes(path) if (found := c_file_included(name, path))}
+        for path in headers
+    }
+    TopologicalSorter(uses).prepare()
 
 
 def test_kernels_include_nothing_of_the_core_but_themselves():
