@@ -34,7 +34,7 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> None:
         UserError: writing failed; `path` is as it was, and the temporary file is gone.
 
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")  # what a killed process left is overwritten by the next
     try:
         write(temporary)
         fsync_path(temporary)
