@@ -1,0 +1,127 @@
+"""AdamW, clipping by the global norm, and the learning rate of each step.
+
+All work in place on one flat float32 vector, in chunks that fit the cache, so that their temporaries cost
+next to nothing beside the two moments. The order of every sum is fixed: same input, same bits.
+
+Deliberately not here: which parameters are decayed (the trainer says so), what to do about gradients that are
+not finite (the trainer sees the norm).
+Sources: AdamW [Loshchilov and Hutter 2019, arXiv:1711.05101], algorithm 2 with the decay scaled by the
+learning rate alone, as PyTorch has it.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+LearningRateSchedule = Literal["constant", "cosine"]
+
+_CHUNK = 1 << 15  # elements; six float32 arrays of that size fit a 1 MB cache
+
+
+class AdamW:
+    """The optimizer's moments and its step.
+
+    Attributes:
+        first_moment, second_moment: float32, of the parameters' size, zero at the start; assign into them to
+            resume.
+        step_count: steps taken; the bias corrections depend on it.
+
+    """
+
+    def __init__(
+        self,
+        parameters: NDArray[np.float32],
+        decayed: Iterable[slice],
+        *,
+        weight_decay: float = 0.01,
+        beta1: float = 0.9,
+        beta2: float = 0.999,
+        epsilon: float = 1e-8,
+    ) -> None:
+        """Take hold of the parameters.
+
+        Args:
+            parameters: (n,) float32, contiguous, changed in place by every step.
+            decayed: the parts of it that weight decay applies to; they do not overlap.
+            weight_decay: decoupled: a decayed parameter shrinks by learning_rate * weight_decay of itself a
+                step.
+            beta1: memory of the first moment.
+            beta2: memory of the second moment.
+            epsilon: added to the root of the second moment.
+
+        """
+        self.parameters = parameters
+        self.decayed = list(decayed)
+        self.weight_decay = weight_decay
+        self.beta1, self.beta2, self.epsilon = beta1, beta2, epsilon
+        self.first_moment = np.zeros_like(parameters)
+        self.second_moment = np.zeros_like(parameters)
+        self.step_count = 0
+
+    def step(self, gradients: NDArray[np.float32], learning_rate: float) -> None:
+        """Move the parameters by one step against the gradients (n,), which are left as they are."""
+        self.step_count += 1
+        for part in self.decayed:
+            self.parameters[part] *= np.float32(1.0 - learning_rate * self.weight_decay)
+        step_size = np.float32(learning_rate / (1.0 - self.beta1**self.step_count))
+        root_correction = np.float32(1.0 / math.sqrt(1.0 - self.beta2**self.step_count))
+        new_share1, new_share2 = np.float32(1.0 - self.beta1), np.float32(1.0 - self.beta2)
+        scratch = np.empty(min(_CHUNK, self.parameters.size), dtype=np.float32)
+        for start in range(0, self.parameters.size, _CHUNK):
+            chunk = slice(start, min(start + _CHUNK, self.parameters.size))
+            gradient, work = gradients[chunk], scratch[: chunk.stop - start]
+            first, second = self.first_moment[chunk], self.second_moment[chunk]
+            np.multiply(gradient, new_share1, out=work)
+            first *= np.float32(self.beta1)
+            first += work
+            np.multiply(gradient, gradient, out=work)
+            work *= new_share2
+            second *= np.float32(self.beta2)
+            second += work
+            np.sqrt(second, out=work)
+            work *= root_correction
+            work += np.float32(self.epsilon)
+            np.divide(first, work, out=work)
+            work *= step_size
+            self.parameters[chunk] -= work
+
+
+def clip_by_global_norm(gradients: NDArray[np.float32], max_norm: float) -> float:
+    """Scale gradients (n,) in place so that their Euclidean norm is at most `max_norm`.
+
+    Returns:
+        The norm before clipping; if it is NaN or infinite the gradients are left as they are.
+
+    """
+    squares = 0.0
+    for start in range(0, gradients.size, _CHUNK):
+        chunk = gradients[start : start + _CHUNK].astype(np.float64)
+        squares += float(np.square(chunk, out=chunk).sum())
+    norm = math.sqrt(squares)
+    if math.isfinite(norm) and norm > max_norm:
+        gradients *= np.float32(max_norm / norm)
+    return norm
+
+
+def learning_rate_at(
+    step: int,
+    *,
+    peak: float,
+    warmup_steps: int,
+    total_steps: int,
+    schedule: LearningRateSchedule = "cosine",
+) -> float:
+    """The learning rate of optimizer step `step`, counted from 0.
+
+    It rises linearly over the warm-up, whose last step has the peak. Then it stays there (constant), or falls
+    on half a cosine that would be 0 at `total_steps` (cosine).
+    """
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    if schedule == "constant":
+        return peak
+    share = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    return peak * 0.5 * (1.0 + math.cos(math.pi * share))
