@@ -79,6 +79,7 @@ class TextDataLoader:
         n_documents: documents in the text.
         n_skipped: documents without any token, which are left out.
         held_out_fraction: share of the sequences that the split "held_out" has.
+        n_sequences: sequences of the split.
         n_tokens: tokens of the split, end-of-text included.
         epoch: of the next pass.
 
@@ -125,8 +126,12 @@ class TextDataLoader:
         self._read(tokenizer)
         self._select(split)
 
-    def with_split(self, split: Split) -> "TextDataLoader":
+    def with_split(self, split: Split, batch_size: int | None = None) -> "TextDataLoader":
         """A loader of another split of the same text, which is shared and not read again.
+
+        Args:
+            split: as for a new loader.
+            batch_size: None = the same as here.
 
         Raises:
             UserError: the split has no sequences.
@@ -134,19 +139,21 @@ class TextDataLoader:
         """
         other = copy.copy(self)
         other.epoch = 0
+        other.batch_size = batch_size or self.batch_size
         other._select(split)
         return other
 
     def _select(self, split: Split) -> None:
         """Take the sequences of one split, in the order of the text."""
         whole, rest = divmod(len(self._stream), self.sequence_length)
-        n_sequences = whole + (rest >= 2)  # a single token has nothing to be predicted from
-        self._rows = _rows_of_split(n_sequences, split, self.held_out_fraction)
+        n_all = whole + (rest >= 2)  # a single token has nothing to be predicted from
+        self._rows = _rows_of_split(n_all, split, self.held_out_fraction)
         if len(self._rows) == 0:
             raise UserError(
-                f"{self._names()}: the text makes {n_sequences} sequences of {self.sequence_length} tokens, "
+                f"{self._names()}: the text makes {n_all} sequences of {self.sequence_length} tokens, "
                 f"none of which is left for the split '{split}': add text, or shorten the sequences"
             )
+        self.n_sequences = len(self._rows)
         self.n_tokens = int(self._lengths(self._rows).sum())
         self._ordered_epoch = -1
         self._order: NDArray[np.int64] = np.empty(0, dtype=np.int64)
@@ -178,7 +185,7 @@ class TextDataLoader:
 
     def __len__(self) -> int:
         """Batches an epoch."""
-        return -(-len(self._rows) // self.batch_size)
+        return -(-self.n_sequences // self.batch_size)
 
     def __iter__(self) -> Iterator[TokenBatch]:
         """The batches of the next epoch."""
@@ -214,7 +221,7 @@ class TextDataLoader:
         """The order of the split's sequences in an epoch; that of the last epoch asked for is kept."""
         if self._ordered_epoch != epoch:
             bits = np.random.Philox(key=[self.seed, epoch], counter=[0, 0, 0, _ORDER_STREAM])
-            self._order = np.random.Generator(bits).permutation(len(self._rows))
+            self._order = np.random.Generator(bits).permutation(self.n_sequences)
             self._ordered_epoch = epoch
         return self._order
 

@@ -134,9 +134,8 @@ def test_times_keep_above_the_least_one():
     assert times.min() >= 0.05 and times.max() <= 1.0
     # 1000 strata of width 0.00095
     assert times.min() < 0.052 and times.max() > 0.998
-    assert stratified_times(4, generator(), num_timesteps=2, min_time=0.5) == pytest.approx(
-        [1.0, 0.75, 0.75, 1.0], abs=0.25
-    )
+    # Two equal steps above 0.5 end at 0.75 and 1.
+    assert sorted(stratified_times(4, generator(), num_timesteps=2, min_time=0.5)) == [0.75, 0.75, 1.0, 1.0]
 
 
 def test_the_same_generator_state_gives_the_same_times():

@@ -141,7 +141,8 @@ def test_a_batch_can_be_found_by_its_number_in_the_endless_stream(corpus):
 
 def test_training_and_held_out_sequences_share_none_and_leave_none(corpus):
     train = loader_of(corpus, held_out_fraction=0.25)
-    held_out, everything = train.with_split("held_out"), train.with_split("all")
+    held_out, everything = train.with_split("held_out"), train.with_split("all", batch_size=1000)
+    assert (len(everything), len(everything.batch_at(0)), train.batch_size) == (1, everything.n_sequences, 3)
     places = {
         name: {sequence.__array_interface__["data"][0] for sequence in loader.sequences}
         for name, loader in (("train", train), ("held_out", held_out), ("all", everything))
