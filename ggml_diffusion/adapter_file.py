@@ -159,7 +159,7 @@ class DiffusionCheckpoint:
 
         """
         path = Path(path)
-        return _from_gguf(path) if _is_gguf(path) else _from_safetensors(path)
+        return _from_gguf(path) if is_gguf(path) else _from_safetensors(path)
 
 
 def load_adapter(path: str | Path, arch: str | None = None) -> LoraAdapter:
@@ -174,7 +174,7 @@ def load_adapter(path: str | Path, arch: str | None = None) -> LoraAdapter:
 
     """
     path = Path(path)
-    if not _is_gguf(path):
+    if not is_gguf(path):
         return _from_safetensors(path).adapter()
     adapter, file = read_gguf_adapter(path)
     if arch is not None and file.arch != arch:
@@ -182,7 +182,8 @@ def load_adapter(path: str | Path, arch: str | None = None) -> LoraAdapter:
     return adapter
 
 
-def _is_gguf(path: Path) -> bool:
+def is_gguf(path: Path) -> bool:
+    """Whether a file says of itself that it is GGUF; False also if it cannot be read."""
     try:
         with path.open("rb") as file:
             return file.read(4) == b"GGUF"
