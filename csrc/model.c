@@ -78,10 +78,12 @@ static int read_shape(loader *l) {
     if (read_count(l, "attention.key_length", s->hidden_size / s->n_heads, &s->head_size)) {
         return -1;
     }
-    if (s->hidden_size < 2 || s->hidden_size % 2 || s->feed_forward_size < 2 || s->feed_forward_size % 2 || s->head_size < 2 ||
-        s->head_size % 2 || s->context_length < 1 || s->head_size > 4096) {
-        return ggd_fail("hidden size %d, feed-forward size %d and head size %d must be even and positive", s->hidden_size,
-                        s->feed_forward_size, s->head_size);
+    if (s->hidden_size < 1 || s->feed_forward_size < 1 || s->context_length < 1) {
+        return ggd_fail("hidden size %d, feed-forward size %d and context length %d must be positive", s->hidden_size,
+                        s->feed_forward_size, s->context_length);
+    }
+    if (s->head_size < 2 || s->head_size % 2 != 0 || s->head_size > 4096) {
+        return ggd_fail("head size %d must be even, for RoPE's pairs, and at most 4096", s->head_size);
     }
     return 0;
 }

@@ -187,6 +187,18 @@ int ggd_session_reserve(ggd_session *s, const ggd_capacity *wanted) {
     return 0;
 }
 
+// Fast products are for weights that were quantised anyway: bfloat16 would take from float weights what their file still has.
+static int has_float_weights(const ggd_model *model) {
+    for (int32_t l = 0; l < model->shape.n_layers; l++) {
+        for (int target = 0; target < GGD_N_TARGETS; target++) {
+            if (model->layers[l].linear[target].block == 1) {
+                return 1;
+            }
+        }
+    }
+    return 0;
+}
+
 int ggd_session_create(const ggd_model *model, const ggd_session_options *options, ggd_session **session) {
     *session = NULL;
     if (options->n_threads < 1 || options->n_threads > MAX_THREADS) {
@@ -201,7 +213,8 @@ int ggd_session_create(const ggd_model *model, const ggd_session_options *option
     s->model = model;
     s->options = *options;
     s->compute.kernels = ggd_kernels_choose(options->use_simd);
-    s->compute.element = options->compute == GGD_COMPUTE_FAST ? s->compute.kernels->fast_element : GGD_ELEMENT_F32;
+    int fast = options->compute == GGD_COMPUTE_FAST && !has_float_weights(model);
+    s->compute.element = fast ? s->compute.kernels->fast_element : GGD_ELEMENT_F32;
     s->ld_hidden = panel_multiple((size_t)shape->hidden_size);
     s->ld_ffn = panel_multiple((size_t)shape->feed_forward_size);
     s->ld_queries = panel_multiple((size_t)shape->n_heads * head_size);

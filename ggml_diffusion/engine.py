@@ -130,7 +130,9 @@ class _Rows:
 def _token_array(tokens: ArrayLike) -> NDArray[Any]:
     ids = np.asarray(tokens)
     if ids.ndim != 2 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
-        raise ValueError(f"tokens must be a (B, T) array of integers, not {ids.dtype} of the shape {ids.shape}")
+        raise ValueError(
+            f"tokens must be a (B, T) array of integers, not {ids.dtype} of the shape {ids.shape}"
+        )
     if ids.max() >= 2**31 or ids.min() < -(2**31):
         raise UserError(f"token id {int(np.abs(ids).max())} is outside the vocabulary")
     return ids
@@ -215,8 +217,8 @@ class Q4Model:
         Args:
             path: a GGUF file of a supported architecture.
             n_threads: worker threads; None = the processors that this process may use.
-            compute: "fast" multiplies in bfloat16 where the processor can (sums and the residual stream are float32), "f32" in
-                float32.
+            compute: "fast" multiplies in bfloat16 where the processor can and the weights are quantised (sums and the residual
+                stream are float32), "f32" always in float32.
             use_simd: False selects the naive reference kernels.
             keep: what a training step keeps for its backward: "all", "without-ffn" (gate and up are computed again) or
                 "boundaries" (each layer is). The gradients are the same.
@@ -324,11 +326,16 @@ class Q4Model:
         return str(ffi.string(lib.ggd_session_kernels(self._open())).decode())
 
     @property
+    def element(self) -> str:
+        """Element type of the matrix products: "bfloat16" or "float32"."""
+        return str(ffi.string(lib.ggd_session_element(self._open())).decode())
+
+    @property
     def description(self) -> str:
         """One line for people."""
         return (
             f"{self.path.name}: {self._file.arch}, L {self.L}, C {self.C}, H {self.H}/{self.G}, D {self.D}, F {self.F}, V {self.V}; "
-            f"{self.kernels} kernels, {self.n_threads} threads"
+            f"{self.element} products, {self.kernels} kernels, {self.n_threads} threads"
         )
 
     def memory_bytes(self, n_rows: int, longest: int, rank: int = 0, gradients: bool = True) -> int:
@@ -396,7 +403,9 @@ class Q4Model:
         logits = np.empty((len(chosen), self.V), dtype=np.float32)
         native = self._native_adapter(adapter, None)
         row_pointer, logits_pointer = _pointer("const int32_t *", chosen), _pointer("float *", logits)
-        _check(lib.ggd_logits(self._session, rows.batch, native.struct, len(chosen), row_pointer, logits_pointer))
+        _check(
+            lib.ggd_logits(self._session, rows.batch, native.struct, len(chosen), row_pointer, logits_pointer)
+        )
         return rows.spread(logits) if select is None else logits
 
     def loss(
@@ -464,7 +473,9 @@ class Q4Model:
         offset_gradient = np.zeros((rows.valid.shape[0], self.C), dtype=np.float32)
         offset_pointer = _pointer("float *", offset_gradient)
         _check(
-            lib.ggd_loss_and_gradients(self._session, rows.batch, native.struct, objective.struct, offset_pointer)
+            lib.ggd_loss_and_gradients(
+                self._session, rows.batch, native.struct, objective.struct, offset_pointer
+            )
         )
         return objective.result(offset_gradient)
 
@@ -508,7 +519,9 @@ class _Objective:
 class _NativeAdapter:
     """The core's `ggd_adapter` over an adapter's own arrays, and where their gradients go."""
 
-    def __init__(self, adapter: LoraAdapter | None, gradients: Mapping[str, NDArray[np.float32]] | None) -> None:
+    def __init__(
+        self, adapter: LoraAdapter | None, gradients: Mapping[str, NDArray[np.float32]] | None
+    ) -> None:
         self.struct = ffi.NULL
         if adapter is None:
             return

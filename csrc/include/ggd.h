@@ -35,6 +35,7 @@ typedef struct {
     int32_t tied_head;          // 1: the head reads the token embedding's rows
 } ggd_shape;
 
+// Fast: products in bfloat16, where the processor multiplies them and the weights are quantised; sums are float32 always.
 enum { GGD_COMPUTE_FAST = 0, GGD_COMPUTE_F32 = 1 };
 
 // What the forward of a training step keeps for its backward; the gradients are identical.
@@ -116,8 +117,10 @@ int ggd_model_embed(const ggd_model *model, int32_t n_tokens, const int32_t *tok
 
 int ggd_session_create(const ggd_model *model, const ggd_session_options *options, ggd_session **session);
 void ggd_session_free(ggd_session *session);
-// Name of the kernel set in use, and of the element type of its matrix products.
+// Name of the kernel set in use.
 const char *ggd_session_kernels(const ggd_session *session);
+// Element type of its matrix products, "bfloat16" or "float32".
+const char *ggd_session_element(const ggd_session *session);
 // Bytes that a call would take: n_rows of at most max_segment_rows, LoRA pairs of at most max_rank, with or without gradients.
 int ggd_session_plan(const ggd_session *session, int32_t n_rows, int32_t max_segment_rows, int32_t max_rank, int32_t gradients,
                      size_t *bytes);
