@@ -1,10 +1,11 @@
 """The engine: a frozen GGUF model that computes logits, losses and gradients.
 
-`Q4Model` is the C core behind NumPy arrays. It knows tokens, rows, masks and LoRA arrays; it deliberately knows no
-text, no noise, no time, no optimizer. An engine is `from_gguf`, `logits`, `embed`, `loss`, `loss_and_gradients`, `close`; nothing
-above this file may know more of it. The only importer of the compiled extension.
+`Q4Model` is the C core behind NumPy arrays. It knows tokens, rows, masks and LoRA arrays; it deliberately
+knows no text, no noise, no time, no optimizer. An engine is `from_gguf`, `logits`, `embed`, `loss`,
+`loss_and_gradients`, `close`; nothing above this file may know more of it. The only user of the extension.
 
-Letters: B sequences, T tokens a sequence, M rows (all tokens that are no padding), C hidden size, V vocabulary, R rank.
+Letters: B sequences, T tokens a sequence, M rows (all tokens that are no padding), C hidden size,
+V vocabulary, R rank.
 """
 
 import os
@@ -91,7 +92,7 @@ class _Rows:
         bernoulli_seed: int | None,
     ) -> None:
         ids = _token_array(tokens)
-        n_sequences, n_tokens = ids.shape
+        n_sequences = ids.shape[0]
         self.valid = _valid_positions(ids.shape, lengths)
         self.tokens = np.ascontiguousarray(ids[self.valid], dtype=np.int32)
         self._segments = _segments(self.valid, _documents(ids.shape, document_ids))
@@ -158,7 +159,7 @@ def _documents(shape: tuple[int, ...], document_ids: ArrayLike | None) -> NDArra
 
 
 def _segments(valid: NDArray[np.bool_], documents: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Runs of one document: (n, 4) int32 as the core's ggd_segment: first_row, n_rows, sequence, first_position."""
+    """Runs of one document, (n, 4) int32, as the core's ggd_segment has its fields."""
     segments = []
     row = 0
     for sequence, n_tokens in enumerate(valid.sum(axis=1)):
@@ -175,8 +176,8 @@ def _segments(valid: NDArray[np.bool_], documents: NDArray[np.int32]) -> NDArray
 class Q4Model:
     """A frozen autoregressive model whose packed weights stay mapped in its GGUF file.
 
-    Not safe for calls from several threads at once; one call runs on `n_threads` of its own. The same input gives the same bits
-    for any number of threads.
+    Not safe for calls from several threads at once; one call runs on `n_threads` of its own. The same input
+    gives the same bits for any number of threads.
     """
 
     def __init__(self, file: ModelFile, n_threads: int, compute: Compute, use_simd: bool, keep: Keep) -> None:
@@ -205,7 +206,7 @@ class Q4Model:
     @classmethod
     def from_gguf(
         cls,
-        path: str | os.PathLike[str],
+        path: str | Path,
         n_threads: int | None = None,
         *,
         compute: Compute = "fast",
@@ -217,11 +218,11 @@ class Q4Model:
         Args:
             path: a GGUF file of a supported architecture.
             n_threads: worker threads; None = the processors that this process may use.
-            compute: "fast" multiplies in bfloat16 where the processor can and the weights are quantised (sums and the residual
-                stream are float32), "f32" always in float32.
+            compute: "fast" multiplies in bfloat16 where the processor can and the weights are quantised (sums
+                and the residual stream are float32), "f32" always in float32.
             use_simd: False selects the naive reference kernels.
-            keep: what a training step keeps for its backward: "all", "without-ffn" (gate and up are computed again) or
-                "boundaries" (each layer is). The gradients are the same.
+            keep: what a training step keeps for its backward: "all", "without-ffn" (gate and up are computed
+                again) or "boundaries" (each layer is). The gradients are the same.
 
         Raises:
             UserError: the file is missing, damaged or not supported; the message says why in one line.
@@ -334,8 +335,8 @@ class Q4Model:
     def description(self) -> str:
         """One line for people."""
         return (
-            f"{self.path.name}: {self._file.arch}, L {self.L}, C {self.C}, H {self.H}/{self.G}, D {self.D}, F {self.F}, V {self.V}; "
-            f"{self.element} products, {self.kernels} kernels, {self.n_threads} threads"
+            f"{self.path.name}: {self._file.arch}, L {self.L}, C {self.C}, H {self.H}/{self.G}, D {self.D}, "
+            f"F {self.F}, V {self.V}; {self.element} products, {self.kernels} kernels, {self.n_threads} threads"
         )
 
     def memory_bytes(self, n_rows: int, longest: int, rank: int = 0, gradients: bool = True) -> int:
@@ -370,7 +371,7 @@ class Q4Model:
         self,
         tokens: ArrayLike,
         causal_ratio: float = 1.0,
-        adapter: LoraAdapter | str | os.PathLike[str] | None = None,
+        adapter: LoraAdapter | str | Path | None = None,
         embedding_offset: ArrayLike | None = None,
         *,
         lengths: ArrayLike | None = None,
@@ -381,7 +382,8 @@ class Q4Model:
 
         Args:
             tokens: (B, T) integers.
-            causal_ratio: 1 = fully causal, 0 = fully bidirectional; a future key has the weight 1 - causal_ratio.
+            causal_ratio: 1 = fully causal, 0 = fully bidirectional; a future key has the weight
+                1 - causal_ratio.
             adapter: LoRA arrays, or the path of a .safetensors or .gguf adapter.
             embedding_offset: (B, C), added to every input embedding of a sequence.
             lengths: (B,), tokens of each sequence that are no padding; None = T.
@@ -392,7 +394,8 @@ class Q4Model:
             (B, T, V) float32, zero at padding; with `select` (n_selected, V).
 
         Raises:
-            UserError: a token outside the vocabulary, a sequence longer than the context, an adapter that does not fit.
+            UserError: a token outside the vocabulary, a sequence longer than the context, an adapter that
+                does not fit.
             ValueError: arrays of wrong shape.
 
         """
@@ -414,7 +417,7 @@ class Q4Model:
         targets: ArrayLike,
         weights: ArrayLike,
         causal_ratio: float = 1.0,
-        adapter: LoraAdapter | str | os.PathLike[str] | None = None,
+        adapter: LoraAdapter | str | Path | None = None,
         embedding_offset: ArrayLike | None = None,
         *,
         lengths: ArrayLike | None = None,
@@ -453,13 +456,13 @@ class Q4Model:
             weights: (B, T) float32 by output row, 0 where a row predicts nothing.
             causal_ratio: see `logits`.
             adapter: LoRA arrays and mask row.
-            gradients: an array for each LoRA tensor of the adapter, and optionally for "mask_embedding"; C-contiguous float32. The
-                gradients are added to them.
+            gradients: an array for each LoRA tensor of the adapter, and optionally for "mask_embedding";
+                C-contiguous float32. The gradients are added to them.
             embedding_offset: see `logits`; its gradient is in the result.
             lengths: see `logits`.
             document_ids: see `logits`.
-            bernoulli_seed: future keys are visible with probability 1 - causal_ratio by this seed's pattern, instead of being
-                weighted by it; None = weighted.
+            bernoulli_seed: future keys are visible with probability 1 - causal_ratio by this seed's pattern,
+                instead of being weighted by it; None = weighted.
 
         Raises:
             UserError: as `logits`.
@@ -486,10 +489,10 @@ class Q4Model:
 
     def _native_adapter(
         self,
-        adapter: LoraAdapter | str | os.PathLike[str] | None,
+        adapter: LoraAdapter | str | Path | None,
         gradients: Mapping[str, NDArray[np.float32]] | None,
     ) -> "_NativeAdapter":
-        if isinstance(adapter, str | os.PathLike):
+        if isinstance(adapter, str | Path):
             adapter = load_adapter(adapter, self._file.arch)
         if adapter is not None:
             adapter.check(self._file)
