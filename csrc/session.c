@@ -245,6 +245,10 @@ void ggd_session_free(ggd_session *session) {
 
 const char *ggd_session_kernels(const ggd_session *session) { return session->compute.kernels->name; }
 
+const char *ggd_session_element(const ggd_session *session) {
+    return session->compute.element == GGD_ELEMENT_BF16 ? "bfloat16" : "float32";
+}
+
 int ggd_session_plan(const ggd_session *session, int32_t n_rows, int32_t max_segment_rows, int32_t max_rank, int32_t gradients,
                      size_t *bytes) {
     if (n_rows < 1 || max_segment_rows < 1 || max_rank < 0) {

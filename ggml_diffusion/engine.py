@@ -336,7 +336,8 @@ class Q4Model:
         """One line for people."""
         return (
             f"{self.path.name}: {self._file.arch}, L {self.L}, C {self.C}, H {self.H}/{self.G}, D {self.D}, "
-            f"F {self.F}, V {self.V}; {self.element} products, {self.kernels} kernels, {self.n_threads} threads"
+            f"F {self.F}, V {self.V}; {self.element} products, {self.kernels} kernels, "
+            f"{self.n_threads} threads"
         )
 
     def memory_bytes(self, n_rows: int, longest: int, rank: int = 0, gradients: bool = True) -> int:
