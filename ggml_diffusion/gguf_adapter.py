@@ -73,6 +73,7 @@ def write_gguf_adapter(
             writer.write_tensors_to_file()
         finally:
             writer.close()
+        read_gguf(temporary)  # a file that could not be read back must not take the place of one that can
 
     replace_file(path, write)
 
