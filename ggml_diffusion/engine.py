@@ -23,6 +23,7 @@ from ggml_diffusion.adapter_file import load_adapter
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.lora import LoraAdapter, TargetModule, lora_ranks
 from ggml_diffusion.model_file import ModelFile, file_sha256, read_model
+from ggml_diffusion.segments import document_array, find_segments, token_array, valid_positions
 
 Compute = Literal["fast", "f32"]
 Keep = Literal["all", "without-ffn", "boundaries"]
@@ -91,11 +92,11 @@ class _Rows:
         document_ids: ArrayLike | None,
         bernoulli_seed: int | None,
     ) -> None:
-        ids = _token_array(tokens)
+        ids = token_array(tokens)
         n_sequences = ids.shape[0]
-        self.valid = _valid_positions(ids.shape, lengths)
+        self.valid = valid_positions(ids.shape, lengths)
         self.tokens = np.ascontiguousarray(ids[self.valid], dtype=np.int32)
-        self._segments = _segments(self.valid, _documents(ids.shape, document_ids))
+        self._segments = find_segments(self.valid, document_array(ids.shape, document_ids))
         self._offset = None
         if embedding_offset is not None:
             self._offset = np.ascontiguousarray(embedding_offset, dtype=np.float32)
@@ -126,51 +127,6 @@ class _Rows:
         padded = np.zeros(self.valid.shape + rows.shape[1:], dtype=rows.dtype)
         padded[self.valid] = rows
         return padded
-
-
-def _token_array(tokens: ArrayLike) -> NDArray[Any]:
-    ids = np.asarray(tokens)
-    if ids.ndim != 2 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
-        raise ValueError(
-            f"tokens must be a (B, T) array of integers, not {ids.dtype} of the shape {ids.shape}"
-        )
-    if ids.max() >= 2**31 or ids.min() < -(2**31):
-        raise UserError(f"token id {int(np.abs(ids).max())} is outside the vocabulary")
-    return ids
-
-
-def _valid_positions(shape: tuple[int, ...], lengths: ArrayLike | None) -> NDArray[np.bool_]:
-    n_sequences, n_tokens = shape
-    if lengths is None:
-        return np.ones(shape, dtype=bool)
-    counts = np.asarray(lengths)
-    if counts.shape != (n_sequences,) or counts.min() < 1 or counts.max() > n_tokens:
-        raise ValueError(f"lengths must be ({n_sequences},) numbers between 1 and {n_tokens}")
-    return np.asarray(np.arange(n_tokens)[None, :] < counts[:, None])
-
-
-def _documents(shape: tuple[int, ...], document_ids: ArrayLike | None) -> NDArray[np.int32]:
-    if document_ids is None:
-        return np.zeros(shape, dtype=np.int32)
-    documents = np.asarray(document_ids, dtype=np.int32)
-    if documents.shape != shape:
-        raise ValueError(f"document_ids has the shape {documents.shape}, not {shape}")
-    return documents
-
-
-def _segments(valid: NDArray[np.bool_], documents: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Runs of one document, (n, 4) int32, as the core's ggd_segment has its fields."""
-    segments = []
-    row = 0
-    for sequence, n_tokens in enumerate(valid.sum(axis=1)):
-        ids = documents[sequence, :n_tokens]
-        starts = np.flatnonzero(np.diff(ids, prepend=ids[0] - 1))
-        if len(np.unique(ids)) != len(starts):
-            raise ValueError(f"the documents of sequence {sequence} are not contiguous")
-        for start, end in zip(starts, [*starts[1:], n_tokens], strict=True):
-            segments.append((row + start, end - start, sequence, start))
-        row += n_tokens
-    return np.array(segments, dtype=np.int32)
 
 
 class Q4Model:
@@ -362,7 +318,7 @@ class Q4Model:
 
         """
         self._open()
-        ids = np.ascontiguousarray(_token_array(tokens), dtype=np.int32)
+        ids = np.ascontiguousarray(token_array(tokens), dtype=np.int32)
         rows = np.empty((*ids.shape, self.C), dtype=np.float32)
         ids_pointer, rows_pointer = _pointer("const int32_t *", ids), _pointer("float *", rows)
         _check(lib.ggd_model_embed(self._model, ids.size, ids_pointer, rows_pointer))

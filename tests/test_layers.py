@@ -23,7 +23,7 @@ PYTHON_LAYERS = (
     COMPONENTS,
     {"adapter_file", "checkpoint", "gguf_adapter", "_native"},
     {"lora", "model_file", "gguf_reader", "safetensors_file", "tokenizer"},
-    {"durable", "output_rows"},
+    {"durable", "output_rows", "segments"},
     {"errors", "_core"},
 )
 C_LAYERS = (

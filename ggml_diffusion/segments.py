@@ -1,0 +1,74 @@
+"""Padded batches as rows and segments: which positions count, and which attend to each other.
+
+Pure NumPy, for the engine; deliberately knows nothing of the core. Letters: B sequences, T tokens.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ggml_diffusion.errors import UserError
+
+
+def token_array(tokens: ArrayLike) -> NDArray[np.integer[Any]]:
+    """Tokens as a non-empty (B, T) array of integers.
+
+    Raises:
+        ValueError: another shape or type.
+        UserError: an id that no vocabulary holds.
+
+    """
+    ids = np.asarray(tokens)
+    if ids.ndim != 2 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(
+            f"tokens must be a (B, T) array of integers, not {ids.dtype} of the shape {ids.shape}"
+        )
+    if ids.max() >= 2**31 or ids.min() < -(2**31):
+        raise UserError(f"token id {int(np.abs(ids).max())} is outside the vocabulary")
+    return ids
+
+
+def valid_positions(shape: tuple[int, ...], lengths: ArrayLike | None) -> NDArray[np.bool_]:
+    """Where a (B, T) batch is no padding: (B, T) bool from lengths (B,), all of it without them."""
+    n_sequences, n_tokens = shape
+    if lengths is None:
+        return np.ones(shape, dtype=bool)
+    counts = np.asarray(lengths)
+    if counts.shape != (n_sequences,) or counts.min() < 1 or counts.max() > n_tokens:
+        raise ValueError(f"lengths must be ({n_sequences},) numbers between 1 and {n_tokens}")
+    return np.asarray(np.arange(n_tokens)[None, :] < counts[:, None])
+
+
+def document_array(shape: tuple[int, ...], document_ids: ArrayLike | None) -> NDArray[np.int32]:
+    """Document numbers (B, T) int32, one document a sequence where none are given."""
+    if document_ids is None:
+        return np.zeros(shape, dtype=np.int32)
+    documents = np.asarray(document_ids, dtype=np.int32)
+    if documents.shape != shape:
+        raise ValueError(f"document_ids has the shape {documents.shape}, not {shape}")
+    return documents
+
+
+def find_segments(valid: NDArray[np.bool_], documents: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Runs of one document in the rows of a batch without its padding.
+
+    Returns:
+        (n, 4) int32, the fields of the core's ggd_segment: first row, number of rows, sequence, position of
+        the first row in its sequence.
+
+    Raises:
+        ValueError: a document appears twice in a sequence, with another one between.
+
+    """
+    segments = []
+    row = 0
+    for sequence, n_tokens in enumerate(valid.sum(axis=1)):
+        ids = documents[sequence, :n_tokens]
+        starts = np.flatnonzero(np.diff(ids, prepend=ids[0] - 1))
+        if len(np.unique(ids)) != len(starts):
+            raise ValueError(f"the documents of sequence {sequence} are not contiguous")
+        for start, end in zip(starts, [*starts[1:], n_tokens], strict=True):
+            segments.append((row + start, end - start, sequence, start))
+        row += n_tokens
+    return np.array(segments, dtype=np.int32)
