@@ -49,7 +49,7 @@ _STATE_KEYS: dict[str, type] = {
 _STATE_FILE, _ADAPTER_FILE, _MANIFEST_FILE = "state.safetensors", "adapter.safetensors", "manifest.json"
 _LATEST_FILE = "latest"
 _FOLDER_NAME = re.compile(r"step-(\d{8,})(?:-(\d+))?")
-_UNFINISHED_PREFIX = ".unfinished-"  # being written, or being deleted
+_UNFINISHED_PREFIX = ".unfinished-"
 
 
 @dataclass
@@ -124,7 +124,7 @@ def save_state(
         raise UserError(f"{folder}: the checkpoint of step {state.step} was not saved: {reason}") from error
     replace_file(folder / _LATEST_FILE, lambda path: _write_text(path, saved.name + "\n"))
     for old in [other for other in _newest_first(folder) if other != saved][max(keep, 2) - 1 :]:
-        _delete(old)
+        shutil.rmtree(old, ignore_errors=True)
     return saved
 
 
@@ -232,14 +232,6 @@ def _read_latest(folder: Path) -> str:
 
 def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
-
-
-def _delete(path: Path) -> None:
-    """Delete a checkpoint; renamed first, so that a half-deleted one is not taken for a damaged one."""
-    hidden = path.with_name(f"{_UNFINISHED_PREFIX}{path.name}")
-    with contextlib.suppress(OSError):
-        os.rename(path, hidden)
-        shutil.rmtree(hidden, ignore_errors=True)
 
 
 def _delete_unfinished(folder: Path) -> None:
