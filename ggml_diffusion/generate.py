@@ -26,25 +26,35 @@ class GenerationConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    steps: int = Field(64, ge=1, description="Denoising steps; each is one forward pass.")
+    steps: int = Field(default=64, ge=1, description="Denoising steps; each is one forward pass.")
     order: RevealOrder = Field(
-        RevealOrder.CONFIDENCE,
+        default=RevealOrder.CONFIDENCE,
         description="Positions revealed first: at random, or the surest by confidence, margin or entropy.",
     )
     temperature: float = Field(
-        1.0, ge=0.0, allow_inf_nan=False, description="Temperature of the draw; 0 takes the likeliest token."
+        default=1.0,
+        ge=0.0,
+        allow_inf_nan=False,
+        description="Temperature of the draw; 0 takes the likeliest token.",
     )
-    top_k: int = Field(0, ge=0, description="Draw from the k likeliest tokens only; 0 = from all.")
+    top_k: int = Field(default=0, ge=0, description="Draw from the k likeliest tokens only; 0 = from all.")
     top_p: float = Field(
-        0.9, gt=0.0, le=1.0, description="Draw from the smallest set of tokens that holds this probability."
+        default=0.9,
+        gt=0.0,
+        le=1.0,
+        description="Draw from the smallest set of tokens that holds this probability.",
     )
-    length: int = Field(64, ge=1, description="Tokens to write; the text may end before, at an end-of-text.")
-    seed: int = Field(0, ge=0, lt=2**63, description="Seed of the draws; the same seed gives the same text.")
+    length: int = Field(
+        default=64, ge=1, description="Tokens to write; the text may end before, at an end-of-text."
+    )
+    seed: int = Field(
+        default=0, ge=0, lt=2**63, description="Seed of the draws; the same seed gives the same text."
+    )
     block_length: int = Field(
-        0, ge=0, description="Finish blocks of this many tokens from left to right; 0 = all at once."
+        default=0, ge=0, description="Finish blocks of this many tokens from left to right; 0 = all at once."
     )
     remasking: float = Field(
-        0.0,
+        default=0.0,
         ge=0.0,
         lt=1.0,
         description="Share of the tokens already written that each step masks again, the least sure first.",

@@ -130,11 +130,10 @@ def draw(
 ) -> NDArray[np.int64]:
     """One token for each row (N, V): tempered, cut to top k, then to top p, drawn by the Gumbel trick."""
     if temperature == 0.0:
-        return log_probabilities.argmax(axis=-1)
+        return np.asarray(log_probabilities.argmax(axis=-1))
     tempered = _keep_top_k(log_probabilities / temperature, top_k)
     tempered = _keep_top_p(tempered, top_p)
-    result: NDArray[np.int64] = (tempered + generator.gumbel(size=tempered.shape)).argmax(axis=-1)
-    return result
+    return np.asarray((tempered + generator.gumbel(size=tempered.shape)).argmax(axis=-1))
 
 
 def _keep_top_k(values: NDArray[np.float64], top_k: int) -> NDArray[np.float64]:

@@ -5,8 +5,16 @@ import itertools
 import numpy as np
 import pytest
 
+from ggml_diffusion.config import load_config
+from ggml_diffusion.corruption import NoiseSchedule
+from ggml_diffusion.diffusion_model import DiffusionModel
+from ggml_diffusion.engine import Q4Model
+from ggml_diffusion.errors import UserError
 from ggml_diffusion.generate import GenerationConfig, denoise
+from ggml_diffusion.lora import LoraAdapter
 from ggml_diffusion.sampling import RevealOrder
+from ggml_diffusion.tokenizer import Tokenizer
+from ggml_diffusion.trainer import ConversionTrainer
 
 V, MASK, END = 12, 3, 2
 ORDERS = list(RevealOrder)
@@ -165,3 +173,162 @@ def test_the_same_seed_writes_the_same_text_and_another_seed_another():
 def test_settings_that_make_no_sense_are_refused(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         GenerationConfig(**settings)
+
+
+# -- a converted model ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model):
+    with Q4Model.from_gguf(tiny_model(L=1, C=32, H=2, G=1, F=32), 1) as opened:
+        yield opened
+
+
+def converted(engine, prediction="shifted", causal_ratio=0.25, trained=True, time_offset=None):
+    """A conversion with random numbers in it, or with none: then it is the base itself."""
+    rng = np.random.default_rng(3)
+    pair = {
+        "blk.0.attn_q.weight.lora_a": rng.normal(size=(2, 32)).astype(np.float32),
+        "blk.0.attn_q.weight.lora_b": rng.normal(size=(32, 2)).astype(np.float32),
+    }
+    adapter = LoraAdapter(
+        4.0,
+        pair if trained else {},
+        MASK,
+        rng.normal(size=32).astype(np.float32) if trained else None,
+    )
+    return DiffusionModel(
+        engine,
+        adapter,
+        Tokenizer.from_gguf(engine.path),
+        prediction=prediction,
+        causal_ratio=causal_ratio,
+        noise_schedule=NoiseSchedule("linear"),
+        time_offset=time_offset,
+    )
+
+
+@pytest.mark.parametrize("prediction", ["shifted", "aligned"])
+def test_logits_are_the_engines_with_the_mask_token_at_minus_infinity(engine, prediction):
+    model = converted(engine, prediction)
+    tokens = np.array([[5, MASK, 300, MASK], [30, 31, MASK, 33]], np.int32)
+    expected = engine.logits(tokens, 0.25, model.adapter)
+    logits = model.logits(tokens, 0.5)
+    assert np.isneginf(logits[..., MASK]).all()
+    others = np.arange(engine.V) != MASK
+    assert (logits[..., others] == expected[..., others]).all()
+    assert (model.logits(tokens[0], 0.5) == model.logits(tokens[:1], 0.5)[0]).all()
+
+
+def test_the_time_embedding_is_added_at_the_time_that_fits_the_share_of_masks(engine):
+    seen = []
+
+    def offset(t):
+        seen.append(float(t[0]))
+        return np.zeros((len(t), 32), np.float32)
+
+    model = converted(engine, time_offset=offset)
+    model.fill([30, *[MASK] * 4, 31, 32, 33, 34], GenerationConfig(steps=4))
+    # a linear schedule; of 8 tokens that may be masked, 4, 3, 2, 1 are
+    assert seen == pytest.approx([4 / 8, 3 / 8, 2 / 8, 1 / 8], abs=1e-6)
+
+
+def test_with_nothing_trained_and_a_causal_mask_the_last_token_is_the_bases_own_next_one(engine):
+    model = converted(engine, trained=False, causal_ratio=1.0)
+    context = np.array([40, 50, 60, 70], np.int32)
+    logits = engine.logits(context[None])[0, -1]
+    logits[MASK] = -np.inf
+    filled = model.fill([*context, MASK], GenerationConfig(temperature=0.0))
+    assert filled.tolist() == [*context, logits.argmax()]
+
+
+def test_an_aligned_model_reads_a_mask_from_its_own_place(engine):
+    model = converted(engine, "aligned")
+    tokens = np.array([MASK, 50, MASK, 70], np.int32)
+    filled = model.fill(tokens, GenerationConfig(steps=1, temperature=0.0))
+    expected = model.logits(tokens, 0.5).argmax(axis=-1)
+    assert filled.tolist() == [expected[0], 50, expected[2], 70]
+
+
+@pytest.mark.parametrize("prediction", ["shifted", "aligned"])
+@pytest.mark.parametrize(("prompt", "suffix"), [("", ""), ("the ", ""), ("", " and"), ("the ", " of it")])
+def test_a_hole_is_filled_wherever_it_is_and_the_mask_token_is_never_written(
+    engine, prediction, prompt, suffix
+):
+    model = converted(engine, prediction)
+    last = []
+    text = model.generate(prompt, GenerationConfig(length=9, steps=3, top_p=1.0), last.append, suffix=suffix)
+    tokens = last[-1].tokens
+    before, after = model.tokenizer.encode(prompt), model.tokenizer.encode(suffix)
+    n_start = 1 if prediction == "shifted" and not prompt else len(before)
+    assert len(tokens) == n_start + 9 + len(after)
+    assert not (tokens == MASK).any()
+    assert tokens[len(tokens) - len(after) :].tolist() == after.tolist()
+    if prompt:
+        assert tokens[:n_start].tolist() == before.tolist()
+    elif prediction == "shifted":
+        assert tokens[0] == model.tokenizer.bos_id
+    assert isinstance(text, str)
+
+
+class Scripted(DiffusionModel):
+    """A converted model whose predictions are known."""
+
+    script = ()
+
+    def _predict(self, tokens, positions):
+        logits = np.zeros((len(positions), self.engine.V), dtype=np.float32)
+        logits[np.arange(len(positions)), np.array(self.script)[positions]] = 50.0
+        return logits
+
+
+def test_text_ends_at_the_first_end_of_text(engine):
+    plain = converted(engine)
+    words, end = plain.tokenizer.encode("the and of"), plain.tokenizer.eos_id
+    model = converted(engine)
+    model.__class__ = Scripted
+    model.script = [30, *words, end, *words, end]
+    length = len(model.script) - 1
+    assert model.generate("x", GenerationConfig(length=length)) == "the and of"
+    # with a suffix the hole is cut and the suffix is not part of the result
+    model.script = [30, *words, end, *words, end, 0, 0, 0]
+    assert model.generate("x", GenerationConfig(length=length), suffix="zz") == "the and of"
+
+
+def test_more_tokens_than_the_context_are_refused(tiny_model):
+    path = tiny_model(L=1, C=32, H=2, G=1, F=32, context=16)
+    with Q4Model.from_gguf(path, 1) as engine, pytest.raises(UserError, match="context of 16"):
+        converted(engine).generate("the", GenerationConfig(length=16))
+
+
+def test_a_mask_in_the_first_place_is_refused_under_a_shifted_prediction(engine):
+    with pytest.raises(UserError, match="first token"):
+        converted(engine).fill([MASK, 30])
+
+
+def test_a_token_outside_of_the_vocabulary_is_refused(engine):
+    with pytest.raises(UserError, match="vocabulary"):
+        converted(engine).fill([engine.V, MASK])
+
+
+def test_an_adapter_without_a_mask_token_is_no_diffusion_model(engine):
+    with pytest.raises(UserError, match="mask token"):
+        DiffusionModel(
+            engine,
+            LoraAdapter(1.0, {}),
+            Tokenizer.from_gguf(engine.path),
+            prediction="shifted",
+            causal_ratio=0.0,
+            noise_schedule=NoiseSchedule("linear"),
+        )
+
+
+def test_a_conversion_of_another_base_is_refused_unless_allowed(tiny_model, tmp_path):
+    base = tiny_model(L=1, C=32, H=2, G=1, F=32)
+    other = tiny_model(L=1, C=32, H=2, G=1, F=32, seed=1)
+    with Q4Model.from_gguf(base, 1) as engine:
+        trainer = ConversionTrainer(engine, load_config(overrides={"model.qlora_rank": 2}))
+        weights, _ = trainer.export(tmp_path)
+    with pytest.raises(UserError, match="another base"):
+        DiffusionModel.load(other, weights)
+    DiffusionModel.load(other, weights, allow_other_base=True).engine.close()
