@@ -4,26 +4,50 @@
 
 #include "kernels.h"
 
-enum { MAX_SETS = 8 };
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+enum { HWCAP2_BIT_BF16 = 14 };
+static int has_neon_bf16(void) { return getauxval(AT_HWCAP2) >> HWCAP2_BIT_BF16 & 1; }
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+static int has_neon_bf16(void) {
+    int has = 0;
+    size_t size = sizeof has;
+    return sysctlbyname("hw.optional.arm.FEAT_BF16", &has, &size, NULL, 0) == 0 && has;
+}
+#endif
 
-// The sets that this processor runs, fastest first; the reference is last.
-static size_t available_sets(const ggd_kernels *sets[MAX_SETS]) {
+#if defined(__x86_64__)
+static int has_avx512(void) {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma");
+}
+static int has_avx2(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+#endif
+
+size_t ggd_kernels_available(const ggd_kernels *sets[GGD_MAX_KERNEL_SETS]) {
     size_t n = 0;
 #if defined(__x86_64__)
     __builtin_cpu_init();
 #endif
+#ifdef GGD_HAVE_AVX512_BF16
+    if (has_avx512() && __builtin_cpu_supports("avx512bf16")) {
+        sets[n++] = &ggd_kernels_avx512_bf16;
+    }
+#endif
 #ifdef GGD_HAVE_AVX512
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq")) {
-        if (__builtin_cpu_supports("avx512bf16")) {
-            sets[n++] = &ggd_kernels_avx512_bf16;
-        }
+    if (has_avx512()) {
         sets[n++] = &ggd_kernels_avx512;
     }
 #endif
 #ifdef GGD_HAVE_AVX2
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    if (has_avx2()) {
         sets[n++] = &ggd_kernels_avx2;
+    }
+#endif
+#ifdef GGD_HAVE_NEON_BF16
+    if (has_neon_bf16()) {
+        sets[n++] = &ggd_kernels_neon_bf16;
     }
 #endif
 #ifdef GGD_HAVE_NEON
@@ -34,10 +58,10 @@ static size_t available_sets(const ggd_kernels *sets[MAX_SETS]) {
 }
 
 const ggd_kernels *ggd_kernels_choose(int use_simd) {
-    const ggd_kernels *sets[MAX_SETS];
-    size_t n = available_sets(sets);
+    const ggd_kernels *sets[GGD_MAX_KERNEL_SETS];
+    size_t n = ggd_kernels_available(sets);
     const char *wanted = getenv("GGD_KERNELS");
-    for (size_t i = 0; wanted != NULL && i < n; i++) {
+    for (size_t i = 0; use_simd && wanted != NULL && i < n; i++) {
         if (strcmp(sets[i]->name, wanted) == 0) {
             return sets[i];
         }
@@ -47,8 +71,8 @@ const ggd_kernels *ggd_kernels_choose(int use_simd) {
 
 const char *ggd_kernel_sets(void) {
     static _Thread_local char names[128];
-    const ggd_kernels *sets[MAX_SETS];
-    size_t n = available_sets(sets);
+    const ggd_kernels *sets[GGD_MAX_KERNEL_SETS];
+    size_t n = ggd_kernels_available(sets);
     names[0] = '\0';
     for (size_t i = 0; i < n; i++) {
         strcat(strcat(names, i > 0 ? "," : ""), sets[i]->name);

@@ -65,7 +65,7 @@ typedef struct {
     // ds_j = scale p_j (dp_j - delta), into dp
     void (*attention_score_gradient)(const float *p, float *dp, float delta, float scale, size_t n);
 
-    // out_j = exp(x_j - shift); returns the sum. Largest element's index in *argmax by ggd_row_max.
+    // out_j = exp(x_j - shift); returns the sum.
     float (*exp_sum)(const float *x, float shift, float *out, size_t n);
     float (*max)(const float *x, size_t n);
     float (*dot)(const float *x, const float *y, size_t n);
@@ -75,14 +75,24 @@ typedef struct {
 
 extern const ggd_kernels ggd_kernels_reference;
 #ifdef GGD_HAVE_AVX512
-extern const ggd_kernels ggd_kernels_avx512_bf16, ggd_kernels_avx512;
+extern const ggd_kernels ggd_kernels_avx512;
+#endif
+#ifdef GGD_HAVE_AVX512_BF16
+extern const ggd_kernels ggd_kernels_avx512_bf16;
 #endif
 #ifdef GGD_HAVE_AVX2
 extern const ggd_kernels ggd_kernels_avx2;
 #endif
+#ifdef GGD_HAVE_NEON_BF16
+extern const ggd_kernels ggd_kernels_neon_bf16;
+#endif
 #ifdef GGD_HAVE_NEON
 extern const ggd_kernels ggd_kernels_neon;
 #endif
+
+// The sets that this processor runs, fastest first, the reference last; returns how many.
+enum { GGD_MAX_KERNEL_SETS = 8 };
+size_t ggd_kernels_available(const ggd_kernels *sets[GGD_MAX_KERNEL_SETS]);
 
 // The fastest set that this processor runs, or the reference. The environment variable GGD_KERNELS names another one of the list.
 const ggd_kernels *ggd_kernels_choose(int use_simd);

@@ -1,0 +1,102 @@
+// simd_neon_bf16.c - kernels for 64-bit Arm with BFDOT, which multiplies two pairs of bfloat16 in each 32-bit lane and adds both to a
+// float32. BFDOT rounds its sums in its own way, within the tolerance of a float32 sum of bfloat16 products.
+#include <arm_neon.h>
+
+#include "rows.h"
+
+enum { BLOCK_ROWS = 4, BLOCK_COLUMNS = 16, VECTORS = 4 };
+
+static inline __attribute__((always_inline)) void accumulate(const int rows, float32x4_t sums[][VECTORS], const uint16_t *a, size_t ld,
+                                                             size_t k, const uint16_t *panel) {
+    for (size_t i = 0; i < k; i += 2) {
+        bfloat16x8_t columns[VECTORS];
+        for (int v = 0; v < VECTORS; v++) {
+            columns[v] = vreinterpretq_bf16_u16(vld1q_u16(panel + i * GGD_PANEL_COLUMNS + 8 * v));
+        }
+        for (int row = 0; row < rows; row++) {
+            uint32_t pair;
+            memcpy(&pair, a + (size_t)row * ld + i, sizeof pair);
+            bfloat16x8_t value = vreinterpretq_bf16_u32(vdupq_n_u32(pair));
+            for (int v = 0; v < VECTORS; v++) {
+                sums[row][v] = vbfdotq_f32(sums[row][v], value, columns[v]);
+            }
+        }
+    }
+}
+
+static inline __attribute__((always_inline)) void block_of_rows(const int rows, const ggd_tile *t, size_t first_row, size_t column) {
+    float32x4_t sums[BLOCK_ROWS][VECTORS];
+    for (int row = 0; row < rows; row++) {
+        size_t offset = (first_row + (size_t)row) * t->ld_init + column;
+        for (int v = 0; v < VECTORS; v++) {
+            sums[row][v] = t->init != NULL ? vld1q_f32(t->init + offset + 4 * v) : vdupq_n_f32(0.0f);
+        }
+    }
+    const uint16_t *panel = (const uint16_t *)t->panel + 2 * column;
+    accumulate(rows, sums, (const uint16_t *)t->a1 + first_row * t->ld_a1, t->ld_a1, t->k1, panel);
+    if (t->k2 > 0) {
+        accumulate(rows, sums, (const uint16_t *)t->a2 + first_row * t->ld_a2, t->ld_a2, t->k2, panel + t->k1 * GGD_PANEL_COLUMNS);
+    }
+    for (int row = 0; row < rows; row++) {
+        size_t offset = (first_row + (size_t)row) * t->ld_c + column;
+        for (int v = 0; v < VECTORS; v++) {
+            if (t->c_element == GGD_ELEMENT_BF16) {
+                vst1_u16((uint16_t *)t->c + offset + 4 * v, vreinterpret_u16_bf16(vcvt_bf16_f32(sums[row][v])));
+            } else {
+                vst1q_f32((float *)t->c + offset + 4 * v, sums[row][v]);
+            }
+        }
+    }
+}
+
+static void tile_bf16(const ggd_tile *t) {
+    for (size_t row = 0; row < t->n_rows; row += BLOCK_ROWS) {
+        size_t rows = t->n_rows - row < BLOCK_ROWS ? t->n_rows - row : BLOCK_ROWS;
+        for (size_t column = 0; column < GGD_PANEL_COLUMNS; column += BLOCK_COLUMNS) {
+            switch (rows) {
+            case 4: block_of_rows(4, t, row, column); break;
+            case 3: block_of_rows(3, t, row, column); break;
+            case 2: block_of_rows(2, t, row, column); break;
+            default: block_of_rows(1, t, row, column); break;
+            }
+        }
+    }
+}
+
+static inline uint16_t to_bf16(float value) {
+    uint16_t result;
+    rows_to_bf16(&value, &result, 1);
+    return result;
+}
+
+static void pack_columns_bf16(const float *source, size_t ld, size_t k, float scale, void *panel) {
+    for (size_t i = 0; i < k; i += 2) {
+        uint16_t *target = (uint16_t *)panel + i * GGD_PANEL_COLUMNS;
+        for (size_t column = 0; column < GGD_PANEL_COLUMNS; column++) {
+            target[2 * column] = to_bf16(source[column * ld + i] * scale);
+            target[2 * column + 1] = i + 1 < k ? to_bf16(source[column * ld + i + 1] * scale) : 0;
+        }
+    }
+}
+
+static void pack_rows_bf16(const float *source, size_t ld, size_t k, float scale, void *panel) {
+    for (size_t i = 0; i < k; i += 2) {
+        uint16_t *target = (uint16_t *)panel + i * GGD_PANEL_COLUMNS;
+        for (size_t column = 0; column < GGD_PANEL_COLUMNS; column++) {
+            target[2 * column] = to_bf16(source[i * ld + column] * scale);
+            target[2 * column + 1] = i + 1 < k ? to_bf16(source[(i + 1) * ld + column] * scale) : 0;
+        }
+    }
+}
+
+extern const ggd_kernels ggd_kernels_neon;
+static void tile_f32(const ggd_tile *t) { ggd_kernels_neon.tile[GGD_ELEMENT_F32](t); }
+
+const ggd_kernels ggd_kernels_neon_bf16 = {
+    .name = "neon_bf16",
+    .fast_element = GGD_ELEMENT_BF16,
+    .tile = {tile_f32, tile_bf16},
+    .pack_columns = {rows_pack_columns_f32, pack_columns_bf16},
+    .pack_rows = {rows_pack_rows_f32, pack_rows_bf16},
+    GGD_ROW_KERNELS,
+};
