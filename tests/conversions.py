@@ -61,3 +61,10 @@ def refusal(action: Callable[[], object]) -> str:
         action()
     assert str(caught.value).isprintable()
     return str(caught.value)
+
+
+def refused(reader: Callable[[Path], object], path: Path) -> str:
+    """Why a file is refused; the message must be one printable line that opens with the file's name."""
+    message = refusal(lambda: reader(path))
+    assert message.startswith(f"{path}: ")
+    return message.removeprefix(f"{path}: ")

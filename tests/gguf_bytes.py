@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -164,3 +165,44 @@ def tiny_llama(tied: bool = False, seed: int = 0) -> Gguf:
         ("blk.0.ffn_down.weight", matrix(c, f)),
     ]
     return Gguf(keys, tensors)
+
+
+def with_key(key: str, value: bytes) -> Gguf:
+    """The tiny model with a key set."""
+    return tiny_llama().set(key, value)
+
+
+def with_tensor(name: str, **fields: object) -> Gguf:
+    """The tiny model with fields of a tensor changed."""
+    file = tiny_llama()
+    for key, value in fields.items():
+        setattr(file.tensor(name), key, value)
+    return file
+
+
+def with_fields(**fields: object) -> Gguf:
+    """The tiny model with fields of the file changed."""
+    file = tiny_llama()
+    for key, value in fields.items():
+        setattr(file, key, value)
+    return file
+
+
+def with_extra_tensor(name: str, tensor: Tensor) -> Gguf:
+    """The tiny model with one tensor more."""
+    file = tiny_llama()
+    file.tensors.append((name, tensor))
+    return file
+
+
+def with_extra_key(key: str | bytes, value: bytes) -> Gguf:
+    """The tiny model with one key more."""
+    file = tiny_llama()
+    file.keys.append((key, value))
+    return file
+
+
+def write_gguf(path: Path, content: Gguf | bytes) -> Path:
+    """Write a file in parts, or what is no such file at all."""
+    path.write_bytes(content.build() if isinstance(content, Gguf) else content)
+    return path
