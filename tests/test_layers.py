@@ -27,7 +27,7 @@ PYTHON_LAYERS = (
     {"errors", "_core"},
 )
 C_LAYERS = (
-    {"api"},
+    {"api", "tests/test_kernels"},
     {"session", "transformer"},
     {"linear", "attention", "ops", "loss"},
     {"model", "arch"},
