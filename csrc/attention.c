@@ -235,7 +235,7 @@ void ggd_attention_forward(const ggd_compute *compute, const ggd_batch *batch, c
                          .lse = lse,
                          .scale = 1.0f / sqrtf((float)heads->head_size),
                          .future_bias = future_bias(batch)};
-    ggd_parallel(compute->threads, n_units(batch, heads), forward_item, &job);
+    ggd_parallel(compute->threads, "attention forward", n_units(batch, heads), forward_item, &job);
 }
 
 // ---- backward ----
@@ -365,5 +365,5 @@ void ggd_attention_backward(const ggd_compute *compute, const ggd_batch *batch, 
                          .lse = (float *)lse,
                          .scale = 1.0f / sqrtf((float)heads->head_size),
                          .future_bias = future_bias(batch)};
-    ggd_parallel(compute->threads, n_units(batch, heads), backward_item, &job);
+    ggd_parallel(compute->threads, "attention backward", n_units(batch, heads), backward_item, &job);
 }

@@ -170,5 +170,5 @@ void ggd_gemm_run(const ggd_compute *compute, const ggd_gemm *gemm) {
     job.bytes_panel = (job.k1 + job.k2) * GGD_PANEL_COLUMNS * ggd_element_bytes(compute->element);
     size_t n_groups = (job.n_panels + job.group - 1) / job.group;
     split_rows(&job, n_groups);
-    ggd_parallel(compute->threads, n_groups * job.n_chunks, gemm_item, &job);
+    ggd_parallel(compute->threads, gemm->part, n_groups * job.n_chunks, gemm_item, &job);
 }

@@ -20,6 +20,7 @@ typedef enum {
 } ggd_operation;
 
 typedef struct {
+    const char *part;  // what its time counts as
     ggd_operation operation;
     size_t m;          // rows of A and C
     ggd_activation a;  // (m, k)

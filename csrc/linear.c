@@ -16,7 +16,8 @@ static ggd_matrix lora_b(const ggd_linear *linear) {
 
 void ggd_linear_forward_lora(const ggd_compute *compute, const ggd_linear *linear, size_t m, ggd_activation x) {
     if (linear->lora != NULL) {
-        ggd_gemm p = {.operation = GGD_TIMES_TRANSPOSE,
+        ggd_gemm p = {.part = "LoRA products",
+                      .operation = GGD_TIMES_TRANSPOSE,
                       .m = m,
                       .a = x,
                       .w = lora_a(linear),
@@ -30,7 +31,8 @@ void ggd_linear_forward_lora(const ggd_compute *compute, const ggd_linear *linea
 
 void ggd_linear_forward(const ggd_compute *compute, const ggd_linear *linear, size_t m, ggd_activation x, const float *init,
                         size_t ld_init, void *c, size_t ld_c, ggd_element c_element) {
-    ggd_gemm y = {.operation = GGD_TIMES_TRANSPOSE,
+    ggd_gemm y = {.part = "frozen forward",
+                  .operation = GGD_TIMES_TRANSPOSE,
                   .m = m,
                   .a = x,
                   .w = *linear->weight,
@@ -83,7 +85,7 @@ static void transpose(const ggd_compute *compute, ggd_activation source, size_t 
             memset(ggd_activation_at(target, column, n_rows, compute->element), 0, ggd_element_bytes(compute->element));
         }
     }
-    ggd_parallel(compute->threads, (n_rows + TRANSPOSE_ROWS - 1) / TRANSPOSE_ROWS, transpose_item, &job);
+    ggd_parallel(compute->threads, "LoRA gradients", (n_rows + TRANSPOSE_ROWS - 1) / TRANSPOSE_ROWS, transpose_item, &job);
 }
 
 // product (R, n) = thin^T wide, a reduction over all rows of the batch.
@@ -91,7 +93,8 @@ static void reduce_over_rows(const ggd_compute *compute, const ggd_linear *linea
                              ggd_activation wide, size_t n, const ggd_linear_scratch *scratch) {
     size_t rank = (size_t)linear->lora->rank;
     transpose(compute, thin, m, rank, scratch->transposed);
-    ggd_gemm product = {.operation = GGD_TIMES_PLAIN,
+    ggd_gemm product = {.part = "LoRA gradients",
+                        .operation = GGD_TIMES_PLAIN,
                         .m = rank,
                         .a = scratch->transposed,
                         .w = ggd_matrix_of(wide, m, n, compute->element),
@@ -102,26 +105,35 @@ static void reduce_over_rows(const ggd_compute *compute, const ggd_linear *linea
     ggd_gemm_run(compute, &product);
 }
 
-static void add_gradient_a(const ggd_compute *compute, const ggd_linear *linear, const ggd_linear_scratch *scratch) {
-    size_t rank = (size_t)linear->lora->rank, in = linear->weight->n_cols;
-    for (size_t r = 0; r < rank; r++) {
-        compute->kernels->add_scaled(scratch->product + r * scratch->ld_product, 1.0f, linear->lora->grad_a + r * in, in);
-    }
+typedef struct {
+    const ggd_compute *compute;
+    const ggd_linear *linear;
+    const ggd_linear_scratch *scratch;
+} gradient_job;
+
+static void add_gradient_a_item(void *context, size_t item, size_t thread) {
+    (void)thread;
+    const gradient_job *job = context;
+    size_t in = job->linear->weight->n_cols;
+    const float *product = job->scratch->product + item * job->scratch->ld_product;
+    job->compute->kernels->add_scaled(product, 1.0f, job->linear->lora->grad_a + item * in, in);
 }
 
-static void add_gradient_b(const ggd_linear *linear, const ggd_linear_scratch *scratch) {
-    size_t rank = (size_t)linear->lora->rank, out = linear->weight->n_rows;
-    for (size_t row = 0; row < out; row++) {
-        for (size_t r = 0; r < rank; r++) {
-            linear->lora->grad_b[row * rank + r] += linear->lora->scale * scratch->product[r * scratch->ld_product + row];
-        }
+static void add_gradient_b_item(void *context, size_t item, size_t thread) {
+    (void)thread;
+    const gradient_job *job = context;
+    const ggd_lora_pair *lora = job->linear->lora;
+    size_t rank = (size_t)lora->rank;
+    for (size_t r = 0; r < rank; r++) {
+        lora->grad_b[item * rank + r] += lora->scale * job->scratch->product[r * job->scratch->ld_product + item];
     }
 }
 
 void ggd_linear_backward_input(const ggd_compute *compute, const ggd_linear *linear, size_t m, ggd_activation dy,
                                const ggd_linear_scratch *scratch, const float *init, void *dx, size_t ld_dx,
                                ggd_element dx_element) {
-    ggd_gemm gradient = {.operation = GGD_TIMES_PLAIN,
+    ggd_gemm gradient = {.part = "frozen backward",
+                         .operation = GGD_TIMES_PLAIN,
                          .m = m,
                          .a = dy,
                          .w = *linear->weight,
@@ -132,7 +144,8 @@ void ggd_linear_backward_input(const ggd_compute *compute, const ggd_linear *lin
                          .ld_c = ld_dx,
                          .c_element = dx_element};
     if (linear->lora != NULL) {
-        ggd_gemm q = {.operation = GGD_TIMES_PLAIN,
+        ggd_gemm q = {.part = "LoRA products",
+                      .operation = GGD_TIMES_PLAIN,
                       .m = m,
                       .a = dy,
                       .w = lora_b(linear),
@@ -153,8 +166,9 @@ void ggd_linear_backward_lora(const ggd_compute *compute, const ggd_linear *line
     if (linear->lora == NULL) {
         return;
     }
+    gradient_job job = {compute, linear, scratch};
     reduce_over_rows(compute, linear, m, scratch->q, x, linear->weight->n_cols, scratch);
-    add_gradient_a(compute, linear, scratch);
+    ggd_parallel(compute->threads, "LoRA gradients", (size_t)linear->lora->rank, add_gradient_a_item, &job);
     reduce_over_rows(compute, linear, m, linear->p, dy, linear->weight->n_rows, scratch);
-    add_gradient_b(linear, scratch);
+    ggd_parallel(compute->threads, "LoRA gradients", linear->weight->n_rows, add_gradient_b_item, &job);
 }

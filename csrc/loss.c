@@ -45,7 +45,8 @@ static void norm_item(void *context, size_t item, size_t thread) {
 }
 
 static void tile_logits(const loss_job *job) {
-    ggd_gemm product = {.operation = GGD_TIMES_TRANSPOSE,
+    ggd_gemm product = {.part = "head logits",
+                        .operation = GGD_TIMES_TRANSPOSE,
                         .m = job->n,
                         .a = job->scratch->normed,
                         .w = ggd_matrix_rows(&job->head->head, job->first_token, job->n_tokens),
@@ -89,7 +90,8 @@ static void softmax_item(void *context, size_t item, size_t thread) {
 
 static void add_weighted_rows(const loss_job *job) {
     const ggd_loss_scratch *s = job->scratch;
-    ggd_gemm product = {.operation = GGD_TIMES_PLAIN,
+    ggd_gemm product = {.part = "head gradient",
+                        .operation = GGD_TIMES_PLAIN,
                         .m = job->n,
                         .a = s->weights,
                         .w = ggd_matrix_rows(&job->head->head, job->first_token, job->n_tokens),
@@ -122,16 +124,16 @@ static void finish_item(void *context, size_t item, size_t thread) {
 
 static void loss_chunk(loss_job *job) {
     size_t vocab = job->head->head.n_rows;
-    ggd_parallel(job->compute->threads, job->n, norm_item, job);
+    ggd_parallel(job->compute->threads, "head", job->n, norm_item, job);
     for (job->first_token = 0; job->first_token < vocab; job->first_token += GGD_LOSS_TOKENS) {
         job->n_tokens = min_size(vocab - job->first_token, GGD_LOSS_TOKENS);
         tile_logits(job);
-        ggd_parallel(job->compute->threads, job->n, softmax_item, job);
+        ggd_parallel(job->compute->threads, "head softmax", job->n, softmax_item, job);
         if (job->dx != NULL) {
             add_weighted_rows(job);
         }
     }
-    ggd_parallel(job->compute->threads, job->n, finish_item, job);
+    ggd_parallel(job->compute->threads, "head", job->n, finish_item, job);
 }
 
 void ggd_loss_run(const ggd_compute *compute, const ggd_head *head, const ggd_loss_scratch *scratch, size_t m, const float *x,
@@ -176,11 +178,11 @@ void ggd_logits_run(const ggd_compute *compute, const ggd_head *head, const ggd_
         job.rows = rows + first;
         job.n = min_size(n_rows - first, GGD_LOSS_ROWS);
         job.logits = logits + first * vocab;
-        ggd_parallel(compute->threads, job.n, norm_item, &job);
+        ggd_parallel(compute->threads, "head", job.n, norm_item, &job);
         for (job.first_token = 0; job.first_token < vocab; job.first_token += GGD_LOSS_TOKENS) {
             job.n_tokens = min_size(vocab - job.first_token, GGD_LOSS_TOKENS);
             tile_logits(&job);
-            ggd_parallel(compute->threads, job.n, copy_item, &job);
+            ggd_parallel(compute->threads, "head", job.n, copy_item, &job);
         }
     }
 }

@@ -68,7 +68,7 @@ void ggd_embedding_forward(const ggd_compute *compute, const ggd_matrix *embeddi
                          .hidden = embedding->n_cols,
                          .ld = ld,
                          .x = x};
-    ggd_parallel(compute->threads, (size_t)batch->n_segments, embedding_forward_item, &job);
+    ggd_parallel(compute->threads, "embedding", (size_t)batch->n_segments, embedding_forward_item, &job);
 }
 
 // A thread owns a range of columns and adds up the rows in order.
@@ -100,7 +100,7 @@ void ggd_embedding_backward(const ggd_compute *compute, const ggd_batch *batch, 
                             const float *dx, size_t ld, float *grad_offset) {
     embedding_job job = {
         .compute = compute, .batch = batch, .adapter = adapter, .hidden = hidden, .ld = ld, .dx = dx, .grad_offset = grad_offset};
-    ggd_parallel(compute->threads, (hidden + PIECE - 1) / PIECE, embedding_backward_item, &job);
+    ggd_parallel(compute->threads, "embedding", (hidden + PIECE - 1) / PIECE, embedding_backward_item, &job);
 }
 
 // ---- RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467) ----
@@ -126,7 +126,7 @@ static void rmsnorm_forward_item(void *context, size_t item, size_t thread) {
 void ggd_rmsnorm_forward(const ggd_compute *compute, size_t m, size_t n, const float *x, size_t ld, const float *weight,
                          float eps, ggd_activation y, float *scales) {
     norm_job job = {.compute = compute, .m = m, .n = n, .ld = ld, .x = x, .weight = weight, .eps = eps, .y = y, .scales = scales};
-    ggd_parallel(compute->threads, n_blocks(m), rmsnorm_forward_item, &job);
+    ggd_parallel(compute->threads, "norm", n_blocks(m), rmsnorm_forward_item, &job);
 }
 
 static void rmsnorm_backward_item(void *context, size_t item, size_t thread) {
@@ -152,7 +152,7 @@ void ggd_rmsnorm_backward(const ggd_compute *compute, size_t m, size_t n, const 
                     .scales_in = scales,
                     .y = dx_activation,
                     .dx = dx};
-    ggd_parallel(compute->threads, n_blocks(m), rmsnorm_backward_item, &job);
+    ggd_parallel(compute->threads, "norm", n_blocks(m), rmsnorm_backward_item, &job);
 }
 
 // ---- RoPE (Su et al. 2021, arXiv:2104.09864); its backward, the inverse rotation, happens in attention.c ----
@@ -186,7 +186,7 @@ static void rope_forward_item(void *context, size_t item, size_t thread) {
 void ggd_rope_forward(const ggd_compute *compute, const ggd_batch *batch, const ggd_heads *heads, const float *qkv, size_t ld,
                       ggd_activation rotated) {
     rope_job job = {compute, batch, heads, qkv, ld, rotated};
-    ggd_parallel(compute->threads, (size_t)batch->n_segments, rope_forward_item, &job);
+    ggd_parallel(compute->threads, "rope", (size_t)batch->n_segments, rope_forward_item, &job);
 }
 
 // ---- SwiGLU (Shazeer 2020, arXiv:2002.05202) ----
@@ -214,7 +214,7 @@ static void swiglu_forward_item(void *context, size_t item, size_t thread) {
 void ggd_swiglu_forward(const ggd_compute *compute, size_t m, size_t n, ggd_activation gate, ggd_activation up,
                         ggd_activation h) {
     swiglu_job job = {.compute = compute, .m = m, .n = n, .gate = gate, .up = up, .h = h};
-    ggd_parallel(compute->threads, n_blocks(m), swiglu_forward_item, &job);
+    ggd_parallel(compute->threads, "swiglu", n_blocks(m), swiglu_forward_item, &job);
 }
 
 static void swiglu_backward_item(void *context, size_t item, size_t thread) {
@@ -238,7 +238,7 @@ static void swiglu_backward_item(void *context, size_t item, size_t thread) {
 void ggd_swiglu_backward(const ggd_compute *compute, size_t m, size_t n, ggd_activation gate, ggd_activation up,
                          ggd_activation dh, ggd_activation dup, ggd_activation h) {
     swiglu_job job = {.compute = compute, .m = m, .n = n, .gate = gate, .up = up, .h = h, .dh = dh, .dup = dup};
-    ggd_parallel(compute->threads, n_blocks(m), swiglu_backward_item, &job);
+    ggd_parallel(compute->threads, "swiglu", n_blocks(m), swiglu_backward_item, &job);
 }
 
 // ---- conversion ----
@@ -253,5 +253,5 @@ static void to_activation_item(void *context, size_t item, size_t thread) {
 
 void ggd_to_activation(const ggd_compute *compute, size_t m, size_t n, const float *x, size_t ld, ggd_activation y) {
     norm_job job = {.compute = compute, .m = m, .n = n, .ld = ld, .x = x, .y = y};
-    ggd_parallel(compute->threads, n_blocks(m), to_activation_item, &job);
+    ggd_parallel(compute->threads, "norm", n_blocks(m), to_activation_item, &job);
 }

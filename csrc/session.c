@@ -262,3 +262,9 @@ int ggd_session_plan(const ggd_session *session, int32_t n_rows, int32_t max_seg
 }
 
 size_t ggd_session_bytes(const ggd_session *session) { return session->bytes_arena; }
+
+const char *ggd_session_part(const ggd_session *session, int32_t index, double *time_s) {
+    return index < 0 ? NULL : ggd_threads_part(session->compute.threads, (size_t)index, time_s);
+}
+
+void ggd_session_reset_parts(ggd_session *session) { ggd_threads_reset_parts(session->compute.threads); }

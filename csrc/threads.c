@@ -7,10 +7,17 @@
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdlib.h>
+#include <string.h>
+#include <time.h>
 
 #include "error.h"
 
-enum { SPIN_ROUNDS = 20000 };
+enum { SPIN_ROUNDS = 20000, MAX_PARTS = 32 };
+
+typedef struct {
+    const char *name;
+    double time_s;
+} part_time;
 
 struct ggd_threads {
     size_t n_threads;
@@ -24,6 +31,7 @@ struct ggd_threads {
     ggd_item_fn fn;
     void *context;
     size_t n_items;
+    part_time parts[MAX_PARTS];  // used by the caller's thread only
 };
 
 typedef struct {
@@ -141,7 +149,33 @@ void ggd_threads_free(ggd_threads *pool) {
 
 size_t ggd_threads_count(const ggd_threads *pool) { return pool->n_threads; }
 
-void ggd_parallel(ggd_threads *pool, size_t n_items, ggd_item_fn fn, void *context) {
+static double now_s(void) {
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return (double)time.tv_sec + 1e-9 * (double)time.tv_nsec;
+}
+
+static void add_time(ggd_threads *pool, const char *name, double time_s) {
+    for (size_t i = 0; i < MAX_PARTS; i++) {
+        if (pool->parts[i].name == NULL || strcmp(pool->parts[i].name, name) == 0) {
+            pool->parts[i].name = name;
+            pool->parts[i].time_s += time_s;
+            return;
+        }
+    }
+}
+
+const char *ggd_threads_part(const ggd_threads *pool, size_t index, double *time_s) {
+    if (index >= MAX_PARTS || pool->parts[index].name == NULL) {
+        return NULL;
+    }
+    *time_s = pool->parts[index].time_s;
+    return pool->parts[index].name;
+}
+
+void ggd_threads_reset_parts(ggd_threads *pool) { memset(pool->parts, 0, sizeof pool->parts); }
+
+static void run_loop(ggd_threads *pool, size_t n_items, ggd_item_fn fn, void *context) {
     if (pool->n_threads == 1 || n_items <= 1) {
         for (size_t item = 0; item < n_items; item++) {
             fn(context, item, 0);
@@ -162,4 +196,10 @@ void ggd_parallel(ggd_threads *pool, size_t n_items, ggd_item_fn fn, void *conte
             sched_yield();
         }
     }
+}
+
+void ggd_parallel(ggd_threads *pool, const char *part, size_t n_items, ggd_item_fn fn, void *context) {
+    double start_s = now_s();
+    run_loop(pool, n_items, fn, context);
+    add_time(pool, part, now_s() - start_s);
 }

@@ -16,7 +16,12 @@ ggd_threads *ggd_threads_create(size_t n_threads);  // NULL on failure, with the
 void ggd_threads_free(ggd_threads *threads);
 size_t ggd_threads_count(const ggd_threads *threads);
 
-// Runs fn for items 0 .. n_items - 1 on all threads, the caller's included, and returns when all are done.
-void ggd_parallel(ggd_threads *threads, size_t n_items, ggd_item_fn fn, void *context);
+// Runs fn for items 0 .. n_items - 1 on all threads, the caller's included, and returns when all are done. The loop's time is added to
+// its part, a string constant.
+void ggd_parallel(ggd_threads *threads, const char *part, size_t n_items, ggd_item_fn fn, void *context);
+
+// Seconds in each part's loops since the pool was made or reset. NULL past the last part.
+const char *ggd_threads_part(const ggd_threads *threads, size_t index, double *time_s);
+void ggd_threads_reset_parts(ggd_threads *threads);
 
 #endif

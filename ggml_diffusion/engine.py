@@ -310,6 +310,22 @@ class Q4Model:
         _check(lib.ggd_session_plan(self._open(), n_rows, longest, rank, gradients, n_bytes))
         return int(n_bytes[0])
 
+    def reset_profile(self) -> None:
+        """Start counting `profile` from zero."""
+        lib.ggd_session_reset_parts(self._open())
+
+    def profile(self) -> dict[str, float]:
+        """Seconds in each part of the parallel work since the start or `reset_profile`."""
+        parts: dict[str, float] = {}
+        time_s = ffi.new("double *")
+        while (name := lib.ggd_session_part(self._open(), len(parts), time_s)) != ffi.NULL:
+            parts[ffi.string(name).decode()] = time_s[0]
+        return parts
+
+    def peak_gflops(self, time_s: float = 0.5) -> float:
+        """Billions of operations a second that the kernels reach on cached operands with all threads."""
+        return float(lib.ggd_session_peak(self._open(), time_s))
+
     def embed(self, tokens: ArrayLike) -> NDArray[np.float32]:
         """Token embeddings, (B, T) -> (B, T, C) float32, without offset and mask row.
 

@@ -124,6 +124,13 @@ const char *ggd_session_element(const ggd_session *session);
 // Bytes that a call would take: n_rows of at most max_segment_rows, LoRA pairs of at most max_rank, with or without gradients.
 int ggd_session_plan(const ggd_session *session, int32_t n_rows, int32_t max_segment_rows, int32_t max_rank, int32_t gradients,
                      size_t *bytes);
+// Seconds that the session's calls spent in a part of the work since it was created or reset; NULL past the last part. The rest of a
+// call's time is not parallel.
+const char *ggd_session_part(const ggd_session *session, int32_t index, double *time_s);
+void ggd_session_reset_parts(ggd_session *session);
+// Billions of operations a second of the tile kernel on operands that stay in the first-level cache, all threads: what a matrix product
+// could reach at most.
+double ggd_session_peak(ggd_session *session, double time_s);
 // Bytes that the session holds now.
 size_t ggd_session_bytes(const ggd_session *session);
 

@@ -6,8 +6,8 @@
 
 enum { BLOCK_ROWS = 4, BLOCK_COLUMNS = 16, VECTORS = 4 };
 
-static inline __attribute__((always_inline)) void accumulate(const int rows, float32x4_t sums[][VECTORS], const uint16_t *a, size_t ld,
-                                                             size_t k, const uint16_t *panel) {
+static inline __attribute__((always_inline)) void accumulate(const int rows, float32x4_t sums[][VECTORS], const uint16_t *a,
+                                                             size_t ld, size_t k, const uint16_t *panel) {
     for (size_t i = 0; i < k; i += 2) {
         bfloat16x8_t columns[VECTORS];
         for (int v = 0; v < VECTORS; v++) {
@@ -24,7 +24,8 @@ static inline __attribute__((always_inline)) void accumulate(const int rows, flo
     }
 }
 
-static inline __attribute__((always_inline)) void block_of_rows(const int rows, const ggd_tile *t, size_t first_row, size_t column) {
+static inline __attribute__((always_inline)) void block_of_rows(const int rows, const ggd_tile *t, size_t first_row,
+                                                                size_t column) {
     float32x4_t sums[BLOCK_ROWS][VECTORS];
     for (int row = 0; row < rows; row++) {
         size_t offset = (first_row + (size_t)row) * t->ld_init + column;
@@ -35,7 +36,8 @@ static inline __attribute__((always_inline)) void block_of_rows(const int rows, 
     const uint16_t *panel = (const uint16_t *)t->panel + 2 * column;
     accumulate(rows, sums, (const uint16_t *)t->a1 + first_row * t->ld_a1, t->ld_a1, t->k1, panel);
     if (t->k2 > 0) {
-        accumulate(rows, sums, (const uint16_t *)t->a2 + first_row * t->ld_a2, t->ld_a2, t->k2, panel + t->k1 * GGD_PANEL_COLUMNS);
+        accumulate(rows, sums, (const uint16_t *)t->a2 + first_row * t->ld_a2, t->ld_a2, t->k2,
+                   panel + t->k1 * GGD_PANEL_COLUMNS);
     }
     for (int row = 0; row < rows; row++) {
         size_t offset = (first_row + (size_t)row) * t->ld_c + column;
@@ -54,10 +56,18 @@ static void tile_bf16(const ggd_tile *t) {
         size_t rows = t->n_rows - row < BLOCK_ROWS ? t->n_rows - row : BLOCK_ROWS;
         for (size_t column = 0; column < GGD_PANEL_COLUMNS; column += BLOCK_COLUMNS) {
             switch (rows) {
-            case 4: block_of_rows(4, t, row, column); break;
-            case 3: block_of_rows(3, t, row, column); break;
-            case 2: block_of_rows(2, t, row, column); break;
-            default: block_of_rows(1, t, row, column); break;
+            case 4:
+                block_of_rows(4, t, row, column);
+                break;
+            case 3:
+                block_of_rows(3, t, row, column);
+                break;
+            case 2:
+                block_of_rows(2, t, row, column);
+                break;
+            default:
+                block_of_rows(1, t, row, column);
+                break;
             }
         }
     }

@@ -29,8 +29,8 @@ static void fill(float *x, size_t n, float scale) {
 }
 
 // |got - expected| <= tolerance * size for every element; a NaN fails.
-static void expect(const char *set, const char *kernel, size_t n_case, const float *got, const float *expected, size_t n, double tolerance,
-                   double size) {
+static void expect(const char *set, const char *kernel, size_t n_case, const float *got, const float *expected, size_t n,
+                   double tolerance, double size) {
     checks++;
     for (size_t i = 0; i < n; i++) {
         double difference = fabs((double)got[i] - expected[i]);
@@ -114,7 +114,8 @@ static void test_tile(const ggd_kernels *set, ggd_element element) {
     const size_t sizes[][2] = {{2, 0}, {32, 0}, {64, 2}, {250, 32}, {600, 0}, {30, 600}};
     for (size_t rows = 1; rows <= GGD_TILE_ROWS; rows++) {
         for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
-            ggd_tile tile = {.n_rows = rows, .a1 = a, .ld_a1 = LD, .k1 = sizes[i][0], .k2 = sizes[i][1], .ld_a2 = LD, .panel = panel};
+            ggd_tile tile = {
+                .n_rows = rows, .a1 = a, .ld_a1 = LD, .k1 = sizes[i][0], .k2 = sizes[i][1], .ld_a2 = LD, .panel = panel};
             tile.a2 = tile.k2 > 0 ? a : NULL;
             compare_tile(set, element, tile, rows * 10 + i);
             tile.init = init;
