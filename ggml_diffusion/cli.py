@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from ggml_diffusion.inspect import describe_file
 from pydantic import ValidationError
 from rich.console import Console
 from rich.text import Text
@@ -27,6 +26,7 @@ from ggml_diffusion.diffusion_model import DiffusionModel
 from ggml_diffusion.display import DenoisingDisplay, TrainingDisplay, show_evidence
 from ggml_diffusion.errors import UserError, one_line
 from ggml_diffusion.generate import GenerationConfig
+from ggml_diffusion.inspect import describe_file
 from ggml_diffusion.model_file import file_sha256, read_model
 
 app = typer.Typer(
@@ -51,6 +51,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     sys.exit(0)
+
+
+def click_group() -> Any:
+    """The commands as click sees them, with their parameters; docs/cli.md is made from them."""
+    return typer.main.get_command(app)
 
 
 def _setting(name: str, flag: str) -> Any:

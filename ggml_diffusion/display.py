@@ -152,9 +152,7 @@ class TrainingDisplay:
 
 def show_evidence(console: Console, evidence: Evidence) -> None:
     """Held-out figures before and after as a table, and how to read them."""
-    table = Table(
-        title=f"Held-out figures over {evidence.n_sequences} sequences, masks the same in both columns"
-    )
+    table = Table(title=f"{evidence.n_sequences} held-out sequences, the same masks in both")
     table.add_column("")
     table.add_column("before", justify="right")
     table.add_column("after", justify="right")
