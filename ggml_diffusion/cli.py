@@ -23,7 +23,7 @@ from ggml_diffusion.checkpoint import load_latest
 from ggml_diffusion.config import PRESETS, SETTINGS, ConversionTrainingConfig, load_config
 from ggml_diffusion.convert import CHECKPOINTS, EXPORTS, run_conversion
 from ggml_diffusion.diffusion_model import DiffusionModel
-from ggml_diffusion.display import DenoisingDisplay, TrainingDisplay, show_evidence
+from ggml_diffusion.display import DenoisingDisplay, TrainingDisplay, printable, show_evidence
 from ggml_diffusion.errors import UserError, one_line
 from ggml_diffusion.generate import GenerationConfig
 from ggml_diffusion.inspect import describe_file
@@ -232,7 +232,7 @@ def _show_generation(
             written = model.generate(prompt, config, display.step, suffix=suffix)
     else:
         written = model.generate(prompt, config, suffix=suffix)
-    console.print(Text.assemble(prompt, (written, "bold"), suffix), soft_wrap=True)
+    console.print(Text.assemble(prompt, (printable(written), "bold"), suffix), soft_wrap=True)
 
 
 # -- export, inspect, demo ---------------------------------------------------------------------------

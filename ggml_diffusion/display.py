@@ -7,6 +7,7 @@ Deliberately not here: what happens (convert.py, generate.py), the record of eve
 """
 
 import time
+import unicodedata
 from collections import deque
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -43,6 +44,13 @@ def sparkline(values: Sequence[float], width: int = SPARK_WIDTH) -> str:
     spread = means.max() - means.min()
     shares = (means - means.min()) / spread if spread > 0 else np.zeros(len(means))
     return "".join(SPARK_LEVELS[round(share * (len(SPARK_LEVELS) - 1))] for share in shares)
+
+
+def printable(text: str) -> str:
+    """Text that a model wrote, safe for a terminal: control characters but newline and tab become U+FFFD."""
+    return "".join(
+        letter if letter in "\n\t" or unicodedata.category(letter) != "Cc" else "\ufffd" for letter in text
+    )
 
 
 def duration(seconds: float) -> str:
@@ -129,17 +137,17 @@ class TrainingDisplay:
             ("loss", f"{metrics.loss:.4f}"),
             ("masked accuracy", f"{metrics.masked_accuracy:.3f}"),
             ("causal ratio", f"{metrics.causal_ratio:.3f}"),
-            ("learning rate", f"{metrics.learning_rate:.2e}"),
-            ("tokens/s", f"{tokens_per_second:.0f}"),
             ("elapsed", duration(now_s - self._started_s)),
             ("remaining", duration(remaining_s)),
+            ("learning rate", f"{metrics.learning_rate:.2e}"),
+            ("tokens/s", f"{tokens_per_second:.0f}"),
         ]
 
     def _line(self, metrics: TrainMetrics, now_s: float) -> str:
         return "  ".join(f"{name} {value}" for name, value in self._fields(metrics, now_s))
 
     def _panel(self, metrics: TrainMetrics, now_s: float) -> Group:
-        table = Table.grid(padding=(0, 3))
+        table = Table.grid(padding=(0, 2))  # 80 columns are enough for a run of days
         fields = self._fields(metrics, now_s)
         for row in (fields[:4], fields[4:]):
             table.add_row(*(Text.assemble((f"{name} ", "dim"), (value, "bold")) for name, value in row))
@@ -221,5 +229,5 @@ def masked_text(tokens: NDArray[np.int32], tokenizer: Tokenizer, mask_token_id: 
         if is_mask[run[0]]:
             text.append(MASK_SYMBOL * len(run), style="dim")
         else:
-            text.append(tokenizer.decode(tokens[run]))
+            text.append(printable(tokenizer.decode(tokens[run])))
     return text

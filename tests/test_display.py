@@ -12,6 +12,7 @@ from ggml_diffusion.display import (
     TrainingDisplay,
     duration,
     masked_text,
+    printable,
     show_evidence,
     sparkline,
 )
@@ -91,6 +92,10 @@ def test_what_stands_in_a_message_is_no_markup():
     display.note("[bold]a[/bold] " + "long " * 20)
     display.warn("[/oops]")
     assert out.getvalue() == "[bold]a[/bold] " + "long " * 20 + "\nwarning: [/oops]\n"
+
+
+def test_a_text_cannot_send_commands_to_the_terminal():
+    assert printable("a\x1b[31mb\x07\n\tc\u009bd é\u200c") == "a\ufffd[31mb\ufffd\n\tc\ufffdd é\u200c"
 
 
 class Letters:
