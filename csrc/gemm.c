@@ -41,7 +41,7 @@ static void pack_transposed(const ggd_compute *compute, const ggd_matrix *w, siz
         size_t length = w->n_cols - k < PIECE ? w->n_cols - k : PIECE;
         for (size_t i = 0; i < n; i++) {
             const uint8_t *row = w->data + (column + i) * w->bytes_row;
-            w->unpack(row + k / w->block * w->bytes_block, unpacked + i * PIECE, (int64_t)length);
+            compute->kernels->unpack[w->type](row + k / w->block * w->bytes_block, unpacked + i * PIECE, length);
         }
         void *target = panel + k * GGD_PANEL_COLUMNS * ggd_element_bytes(compute->element);
         compute->kernels->pack_columns[compute->element](unpacked, PIECE, length, scale, target);
@@ -53,6 +53,11 @@ static void pack_plain(const ggd_compute *compute, const ggd_matrix *w, size_t c
                        float *unpacked, uint8_t *panel, size_t bytes_panel) {
     size_t width = n_panels * GGD_PANEL_COLUMNS;
     size_t n = w->n_cols - column < width ? w->n_cols - column : width;
+    if (w->type == GGD_BF16 && compute->element == GGD_ELEMENT_BF16 && scale == 1.0f && n == width && n_panels == 1) {
+        const uint16_t *source = (const uint16_t *)w->data + column;
+        compute->kernels->pack_rows_from_bf16(source, w->bytes_row / sizeof *source, w->n_rows, panel);
+        return;
+    }
     if (n < width) {
         memset(unpacked, 0, ROWS_PIECE * width * sizeof *unpacked);
     }
@@ -60,7 +65,7 @@ static void pack_plain(const ggd_compute *compute, const ggd_matrix *w, size_t c
         size_t rows = w->n_rows - k < ROWS_PIECE ? w->n_rows - k : ROWS_PIECE;
         for (size_t i = 0; i < rows; i++) {
             const uint8_t *row = w->data + (k + i) * w->bytes_row;
-            w->unpack(row + column / w->block * w->bytes_block, unpacked + i * width, (int64_t)n);
+            compute->kernels->unpack[w->type](row + column / w->block * w->bytes_block, unpacked + i * width, n);
         }
         for (size_t p = 0; p < n_panels; p++) {
             void *target = panel + p * bytes_panel + k * GGD_PANEL_COLUMNS * ggd_element_bytes(compute->element);

@@ -117,7 +117,7 @@ static void finish_item(void *context, size_t item, size_t thread) {
     }
     float *dnormed = s->dnormed + item * s->ld, *target_row = (float *)ggd_scratch(job->compute, thread);
     kernels->scale(dnormed, weight / (float)s->sum[item], hidden);
-    ggd_matrix_unpack_row(&job->head->head, (size_t)job->objective->targets[row], target_row);
+    ggd_matrix_unpack_row(kernels, &job->head->head, (size_t)job->objective->targets[row], target_row);
     kernels->add_scaled(target_row, weight * (expf(s->target_logit[item] - lse) - 1.0f), dnormed, hidden);
     kernels->rmsnorm_backward(dnormed, job->x + row * job->ld, job->head->norm, s->scales[item], job->dx + row * job->ld, hidden);
 }

@@ -5,19 +5,15 @@
 
 #include <stddef.h>
 #include <stdint.h>
-#include <string.h>
 
 #include "kernels/kernels.h"
-
-// Unpacks n elements (a multiple of the block) to float32.
-typedef void (*ggd_unpack_fn)(const void *source, float *target, int64_t n);
 
 typedef struct {
     const uint8_t *data;
     size_t n_rows, n_cols;
     size_t bytes_row;
+    ggd_type type;
     size_t block, bytes_block;  // elements and bytes of the smallest piece that can be unpacked
-    ggd_unpack_fn unpack;
 } ggd_matrix;
 
 // Activations: (rows, ld) with ld a multiple of GGD_PANEL_COLUMNS. Products always write whole panels, so pad columns may be written.
@@ -26,25 +22,14 @@ typedef struct {
     size_t ld;
 } ggd_activation;
 
-static inline void ggd_unpack_f32(const void *source, float *target, int64_t n) {
-    memcpy(target, source, (size_t)n * sizeof *target);
-}
-static inline void ggd_unpack_bf16(const void *source, float *target, int64_t n) {
-    const uint16_t *values = source;
-    for (int64_t i = 0; i < n; i++) {
-        target[i] = ggd_float_from_bf16(values[i]);
-    }
-}
-
 static inline ggd_matrix ggd_matrix_f32(const float *data, size_t n_rows, size_t n_cols, size_t ld) {
-    return (ggd_matrix){(const uint8_t *)data, n_rows, n_cols, ld * sizeof *data, 1, sizeof *data, ggd_unpack_f32};
+    return (ggd_matrix){(const uint8_t *)data, n_rows, n_cols, ld * sizeof *data, GGD_F32, 1, sizeof *data};
 }
 
 // Activations as an operand.
 static inline ggd_matrix ggd_matrix_of(ggd_activation x, size_t n_rows, size_t n_cols, ggd_element element) {
     size_t bytes = ggd_element_bytes(element);
-    return (ggd_matrix){
-        x.data, n_rows, n_cols, x.ld * bytes, 1, bytes, element == GGD_ELEMENT_BF16 ? ggd_unpack_bf16 : ggd_unpack_f32};
+    return (ggd_matrix){x.data, n_rows, n_cols, x.ld * bytes, element == GGD_ELEMENT_BF16 ? GGD_BF16 : GGD_F32, 1, bytes};
 }
 
 // Rows [first, first + n) of a matrix.
@@ -55,8 +40,8 @@ static inline ggd_matrix ggd_matrix_rows(const ggd_matrix *m, size_t first, size
     return rows;
 }
 
-static inline void ggd_matrix_unpack_row(const ggd_matrix *m, size_t row, float *target) {
-    m->unpack(m->data + row * m->bytes_row, target, (int64_t)m->n_cols);
+static inline void ggd_matrix_unpack_row(const ggd_kernels *kernels, const ggd_matrix *m, size_t row, float *target) {
+    kernels->unpack[m->type](m->data + row * m->bytes_row, target, m->n_cols);
 }
 
 static inline void *ggd_activation_at(ggd_activation x, size_t row, size_t column, ggd_element element) {

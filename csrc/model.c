@@ -18,9 +18,13 @@
 #include "ggml.h"
 #include "gguf.h"
 
-static const enum ggml_type supported_types[] = {
-    GGML_TYPE_F32,  GGML_TYPE_F16,  GGML_TYPE_BF16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0, GGML_TYPE_Q4_1,
-    GGML_TYPE_Q5_0, GGML_TYPE_Q5_1, GGML_TYPE_Q4_K, GGML_TYPE_Q5_K, GGML_TYPE_Q6_K,
+static const struct {
+    enum ggml_type stored;
+    ggd_type type;
+} supported_types[] = {
+    {GGML_TYPE_F32, GGD_F32},   {GGML_TYPE_F16, GGD_F16},   {GGML_TYPE_BF16, GGD_BF16}, {GGML_TYPE_Q8_0, GGD_Q8_0},
+    {GGML_TYPE_Q4_0, GGD_Q4_0}, {GGML_TYPE_Q4_1, GGD_Q4_1}, {GGML_TYPE_Q5_0, GGD_Q5_0}, {GGML_TYPE_Q5_1, GGD_Q5_1},
+    {GGML_TYPE_Q4_K, GGD_Q4_K}, {GGML_TYPE_Q5_K, GGD_Q5_K}, {GGML_TYPE_Q6_K, GGD_Q6_K},
 };
 
 typedef struct {
@@ -88,13 +92,14 @@ static int read_shape(loader *l) {
     return 0;
 }
 
-static int check_type(const char *name, enum ggml_type type) {
+static int find_type(const char *name, enum ggml_type stored, ggd_type *type) {
     for (size_t i = 0; i < sizeof supported_types / sizeof *supported_types; i++) {
-        if (supported_types[i] == type) {
+        if (supported_types[i].stored == stored) {
+            *type = supported_types[i].type;
             return 0;
         }
     }
-    const struct ggml_type_traits *traits = type >= 0 && type < GGML_TYPE_COUNT ? ggml_get_type_traits(type) : NULL;
+    const struct ggml_type_traits *traits = stored >= 0 && stored < GGML_TYPE_COUNT ? ggml_get_type_traits(stored) : NULL;
     const char *type_name = traits != NULL && traits->type_name != NULL ? traits->type_name : "unknown";
     return ggd_fail("tensor %s has the unsupported type %s", name, type_name);
 }
@@ -105,8 +110,9 @@ static int bind_matrix(const loader *l, const char *name, size_t n_rows, size_t 
     if (id < 0) {
         return ggd_fail("tensor %s is missing", name);
     }
-    enum ggml_type type = gguf_get_tensor_type(l->gguf, id);
-    if (check_type(name, type)) {
+    enum ggml_type stored = gguf_get_tensor_type(l->gguf, id);
+    ggd_type type = GGD_F32;
+    if (find_type(name, stored, &type)) {
         return -1;
     }
     const int64_t *ne = gguf_get_tensor_ne(l->gguf, id);
@@ -114,18 +120,16 @@ static int bind_matrix(const loader *l, const char *name, size_t n_rows, size_t 
         return ggd_fail("tensor %s has the shape (%lld, %lld), not (%zu, %zu)", name, (long long)ne[1], (long long)ne[0], n_rows,
                         n_cols);
     }
-    size_t block = (size_t)ggml_blck_size(type);
+    size_t block = (size_t)ggml_blck_size(stored);
     if (n_cols % block != 0) {
         return ggd_fail("tensor %s: %zu columns are not divisible by the block size %zu", name, n_cols, block);
     }
-    size_t offset = gguf_get_data_offset(l->gguf) + gguf_get_tensor_offset(l->gguf, id);
-    size_t bytes = ggml_row_size(type, ne[0]) * n_rows;
-    if (offset > l->model->bytes_map || bytes > l->model->bytes_map - offset) {
+    size_t offset = gguf_get_data_offset(l->gguf) + gguf_get_tensor_offset(l->gguf, id), bytes_row = ggml_row_size(stored, ne[0]);
+    if (offset > l->model->bytes_map || bytes_row * n_rows > l->model->bytes_map - offset) {
         return ggd_fail("tensor %s ends past the end of the file", name);
     }
-    ggd_unpack_fn unpack = type == GGML_TYPE_F32 ? ggd_unpack_f32 : (ggd_unpack_fn)ggml_get_type_traits(type)->to_float;
-    *matrix = (ggd_matrix){
-        (const uint8_t *)l->model->map + offset, n_rows, n_cols, ggml_row_size(type, ne[0]), block, ggml_type_size(type), unpack};
+    const uint8_t *data = (const uint8_t *)l->model->map + offset;
+    *matrix = (ggd_matrix){data, n_rows, n_cols, bytes_row, type, block, ggml_type_size(stored)};
     return 0;
 }
 
@@ -136,7 +140,7 @@ static int bind_norm(const loader *l, const char *name, size_t slot, const float
         return -1;
     }
     float *values = l->model->norms + slot * hidden;
-    ggd_matrix_unpack_row(&row, 0, values);
+    ggd_matrix_unpack_row(&ggd_kernels_reference, &row, 0, values);
     *norm = values;
     return 0;
 }
@@ -188,7 +192,7 @@ static int read_rope(loader *l) {
         frequencies[i] = 1.0f;
     }
     if (has_factors) {
-        ggd_matrix_unpack_row(&factors, 0, frequencies);
+        ggd_matrix_unpack_row(&ggd_kernels_reference, &factors, 0, frequencies);
     }
     for (size_t i = 0; i < half; i++) {
         frequencies[i] = (float)(pow(base, -(double)i / (double)half) / ((double)factor * frequencies[i]));
@@ -307,7 +311,8 @@ int ggd_model_embed(const ggd_model *model, int32_t n_tokens, const int32_t *tok
         if (tokens[i] < 0 || tokens[i] >= model->shape.vocab_size) {
             return ggd_fail("token id %d is outside the vocabulary of %d", tokens[i], model->shape.vocab_size);
         }
-        ggd_matrix_unpack_row(&model->token_embedding, (size_t)tokens[i], rows + (size_t)i * (size_t)model->shape.hidden_size);
+        ggd_matrix_unpack_row(&ggd_kernels_reference, &model->token_embedding, (size_t)tokens[i],
+                              rows + (size_t)i * (size_t)model->shape.hidden_size);
     }
     return 0;
 }

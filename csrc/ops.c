@@ -48,7 +48,7 @@ static void embedding_forward_item(void *context, size_t item, size_t thread) {
         size_t row = (size_t)segment->first_row + i;
         int32_t token = job->batch->tokens[row];
         float *x = job->x + row * job->ld;
-        ggd_matrix_unpack_row(job->embedding, (size_t)token, x);
+        ggd_matrix_unpack_row(job->compute->kernels, job->embedding, (size_t)token, x);
         if (job->batch->embedding_offset != NULL) {
             job->compute->kernels->add_scaled(job->batch->embedding_offset + (size_t)segment->sequence * job->hidden, 1.0f, x,
                                               job->hidden);

@@ -28,7 +28,7 @@ PYTHON_LAYERS = (
 )
 C_LAYERS = (
     {"api", "tests/test_kernels"},
-    {"session", "transformer"},
+    {"session", "transformer", "peak"},
     {"linear", "attention", "ops", "loss"},
     {"model", "arch"},
     {"gemm"},

@@ -16,6 +16,22 @@ enum { GGD_PANEL_COLUMNS = 32, GGD_TILE_ROWS = 12 };
 // Element type of activations, panels and products. Sums are float32 in both.
 typedef enum { GGD_ELEMENT_F32 = 0, GGD_ELEMENT_BF16 = 1 } ggd_element;
 
+// How the elements of an operand are stored.
+typedef enum {
+    GGD_F32,
+    GGD_F16,
+    GGD_BF16,
+    GGD_Q8_0,
+    GGD_Q4_0,
+    GGD_Q4_1,
+    GGD_Q5_0,
+    GGD_Q5_1,
+    GGD_Q4_K,
+    GGD_Q5_K,
+    GGD_Q6_K,
+    GGD_N_TYPES
+} ggd_type;
+
 // A tile C[rows, 32] = init + A1 P1 + A2 P2, where the panel holds P1's k1 rows, then P2's k2 rows (both even for bfloat16).
 // A second operand is how a LoRA delta joins the product of the frozen weight without another pass over C.
 typedef struct {
@@ -36,12 +52,18 @@ typedef struct {
     const char *name;
     ggd_element fast_element;  // what GGD_COMPUTE_FAST uses with this set
 
-    // Both indexed by ggd_element.
+    // n elements, whole blocks, to float32; indexed by ggd_type.
+    void (*unpack[GGD_N_TYPES])(const uint8_t *source, float *target, size_t n);
+
+    // Indexed by ggd_element.
     void (*tile[2])(const ggd_tile *tile);
     // Panel columns from 32 rows of `source` (32, k), row stride ld: Y = X W^T.
     void (*pack_columns[2])(const float *source, size_t ld, size_t k, float scale, void *panel);
     // Panel rows from the rows of `source` (k, 32), row stride ld: dX = dY W.
     void (*pack_rows[2])(const float *source, size_t ld, size_t k, float scale, void *panel);
+
+    // pack_rows of bfloat16 rows to a bfloat16 panel, without a detour.
+    void (*pack_rows_from_bf16)(const uint16_t *source, size_t ld, size_t k, void *panel);
 
     void (*to_bf16)(const float *source, uint16_t *target, size_t n);
     void (*from_bf16)(const uint16_t *source, float *target, size_t n);

@@ -3,6 +3,7 @@
 #include <math.h>
 
 #include "kernels.h"
+#include "unpack.h"
 
 static float element_at(const void *data, size_t index, ggd_element element) {
     return element == GGD_ELEMENT_BF16 ? ggd_float_from_bf16(((const uint16_t *)data)[index]) : ((const float *)data)[index];
@@ -68,6 +69,14 @@ static void pack_rows_bf16(const float *source, size_t ld, size_t k, float scale
         for (size_t column = 0; column < GGD_PANEL_COLUMNS; column++) {
             float value = row < k ? source[row * ld + column] * scale : 0.0f;
             ((uint16_t *)panel)[(row / 2) * 64 + column * 2 + row % 2] = ggd_bf16_from_float(value);
+        }
+    }
+}
+
+static void pack_rows_from_bf16(const uint16_t *source, size_t ld, size_t k, void *panel) {
+    for (size_t row = 0; row < ggd_round_up(k, 2); row++) {
+        for (size_t column = 0; column < GGD_PANEL_COLUMNS; column++) {
+            ((uint16_t *)panel)[(row / 2) * 64 + column * 2 + row % 2] = row < k ? source[row * ld + column] : 0;
         }
     }
 }
@@ -207,6 +216,8 @@ static void scale_row(float *x, float scale, size_t n) {
 const ggd_kernels ggd_kernels_reference = {
     .name = "reference",
     .fast_element = GGD_ELEMENT_F32,
+    GGD_UNPACK_KERNELS,
+    .pack_rows_from_bf16 = pack_rows_from_bf16,
     .tile = {tile_f32, tile_bf16},
     .pack_columns = {pack_columns_f32, pack_columns_bf16},
     .pack_rows = {pack_rows_f32, pack_rows_bf16},

@@ -8,6 +8,7 @@
 #include <string.h>
 
 #include "kernels.h"
+#include "unpack.h"
 
 // exp(x) to about 1 ulp: x = n ln 2 + r, |r| <= ln 2 / 2, a degree-6 Taylor polynomial with its last coefficients fitted by the
 // remainder's bound (r^7 / 5040 < 1.2e-7), scaled by 2^n through the exponent bits. Below -87 the result is 0, so that exp(-inf) is; a NaN stays one.
@@ -200,12 +201,22 @@ static inline void rows_pack_columns_f32(const float *restrict source, size_t ld
     }
 }
 
+static inline void rows_pack_rows_from_bf16(const uint16_t *restrict source, size_t ld, size_t k, void *restrict panel) {
+    for (size_t row = 0; row < k; row += 2) {
+        uint16_t *target = (uint16_t *)panel + row * GGD_PANEL_COLUMNS;
+        for (size_t column = 0; column < GGD_PANEL_COLUMNS; column++) {
+            target[2 * column] = source[row * ld + column];
+            target[2 * column + 1] = row + 1 < k ? source[(row + 1) * ld + column] : 0;
+        }
+    }
+}
+
 // The row kernels of a table; the includer adds name, fast_element, tiles and the bfloat16 packers.
 #define GGD_ROW_KERNELS                                                                                                          \
-    .to_bf16 = rows_to_bf16, .from_bf16 = rows_from_bf16, .rmsnorm = rows_rmsnorm, .rmsnorm_backward = rows_rmsnorm_backward,    \
-    .rope = rows_rope, .swiglu = rows_swiglu, .swiglu_backward = rows_swiglu_backward,                                           \
-    .attention_softmax = rows_attention_softmax, .attention_probabilities = rows_attention_probabilities,                        \
-    .attention_score_gradient = rows_attention_score_gradient, .exp_sum = rows_exp_sum, .max = rows_max, .dot = rows_dot,        \
-    .add_scaled = rows_add_scaled, .scale = rows_scale
+    GGD_UNPACK_KERNELS, .to_bf16 = rows_to_bf16, .from_bf16 = rows_from_bf16, .rmsnorm = rows_rmsnorm,                           \
+        .rmsnorm_backward = rows_rmsnorm_backward, .rope = rows_rope, .swiglu = rows_swiglu,                                     \
+        .swiglu_backward = rows_swiglu_backward, .attention_softmax = rows_attention_softmax,                                    \
+        .attention_probabilities = rows_attention_probabilities, .attention_score_gradient = rows_attention_score_gradient,      \
+        .exp_sum = rows_exp_sum, .max = rows_max, .dot = rows_dot, .add_scaled = rows_add_scaled, .scale = rows_scale
 
 #endif

@@ -142,23 +142,34 @@ static void pack_columns_bf16(const float *source, size_t ld, size_t k, float sc
     }
 }
 
-// Two neighbouring source rows interleave into one row of pairs.
-static void pack_rows_bf16(const float *source, size_t ld, size_t k, float scale, void *panel) {
+// Two rows of 32 bfloat16 interleave into one row of pairs.
+static inline void store_pairs(__m512i first, __m512i second, uint16_t *panel) {
     const __m512i interleave_low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
                                                     37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
     const __m512i interleave_high = _mm512_add_epi16(interleave_low, _mm512_set1_epi16(16));
+    _mm512_storeu_si512(panel, _mm512_permutex2var_epi16(first, interleave_low, second));
+    _mm512_storeu_si512(panel + 32, _mm512_permutex2var_epi16(first, interleave_high, second));
+}
+
+static void pack_rows_from_bf16(const uint16_t *source, size_t ld, size_t k, void *panel) {
+    for (size_t i = 0; i < k; i += 2) {
+        __m512i first = _mm512_loadu_si512(source + i * ld);
+        __m512i second = i + 1 < k ? _mm512_loadu_si512(source + (i + 1) * ld) : _mm512_setzero_si512();
+        store_pairs(first, second, (uint16_t *)panel + i * GGD_PANEL_COLUMNS);
+    }
+}
+
+static void pack_rows_bf16(const float *source, size_t ld, size_t k, float scale, void *panel) {
     __m512 factor = _mm512_set1_ps(scale);
     for (size_t i = 0; i < k; i += 2) {
-        const float *first = source + i * ld;
         __m512i rows[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
         for (size_t r = 0; r < 2 && i + r < k; r++) {
-            __m512 left = _mm512_mul_ps(_mm512_loadu_ps(first + r * ld), factor);
-            __m512 right = _mm512_mul_ps(_mm512_loadu_ps(first + r * ld + 16), factor);
+            const float *values = source + (i + r) * ld;
+            __m512 left = _mm512_mul_ps(_mm512_loadu_ps(values), factor),
+                   right = _mm512_mul_ps(_mm512_loadu_ps(values + 16), factor);
             rows[r] = (__m512i)_mm512_cvtne2ps_pbh(right, left);
         }
-        uint16_t *target = (uint16_t *)panel + i * GGD_PANEL_COLUMNS;
-        _mm512_storeu_si512(target, _mm512_permutex2var_epi16(rows[0], interleave_low, rows[1]));
-        _mm512_storeu_si512(target + 32, _mm512_permutex2var_epi16(rows[0], interleave_high, rows[1]));
+        store_pairs(rows[0], rows[1], (uint16_t *)panel + i * GGD_PANEL_COLUMNS);
     }
 }
 
@@ -171,5 +182,6 @@ const ggd_kernels ggd_kernels_avx512_bf16 = {
     .tile = {tile_f32, tile_bf16},
     .pack_columns = {rows_pack_columns_f32, pack_columns_bf16},
     .pack_rows = {rows_pack_rows_f32, pack_rows_bf16},
+    .pack_rows_from_bf16 = pack_rows_from_bf16,
     GGD_ROW_KERNELS,
 };

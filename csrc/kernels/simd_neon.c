@@ -71,5 +71,6 @@ const ggd_kernels ggd_kernels_neon = {
     .tile = {tile_f32, NULL},
     .pack_columns = {rows_pack_columns_f32, NULL},
     .pack_rows = {rows_pack_rows_f32, NULL},
+    .pack_rows_from_bf16 = rows_pack_rows_from_bf16,
     GGD_ROW_KERNELS,
 };

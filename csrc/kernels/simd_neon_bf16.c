@@ -108,5 +108,6 @@ const ggd_kernels ggd_kernels_neon_bf16 = {
     .tile = {tile_f32, tile_bf16},
     .pack_columns = {rows_pack_columns_f32, pack_columns_bf16},
     .pack_rows = {rows_pack_rows_f32, pack_rows_bf16},
+    .pack_rows_from_bf16 = rows_pack_rows_from_bf16,
     GGD_ROW_KERNELS,
 };

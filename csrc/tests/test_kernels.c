@@ -63,12 +63,37 @@ static void test_packing(const ggd_kernels *set, ggd_element element) {
         set->pack_columns[element](source, LD, k, 0.5f, got);
         reference->pack_columns[element](source, LD, k, 0.5f, expected);
         expect_bytes(set->name, "pack_columns", k, got, expected, bytes);
+        if (k <= 64 && element == GGD_ELEMENT_BF16) {
+            memset(got, 0xff, sizeof got);
+            set->pack_rows_from_bf16((const uint16_t *)source, LD, k, got);
+            reference->pack_rows_from_bf16((const uint16_t *)source, LD, k, expected);
+            expect_bytes(set->name, "pack_rows_from_bf16", k, got, expected, bytes);
+        }
         if (k <= 64) {
             memset(got, 0xff, sizeof got);
             set->pack_rows[element](source, LD, k, 0.5f, got);
             reference->pack_rows[element](source, LD, k, 0.5f, expected);
             expect_bytes(set->name, "pack_rows", k, got, expected, bytes);
         }
+    }
+}
+
+// Random bytes as blocks; all sets must give the same values.
+static void test_unpacking(const ggd_kernels *set) {
+    static uint8_t source[8 * LD];
+    static float got[2 * 256], expected[2 * 256];
+    for (size_t i = 0; i < sizeof source; i++) {
+        source[i] = (uint8_t)(128 * (1 + uniform()));
+    }
+    for (int type = 0; type < GGD_N_TYPES; type++) {
+        set->unpack[type](source, got, 2 * 256);
+        reference->unpack[type](source, expected, 2 * 256);
+        for (size_t i = 0; i < 2 * 256; i++) {  // of two NaN operands either may be the result
+            if (isnan(got[i]) && isnan(expected[i])) {
+                got[i] = expected[i] = 0;
+            }
+        }
+        expect(set->name, "unpack", (size_t)type, got, expected, 2 * 256, 0.0, 0.0);
     }
 }
 
@@ -225,6 +250,7 @@ static void test_vectors(const ggd_kernels *set, size_t n) {
 
 static void test_set(const ggd_kernels *set) {
     const size_t sizes[] = {1, 2, 3, 7, 16, 31, 64, 65, 128, 255, 576, 599, MAX_N};
+    test_unpacking(set);
     for (int element = 0; element < 2; element++) {
         if (set->tile[element] != NULL) {
             test_packing(set, element);

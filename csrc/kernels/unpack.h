@@ -1,0 +1,182 @@
+// unpack.h - packed weights to float32, one function a type, in loops that the compiler turns into vectors: included by reference.c, where it
+// is the naive twin, and by each simd_*.c under its own instruction set. All give the same bits.
+//
+// The layouts are GGUF's: a block holds its scale(s) as float16, then the quants (ggml's ggml-common.h; the tests compare with the gguf
+// package's own dequantisation). Bytes are read by offset, since blocks are not aligned.
+#ifndef GGD_UNPACK_H
+#define GGD_UNPACK_H
+
+#include <string.h>
+
+#include "kernels.h"
+
+static inline float unpack_half(const uint8_t *source) {
+    uint16_t half;
+    memcpy(&half, source, sizeof half);
+    uint32_t sign = (uint32_t)(half & 0x8000) << 16, exponent = half >> 10 & 0x1f, fraction = half & 0x3ff, bits;
+    if (exponent == 0) {  // zero or subnormal: fraction * 2^-24
+        float value = (float)fraction * 5.9604644775390625e-8f;
+        return sign != 0 ? -value : value;
+    }
+    bits = exponent == 31 ? sign | 0x7f800000u | fraction << 13 : sign | (exponent + 112) << 23 | fraction << 13;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+static void unpack_f32(const uint8_t *restrict source, float *restrict y, size_t n) { memcpy(y, source, n * sizeof *y); }
+
+static void unpack_f16(const uint8_t *restrict source, float *restrict y, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        y[i] = unpack_half(source + 2 * i);
+    }
+}
+
+static void unpack_bf16(const uint8_t *restrict source, float *restrict y, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        uint16_t value;
+        memcpy(&value, source + 2 * i, sizeof value);
+        uint32_t bits = (uint32_t)value << 16;
+        memcpy(y + i, &bits, sizeof bits);
+    }
+}
+
+static void unpack_q4_0(const uint8_t *restrict source, float *restrict y, size_t n) {
+    for (size_t block = 0; block < n / 32; block++, source += 18, y += 32) {
+        float d = unpack_half(source);
+        const uint8_t *restrict q = source + 2;
+        for (int i = 0; i < 16; i++) {
+            y[i] = (float)((q[i] & 15) - 8) * d;
+        }
+        for (int i = 0; i < 16; i++) {
+            y[16 + i] = (float)((q[i] >> 4) - 8) * d;
+        }
+    }
+}
+
+static void unpack_q4_1(const uint8_t *restrict source, float *restrict y, size_t n) {
+    for (size_t block = 0; block < n / 32; block++, source += 20, y += 32) {
+        float d = unpack_half(source), m = unpack_half(source + 2);
+        const uint8_t *restrict q = source + 4;
+        for (int i = 0; i < 16; i++) {
+            y[i] = (float)(q[i] & 15) * d + m;
+        }
+        for (int i = 0; i < 16; i++) {
+            y[16 + i] = (float)(q[i] >> 4) * d + m;
+        }
+    }
+}
+
+// The fifth bits of a block's 32 quants lie in one 32-bit word.
+static inline void unpack_fifth_bits(const uint8_t *restrict word, const uint8_t *restrict q, int32_t *restrict quants) {
+    uint32_t high;
+    memcpy(&high, word, sizeof high);
+    for (int i = 0; i < 16; i++) {
+        quants[i] = (int32_t)((q[i] & 15) | (high >> i & 1) << 4);
+    }
+    for (int i = 0; i < 16; i++) {
+        quants[16 + i] = (int32_t)(q[i] >> 4 | (high >> (16 + i) & 1) << 4);
+    }
+}
+
+static void unpack_q5_0(const uint8_t *restrict source, float *restrict y, size_t n) {
+    for (size_t block = 0; block < n / 32; block++, source += 22, y += 32) {
+        int32_t quants[32];
+        float d = unpack_half(source);
+        unpack_fifth_bits(source + 2, source + 6, quants);
+        for (int i = 0; i < 32; i++) {
+            y[i] = (float)(quants[i] - 16) * d;
+        }
+    }
+}
+
+static void unpack_q5_1(const uint8_t *restrict source, float *restrict y, size_t n) {
+    for (size_t block = 0; block < n / 32; block++, source += 24, y += 32) {
+        int32_t quants[32];
+        float d = unpack_half(source), m = unpack_half(source + 2);
+        unpack_fifth_bits(source + 4, source + 8, quants);
+        for (int i = 0; i < 32; i++) {
+            y[i] = (float)quants[i] * d + m;
+        }
+    }
+}
+
+static void unpack_q8_0(const uint8_t *restrict source, float *restrict y, size_t n) {
+    for (size_t block = 0; block < n / 32; block++, source += 34, y += 32) {
+        float d = unpack_half(source);
+        const int8_t *restrict q = (const int8_t *)source + 2;
+        for (int i = 0; i < 32; i++) {
+            y[i] = (float)q[i] * d;
+        }
+    }
+}
+
+// Scale and minimum of each of a super-block's eight groups of 32, six bits each in twelve bytes.
+static inline void unpack_group_scales(const uint8_t *restrict source, float d, float dmin, float scales[8], float minima[8]) {
+    const uint8_t *restrict s = source;
+    for (int i = 0; i < 4; i++) {
+        scales[i] = d * (float)(s[i] & 63);
+        minima[i] = dmin * (float)(s[i + 4] & 63);
+        scales[i + 4] = d * (float)((s[i + 8] & 15) | (s[i] >> 6) << 4);
+        minima[i + 4] = dmin * (float)(s[i + 8] >> 4 | (s[i + 4] >> 6) << 4);
+    }
+}
+
+static void unpack_q4_k(const uint8_t *restrict source, float *restrict y, size_t n) {
+    for (size_t block = 0; block < n / 256; block++, source += 144, y += 256) {
+        float scales[8], minima[8];
+        unpack_group_scales(source + 4, unpack_half(source), unpack_half(source + 2), scales, minima);
+        for (int group = 0; group < 8; group++) {
+            const uint8_t *restrict q = source + 16 + group / 2 * 32;
+            int shift = group % 2 * 4;
+            for (int i = 0; i < 32; i++) {
+                y[group * 32 + i] = scales[group] * (float)(q[i] >> shift & 15) - minima[group];
+            }
+        }
+    }
+}
+
+static void unpack_q5_k(const uint8_t *restrict source, float *restrict y, size_t n) {
+    for (size_t block = 0; block < n / 256; block++, source += 176, y += 256) {
+        float scales[8], minima[8];
+        const uint8_t *restrict high = source + 16;
+        unpack_group_scales(source + 4, unpack_half(source), unpack_half(source + 2), scales, minima);
+        for (int group = 0; group < 8; group++) {
+            const uint8_t *restrict q = source + 48 + group / 2 * 32;
+            int shift = group % 2 * 4;
+            for (int i = 0; i < 32; i++) {
+                int quant = (q[i] >> shift & 15) | (high[i] >> group & 1) << 4;
+                y[group * 32 + i] = scales[group] * (float)quant - minima[group];
+            }
+        }
+    }
+}
+
+static void unpack_q6_k(const uint8_t *restrict source, float *restrict y, size_t n) {
+    for (size_t block = 0; block < n / 256; block++, source += 210, y += 256) {
+        const int8_t *restrict scales = (const int8_t *)source + 192;
+        float d = unpack_half(source + 208);
+        for (int group = 0; group < 8; group++) {  // 32 quants: four low bits in ql, two high bits in qh
+            const uint8_t *restrict low = source + group / 4 * 64 + group % 2 * 32, *restrict high =
+                                                                                        source + 128 + group / 4 * 32;
+            int low_shift = group % 4 / 2 * 4, high_shift = group % 4 * 2;
+            float first = d * (float)scales[group * 2], second = d * (float)scales[group * 2 + 1];
+            float *restrict out = y + group * 32;
+            for (int i = 0; i < 16; i++) {
+                out[i] = first * (float)(((low[i] >> low_shift & 15) | (high[i] >> high_shift & 3) << 4) - 32);
+            }
+            for (int i = 16; i < 32; i++) {
+                out[i] = second * (float)(((low[i] >> low_shift & 15) | (high[i] >> high_shift & 3) << 4) - 32);
+            }
+        }
+    }
+}
+
+#define GGD_UNPACK_KERNELS                                                                                                       \
+    .unpack = {                                                                                                                  \
+        [GGD_F32] = unpack_f32,   [GGD_F16] = unpack_f16,   [GGD_BF16] = unpack_bf16, [GGD_Q8_0] = unpack_q8_0,                  \
+        [GGD_Q4_0] = unpack_q4_0, [GGD_Q4_1] = unpack_q4_1, [GGD_Q5_0] = unpack_q5_0, [GGD_Q5_1] = unpack_q5_1,                  \
+        [GGD_Q4_K] = unpack_q4_k, [GGD_Q5_K] = unpack_q5_k, [GGD_Q6_K] = unpack_q6_k,                                            \
+    }
+
+#endif
