@@ -5,6 +5,7 @@ It holds no expected values: those come from oracle.py and llama_reference.py.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -40,10 +41,24 @@ def mean_kl(reference: Any, other: Any) -> float:
 
 
 def relative_error(actual: Any, expected: Any) -> float:
-    """|actual - expected| / |expected| in the Euclidean norm; NaN stays NaN, and 0 / 0 is 0."""
-    difference = np.linalg.norm(np.asarray(actual, np.float64) - expected)
-    size = np.linalg.norm(expected)
-    return 0.0 if difference == 0.0 and size == 0.0 else float(difference / size)
+    """|actual - expected| / |expected| in the Euclidean norm; NaN stays NaN."""
+    return float(np.linalg.norm(np.asarray(actual, np.float64) - expected) / np.linalg.norm(expected))
+
+
+def relative_errors(actual: Mapping[str, Any], expected: Mapping[str, oracle.Array]) -> dict[str, float]:
+    """The relative error of each tensor of a gradient.
+
+    A tensor whose true gradient is 0 but for float64 rounding (query and key of a lone token, or of tokens
+    that are all the same) has no size of its own: there the error is measured against the whole gradient.
+    """
+    assert actual.keys() == expected.keys()
+    whole = float(np.sqrt(sum(np.sum(g * g) for g in expected.values())))
+    errors: dict[str, float] = {}
+    for name, g in expected.items():
+        size = float(np.linalg.norm(g))
+        difference = float(np.linalg.norm(np.asarray(actual[name], np.float64) - g))
+        errors[name] = difference / (size if size > 1e-12 * whole else whole)
+    return errors
 
 
 def random_adapter(

@@ -25,10 +25,10 @@ from cases import (
     random_batch,
 )
 from conftest import TinyModel, sizes_for
-from ggml_diffusion.engine import Q4Model
 from llama_reference import Request, llama_logits, llama_tokens
 
 from ggml_diffusion.adapter_file import write_gguf_adapter
+from ggml_diffusion.engine import Q4Model
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.model_file import read_model
 
@@ -260,11 +260,9 @@ def test_the_bernoulli_mask_is_the_oracles(tiny_model: TinyModel, causal_ratio: 
                 batch.targets,
                 batch.weights,
                 causal_ratio,
-                None,
-                None,
-                batch.lengths,
-                batch.document_ids,
-                seed,
+                lengths=batch.lengths,
+                document_ids=batch.document_ids,
+                bernoulli_seed=seed,
             )
         # float32 sums; a single key seen or hidden wrongly moves a row by 1e-2
         np.testing.assert_allclose(result.row_loss, exact.row_loss, atol=1e-4)

@@ -21,6 +21,7 @@ from cases import (
     random_adapter,
     random_batch,
     relative_error,
+    relative_errors,
 )
 from conftest import TinyModel, sizes_for
 from numpy.typing import NDArray
@@ -92,7 +93,7 @@ def engine_result(
 _expected: dict[str, oracle.Result] = {}
 
 
-def check(tiny_model: TinyModel, case: Case, compute: str, batch_name: str) -> None:
+def check(tiny_model: TinyModel, case: Case, compute: str, batch_name: str, *, use_simd: bool = True) -> None:
     """Hold loss, row losses and every gradient of the engine against the oracle's, which is computed once."""
     reference, adapter, batch = case.make(tiny_model)
     key = f"{batch_name} {replace(case, batch=str)}"
@@ -101,16 +102,14 @@ def check(tiny_model: TinyModel, case: Case, compute: str, batch_name: str) -> N
             reference, adapter, batch, case.causal_ratio, case.bernoulli_seed
         )
     expected = _expected[key]
-    with Q4Model.from_gguf(tiny_model(**case.options), 2, compute=compute) as model:
+    with Q4Model.from_gguf(tiny_model(**case.options), 2, compute=compute, use_simd=use_simd) as model:
         result, gradients = engine_result(model, adapter, batch, case)
     rows = max(1, np.count_nonzero(batch.weights))
     assert abs(result.loss - expected.loss) <= LOSS_TOLERANCE[compute] * rows
     np.testing.assert_allclose(result.row_loss, expected.row_loss, atol=20 * LOSS_TOLERANCE[compute])
-    assert gradients.keys() == expected.gradients.keys()
-    errors = {name: relative_error(gradients[name], g) for name, g in expected.gradients.items()}
+    errors = relative_errors(gradients, expected.gradients)
     print(f"worst relative error {max(errors.values()):.2e}")
-    wrong = {name: error for name, error in errors.items() if not error < TOLERANCE[compute]}
-    assert not wrong
+    assert not {name: error for name, error in errors.items() if not error < TOLERANCE[compute]}
 
 
 def packed(V: int) -> oracle.Batch:
@@ -130,6 +129,12 @@ def test_every_type_at_every_causal_ratio(
     check(tiny_model, case, compute, "packed")
 
 
+@pytest.mark.parametrize("compute", TOLERANCE)
+def test_every_type_with_the_portable_kernels(tiny_model: TinyModel, each_type: str, compute: str) -> None:
+    case = Case({"type": each_type, **sizes_for(each_type)}, packed, 0.7)
+    check(tiny_model, case, compute, "packed", use_simd=False)
+
+
 SHAPES: dict[str, dict[str, Any]] = {
     "one head": {"H": 1, "G": 1, "C": 32, "L": 1},
     "no grouping": {"H": 2, "G": 2, "C": 32},
@@ -140,15 +145,27 @@ SHAPES: dict[str, dict[str, Any]] = {
     "large eps": {"eps": 0.02},
     "mixed types": {"type": "Q4_1", "overrides": {"token_embd": "Q8_0", "attn_v": "F16", "ffn_down": "F32"}},
 }
+# the fast mode differs from f32 where weights are packed, in blocks of 32
+PACKED_SHAPES: dict[str, dict[str, Any]] = {
+    "one packed head": {"type": "Q8_0", "H": 1, "G": 1, "C": 32, "L": 1},
+    "one packed key head for three": {"type": "Q4_0", "H": 3, "G": 1, "C": 96, "F": 160, "V": 313},
+    "packed heads wider than C": {"type": "Q5_1", "H": 2, "G": 1, "C": 64, "D": 64, "F": 32, "V": 311},
+    "packed and tied": {"type": "Q4_1", "tied": True},
+    "packed, other embedding": {"type": "Q4_1", "tied": True, "overrides": {"token_embd": "Q8_0"}},
+    "packed, RoPE factors": {"type": "Q5_0", "rope_freqs": True},
+}
 
 
 @pytest.mark.parametrize("rank", [1, 32])
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("compute", TOLERANCE)
-def test_every_shape_at_every_rank(
-    tiny_model: TinyModel, shape: dict[str, Any], rank: int, compute: str
-) -> None:
-    check(tiny_model, Case(shape, whole, 0.4, rank), compute, "whole")
+@pytest.mark.parametrize("shape", [*SHAPES, *PACKED_SHAPES])
+def test_every_shape_at_every_rank(tiny_model: TinyModel, shape: str, rank: int) -> None:
+    check(tiny_model, Case({**SHAPES, **PACKED_SHAPES}[shape], whole, 0.4, rank), "f32", "whole")
+
+
+@pytest.mark.parametrize("rank", [1, 32])
+@pytest.mark.parametrize("shape", PACKED_SHAPES)
+def test_every_shape_at_every_rank_in_the_fast_mode(tiny_model: TinyModel, shape: str, rank: int) -> None:
+    check(tiny_model, Case(PACKED_SHAPES[shape], whole, 0.4, rank), "fast", "whole")
 
 
 def _one_token(V: int) -> oracle.Batch:
@@ -185,7 +202,8 @@ BATCHES: dict[str, Callable[[int], oracle.Batch]] = {
 @pytest.mark.parametrize("name", BATCHES)
 @pytest.mark.parametrize("compute", TOLERANCE)
 def test_every_kind_of_batch(tiny_model: TinyModel, name: str, seed: int | None, compute: str) -> None:
-    check(tiny_model, Case({"type": "F32"}, BATCHES[name], 0.6, bernoulli_seed=seed), compute, name)
+    case = Case({"type": "Q4_1"}, BATCHES[name], 0.6, bernoulli_seed=seed)
+    check(tiny_model, case, compute, name)
 
 
 @pytest.mark.parametrize("compute", TOLERANCE)
@@ -213,8 +231,8 @@ def test_some_projections_adapted_alone_get_their_own_gradients(tiny_model: Tiny
             adapter = replace(everything, parameters=kept)
             expected = oracle.loss_and_gradients(reference, adapter, batch, case.causal_ratio)
             _, gradients = engine_result(model, adapter, batch, case)
-            for name, g in expected.gradients.items():
-                assert relative_error(gradients[name], g) < TOLERANCE["f32"], name
+            errors = relative_errors(gradients, expected.gradients)
+            assert max(errors.values()) < TOLERANCE["f32"]
 
 
 def test_gradients_are_added_to_what_is_there_and_the_loss_alone_is_the_same(tiny_model: TinyModel) -> None:
@@ -242,8 +260,8 @@ def test_gradients_are_added_to_what_is_there_and_the_loss_alone_is_the_same(tin
             case.causal_ratio,
             lora,
             offset_of(adapter),
-            batch.lengths,
-            batch.document_ids,
+            lengths=batch.lengths,
+            document_ids=batch.document_ids,
         )
     for name, value in twice.items():
         # one more rounding of a float32 sum
@@ -271,6 +289,21 @@ def test_a_row_is_correct_where_its_most_probable_token_is_the_target(tiny_model
     assert 5 < expected.row_correct.sum() < np.count_nonzero(batch.weights)
     assert np.array_equal(result.row_correct, expected.row_correct)
     assert result.row_loss.dtype == np.float32 and result.row_correct.dtype == np.bool_
+
+
+@pytest.mark.parametrize("compute", TOLERANCE)
+@pytest.mark.parametrize("keep", ["without-ffn", "boundaries"])
+def test_what_is_kept_for_the_backward_pass_changes_no_bit_of_the_gradients(
+    tiny_model: TinyModel, keep: str, compute: str
+) -> None:
+    case = Case({"type": "Q4_1", "L": 3}, packed, rank=5)
+    _, adapter, batch = case.make(tiny_model)
+    results = []
+    for one in ("all", keep):
+        with Q4Model.from_gguf(tiny_model(**case.options), 2, compute=compute, keep=one) as model:
+            results.append(engine_result(model, adapter, batch, case)[1])
+    for name, value in results[0].items():
+        assert np.array_equal(value, results[1][name]), name
 
 
 @pytest.mark.parametrize("compute", TOLERANCE)
@@ -321,10 +354,11 @@ def make_trainer(
             target_modules=tuple(TargetModule),
             time_embedding=TimeEmbeddingConfig(dim=16, max_timesteps=100),
             prediction=prediction,  # type: ignore[arg-type]
+            mask_token_id=MASK,
         ),
         **options,
     )
-    trainer = ConversionTrainer(model, config, mask_token_id=MASK)
+    trainer = ConversionTrainer(model, config)
     assert trainer.parameters.views.keys() == adapter.parameters.keys()
     for name, view in trainer.parameters.views.items():
         view[...] = adapter.parameters[name]
@@ -349,9 +383,8 @@ def test_the_trainer_reads_each_target_from_its_row_and_trains_the_time_projecti
             batch.targets, batch.tokens, batch.weights, times, 0.4, batch.lengths
         )
     assert loss == pytest.approx(expected.loss, rel=LOSS_TOLERANCE[compute])
-    assert gradients.keys() == expected.gradients.keys()
-    for name, g in expected.gradients.items():
-        assert relative_error(gradients[name], g) < TOLERANCE[compute], name
+    errors = relative_errors(gradients, expected.gradients)
+    assert not {name: error for name, error in errors.items() if not error < TOLERANCE[compute]}
 
 
 # -- ten steps ----------------------------------------------------------------------------------------
