@@ -60,22 +60,31 @@ static int check_adapter(const ggd_session *s, const ggd_adapter *adapter, int g
 }
 
 static int check_objective(const ggd_session *s, const ggd_batch *batch, const ggd_objective *objective) {
+    int teacher = objective->teacher_tokens != NULL;
     for (int32_t i = 0; i < batch->n_rows; i++) {
-        if (!isfinite(objective->weights[i])) {
+        float weight = objective->weights[i], teacher_weight = teacher ? objective->teacher_weights[i] : 0;
+        if (!isfinite(weight) || !isfinite(teacher_weight)) {
             return ggd_fail("the weight of row %d is not finite", i);
         }
-        if (objective->weights[i] != 0 && (objective->targets[i] < 0 || objective->targets[i] >= s->model->shape.vocab_size)) {
+        int counts = weight != 0 || teacher_weight != 0;
+        if (counts && (objective->targets[i] < 0 || objective->targets[i] >= s->model->shape.vocab_size)) {
             return ggd_fail("target id %d is outside the vocabulary of %d", objective->targets[i], s->model->shape.vocab_size);
+        }
+        if (teacher && (objective->teacher_rows[i] < 0 || objective->teacher_rows[i] >= batch->n_rows)) {
+            return ggd_fail("row %d has no teacher's row", i);
         }
     }
     return 0;
 }
 
-static int prepare(ggd_session *s, const ggd_batch *batch, const ggd_adapter *adapter, int gradients) {
-    if (check_batch(s, batch) || check_adapter(s, adapter, gradients)) {
+static int prepare(ggd_session *s, const ggd_batch *batch, const ggd_adapter *adapter, const ggd_objective *objective,
+                   int gradients) {
+    if (check_batch(s, batch) || check_adapter(s, adapter, gradients) ||
+        (objective != NULL && check_objective(s, batch, objective))) {
         return -1;
     }
     ggd_capacity wanted = {.n_rows = (size_t)batch->n_rows, .gradients = gradients};
+    wanted.teacher = objective != NULL && objective->teacher_tokens != NULL;
     for (int32_t i = 0; i < batch->n_segments; i++) {
         size_t n = (size_t)batch->segments[i].n_rows;
         wanted.max_segment_rows = n > wanted.max_segment_rows ? n : wanted.max_segment_rows;
@@ -84,16 +93,43 @@ static int prepare(ggd_session *s, const ggd_batch *batch, const ggd_adapter *ad
         size_t rank = (size_t)adapter->pairs[i].rank;
         wanted.max_rank = rank > wanted.max_rank ? rank : wanted.max_rank;
     }
-    if (ggd_session_reserve(s, &wanted)) {
+    return ggd_session_reserve(s, &wanted);
+}
+
+// The base alone, causal, on the teacher's tokens.
+static int run_teacher(ggd_session *s, const ggd_batch *batch, const ggd_objective *objective) {
+    ggd_batch teacher = *batch;
+    teacher.tokens = objective->teacher_tokens;
+    teacher.embedding_offset = NULL;
+    teacher.causal_ratio = 1.0f;
+    teacher.bernoulli = 0;
+    if (check_batch(s, &teacher)) {
+        return -1;
+    }
+    ggd_bind_adapter(s, NULL);
+    const float *x = ggd_transformer_forward(s, &teacher, NULL);
+    ggd_head head = ggd_transformer_head(s, NULL);
+    ggd_keep_teacher(&s->compute, &head, &s->buffers.loss, (size_t)batch->n_rows, x, s->ld_hidden);
+    return 0;
+}
+
+// Forward and loss; dx NULL: no gradients.
+static int run_loss(ggd_session *s, const ggd_batch *batch, const ggd_adapter *adapter, ggd_objective *objective, int gradients) {
+    if (prepare(s, batch, adapter, objective, gradients) ||
+        (objective->teacher_tokens != NULL && run_teacher(s, batch, objective))) {
         return -1;
     }
     ggd_bind_adapter(s, adapter);
+    const float *x = ggd_transformer_forward(s, batch, adapter);
+    ggd_head head = ggd_transformer_head(s, adapter);
+    float *dx = gradients ? s->buffers.dx : NULL;
+    ggd_loss_run(&s->compute, &head, &s->buffers.loss, (size_t)batch->n_rows, x, s->ld_hidden, objective, dx);
     return 0;
 }
 
 int ggd_logits(ggd_session *s, const ggd_batch *batch, const ggd_adapter *adapter, int32_t n_select, const int32_t *rows,
                float *logits) {
-    if (prepare(s, batch, adapter, 0)) {
+    if (prepare(s, batch, adapter, NULL, 0)) {
         return -1;
     }
     for (int32_t i = 0; i < n_select; i++) {
@@ -101,6 +137,7 @@ int ggd_logits(ggd_session *s, const ggd_batch *batch, const ggd_adapter *adapte
             return ggd_fail("row %d is outside the batch of %d rows", rows[i], batch->n_rows);
         }
     }
+    ggd_bind_adapter(s, adapter);
     const float *x = ggd_transformer_forward(s, batch, adapter);
     ggd_head head = ggd_transformer_head(s, NULL);
     ggd_logits_run(&s->compute, &head, &s->buffers.loss, (size_t)(n_select > 0 ? n_select : 0), rows, x, s->ld_hidden, logits);
@@ -108,23 +145,14 @@ int ggd_logits(ggd_session *s, const ggd_batch *batch, const ggd_adapter *adapte
 }
 
 int ggd_loss(ggd_session *s, const ggd_batch *batch, const ggd_adapter *adapter, ggd_objective *objective) {
-    if (prepare(s, batch, adapter, 0) || check_objective(s, batch, objective)) {
-        return -1;
-    }
-    const float *x = ggd_transformer_forward(s, batch, adapter);
-    ggd_head head = ggd_transformer_head(s, adapter);
-    ggd_loss_run(&s->compute, &head, &s->buffers.loss, (size_t)batch->n_rows, x, s->ld_hidden, objective, NULL);
-    return 0;
+    return run_loss(s, batch, adapter, objective, 0);
 }
 
 int ggd_loss_and_gradients(ggd_session *s, const ggd_batch *batch, const ggd_adapter *adapter, ggd_objective *objective,
                            float *grad_offset) {
-    if (prepare(s, batch, adapter, 1) || check_objective(s, batch, objective)) {
+    if (run_loss(s, batch, adapter, objective, 1)) {
         return -1;
     }
-    const float *x = ggd_transformer_forward(s, batch, adapter);
-    ggd_head head = ggd_transformer_head(s, adapter);
-    ggd_loss_run(&s->compute, &head, &s->buffers.loss, (size_t)batch->n_rows, x, s->ld_hidden, objective, s->buffers.dx);
     ggd_transformer_backward(s, batch, adapter, grad_offset);
     return 0;
 }

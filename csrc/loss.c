@@ -5,6 +5,9 @@
 // scaled when the maximum moves; with the final denominator Z that sum is the softmax-weighted row:
 //   d loss / d normed = weight (sum_v p_v head_v - head_target)
 // The target's own term, p_target - 1, is kept out of the sum and added in float32, so that a confident prediction does not cancel.
+//
+// With a teacher (the base alone; Hinton et al. 2015, arXiv:1503.02531, at temperature 1) a second online softmax over the same tiles
+// gives -sum_v p_teacher(v) log p(v) = log sum_v exp(z_v) - sum_v p_teacher(v) z_v and its gradient sum_v (p_v - p_teacher(v)) head_v.
 #include "loss.h"
 
 #include <math.h>
@@ -16,7 +19,7 @@ typedef struct {
     const ggd_compute *compute;
     const ggd_head *head;
     const ggd_loss_scratch *scratch;
-    size_t m, ld;
+    size_t ld;
     const float *x;
     ggd_objective *objective;
     float *dx;
@@ -28,67 +31,104 @@ typedef struct {
 
 static size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
 
+static int has_teacher(const loss_job *job) { return job->objective != NULL && job->objective->teacher_tokens != NULL; }
+
+static void start_softmax(const loss_job *job, const ggd_online_softmax *softmax, size_t item) {
+    softmax->largest[item] = -INFINITY;
+    softmax->sum[item] = 0;
+    if (job->dx != NULL) {
+        memset(softmax->mean + item * job->scratch->ld, 0, job->scratch->ld * sizeof(float));
+    }
+}
+
 static void norm_item(void *context, size_t item, size_t thread) {
     const loss_job *job = context;
     const ggd_loss_scratch *s = job->scratch;
     float *buffer = (float *)ggd_scratch(job->compute, thread);
-    size_t hidden = job->head->head.n_cols;
-    const float *x = job->x + (size_t)job->rows[item] * job->ld;
-    s->scales[item] = job->compute->kernels->rmsnorm(x, job->head->norm, job->head->rms_eps, buffer, hidden);
+    size_t row = (size_t)job->rows[item], hidden = job->head->head.n_cols;
+    s->scales[item] = job->compute->kernels->rmsnorm(job->x + row * job->ld, job->head->norm, job->head->rms_eps, buffer, hidden);
     ggd_store_row(job->compute, buffer, s->normed, item, 0, hidden);
-    s->largest[item] = -INFINITY;
     s->target_logit[item] = -INFINITY;
-    s->sum[item] = 0;
-    if (job->dx != NULL) {
-        memset(s->dnormed + item * s->ld, 0, s->ld * sizeof(float));
+    start_softmax(job, &s->own, item);
+    if (has_teacher(job)) {
+        size_t teacher_row = (size_t)job->objective->teacher_rows[row], bytes = ggd_element_bytes(job->compute->element) * hidden;
+        memcpy(ggd_activation_at(s->teacher_chunk, item, 0, job->compute->element),
+               ggd_activation_at(s->teacher_normed, teacher_row, 0, job->compute->element), bytes);
+        s->cross[item] = 0;
+        start_softmax(job, &s->teacher, item);
     }
 }
 
-static void tile_logits(const loss_job *job) {
+// Logits (n, n_tokens) of the tile.
+static void tile_logits(const loss_job *job, ggd_activation normed, float *logits) {
     ggd_gemm product = {.part = "head logits",
                         .operation = GGD_TIMES_TRANSPOSE,
                         .m = job->n,
-                        .a = job->scratch->normed,
+                        .a = normed,
                         .w = ggd_matrix_rows(&job->head->head, job->first_token, job->n_tokens),
                         .scale = 1.0f,
-                        .c = job->scratch->logits,
+                        .c = logits,
                         .ld_c = GGD_LOSS_TOKENS,
                         .c_element = GGD_ELEMENT_F32};
     ggd_gemm_run(job->compute, &product);
 }
 
-// One row's logits of the tile join the running softmax; exp(z - maximum) is left as activation for the gradient.
-static void softmax_item(void *context, size_t item, size_t thread) {
-    const loss_job *job = context;
-    const ggd_loss_scratch *s = job->scratch;
+// One row's logits of the tile join its running softmax: `weights` gets exp(logit - largest), what was summed before is scaled by the
+// returned factor.
+static float join_tile(const loss_job *job, const ggd_online_softmax *softmax, size_t item, float *weights) {
     const ggd_kernels *kernels = job->compute->kernels;
-    float *logits = s->logits + item * GGD_LOSS_TOKENS, *weights = (float *)ggd_scratch(job->compute, thread);
-    size_t target = (size_t)job->objective->targets[job->rows[item]], n = job->n_tokens;
-    size_t hidden_token = (size_t)job->head->hidden_token;
+    float *logits = softmax->logits + item * GGD_LOSS_TOKENS, factor = 1.0f;
+    size_t n = job->n_tokens, hidden_token = (size_t)job->head->hidden_token;
     if (job->head->hidden_token >= 0 && hidden_token >= job->first_token && hidden_token < job->first_token + n) {
         logits[hidden_token - job->first_token] = -INFINITY;
     }
     float largest = kernels->max(logits, n);
-    if (largest > s->largest[item]) {
-        float factor = expf(s->largest[item] - largest);
-        s->sum[item] *= factor;
+    if (largest > softmax->largest[item]) {
+        factor = expf(softmax->largest[item] - largest);
+        softmax->sum[item] *= factor;
         if (job->dx != NULL && factor > 0) {
-            kernels->scale(s->dnormed + item * s->ld, factor, job->head->head.n_cols);
+            kernels->scale(softmax->mean + item * job->scratch->ld, factor, job->head->head.n_cols);
         }
-        s->largest[item] = largest;
+        softmax->largest[item] = largest;
     }
-    s->sum[item] += kernels->exp_sum(logits, s->largest[item], weights, n);
-    if (target >= job->first_token && target < job->first_token + n) {
-        s->target_logit[item] = logits[target - job->first_token];
-        weights[target - job->first_token] = 0;
-    }
+    softmax->sum[item] += kernels->exp_sum(logits, softmax->largest[item], weights, n);
+    return factor;
+}
+
+static void store_weights(const loss_job *job, float *weights, size_t item) {
     if (job->dx != NULL) {
-        weights[n] = 0;  // the pair of an odd last token
-        ggd_store_row(job->compute, weights, s->weights, item, 0, min_size(n + 1, GGD_LOSS_TOKENS));
+        weights[job->n_tokens] = 0;  // the pair of an odd last token
+        ggd_store_row(job->compute, weights, job->scratch->weights, item, 0, min_size(job->n_tokens + 1, GGD_LOSS_TOKENS));
     }
 }
 
-static void add_weighted_rows(const loss_job *job) {
+static void softmax_item(void *context, size_t item, size_t thread) {
+    const loss_job *job = context;
+    const ggd_loss_scratch *s = job->scratch;
+    float *weights = (float *)ggd_scratch(job->compute, thread);
+    size_t target = (size_t)job->objective->targets[job->rows[item]];
+    join_tile(job, &s->own, item, weights);
+    if (target >= job->first_token && target < job->first_token + job->n_tokens) {
+        s->target_logit[item] = s->own.logits[item * GGD_LOSS_TOKENS + target - job->first_token];
+        weights[target - job->first_token] = 0;
+    }
+    store_weights(job, weights, item);
+}
+
+static void teacher_item(void *context, size_t item, size_t thread) {
+    const loss_job *job = context;
+    const ggd_loss_scratch *s = job->scratch;
+    float *weights = (float *)ggd_scratch(job->compute, thread), *own_logits = s->own.logits + item * GGD_LOSS_TOKENS;
+    size_t hidden_token = (size_t)job->head->hidden_token;
+    s->cross[item] *= join_tile(job, &s->teacher, item, weights);
+    if (job->head->hidden_token >= 0 && hidden_token >= job->first_token && hidden_token < job->first_token + job->n_tokens) {
+        own_logits[hidden_token - job->first_token] = 0;  // 0 * -inf would be no number
+    }
+    s->cross[item] += job->compute->kernels->dot(weights, own_logits, job->n_tokens);
+    store_weights(job, weights, item);
+}
+
+static void add_weighted_rows(const loss_job *job, float *mean) {
     const ggd_loss_scratch *s = job->scratch;
     ggd_gemm product = {.part = "head gradient",
                         .operation = GGD_TIMES_PLAIN,
@@ -96,9 +136,9 @@ static void add_weighted_rows(const loss_job *job) {
                         .a = s->weights,
                         .w = ggd_matrix_rows(&job->head->head, job->first_token, job->n_tokens),
                         .scale = 1.0f,
-                        .init = s->dnormed,
+                        .init = mean,
                         .ld_init = s->ld,
-                        .c = s->dnormed,
+                        .c = mean,
                         .ld_c = s->ld,
                         .c_element = GGD_ELEMENT_F32};
     ggd_gemm_run(job->compute, &product);
@@ -109,17 +149,43 @@ static void finish_item(void *context, size_t item, size_t thread) {
     const ggd_loss_scratch *s = job->scratch;
     const ggd_kernels *kernels = job->compute->kernels;
     size_t row = (size_t)job->rows[item], hidden = job->head->head.n_cols;
-    float lse = s->largest[item] + (float)log(s->sum[item]), weight = job->objective->weights[row];
-    job->objective->row_loss[row] = lse - s->target_logit[item];
-    job->objective->row_correct[row] = s->target_logit[item] >= s->largest[item];
+    float lse = s->own.largest[item] + (float)log(s->own.sum[item]), weight = job->objective->weights[row], teacher_weight = 0;
+    float target_probability = expf(s->target_logit[item] - lse);
+    if (weight != 0) {
+        job->objective->row_loss[row] = lse - s->target_logit[item];
+        job->objective->row_correct[row] = s->target_logit[item] >= s->own.largest[item];
+    }
+    if (has_teacher(job)) {
+        teacher_weight = job->objective->teacher_weights[row];
+        s->teacher_loss[row] = lse - s->cross[item] / s->teacher.sum[item];
+    }
     if (job->dx == NULL) {
         return;
     }
-    float *dnormed = s->dnormed + item * s->ld, *target_row = (float *)ggd_scratch(job->compute, thread);
-    kernels->scale(dnormed, weight / (float)s->sum[item], hidden);
+    float *dnormed = s->own.mean + item * s->ld, *target_row = (float *)ggd_scratch(job->compute, thread);
+    kernels->scale(dnormed, (weight + teacher_weight) / (float)s->own.sum[item], hidden);
     ggd_matrix_unpack_row(kernels, &job->head->head, (size_t)job->objective->targets[row], target_row);
-    kernels->add_scaled(target_row, weight * (expf(s->target_logit[item] - lse) - 1.0f), dnormed, hidden);
+    kernels->add_scaled(target_row, (weight + teacher_weight) * target_probability - weight, dnormed, hidden);
+    if (teacher_weight != 0) {
+        kernels->add_scaled(s->teacher.mean + item * s->ld, -teacher_weight / (float)s->teacher.sum[item], dnormed, hidden);
+    }
     kernels->rmsnorm_backward(dnormed, job->x + row * job->ld, job->head->norm, s->scales[item], job->dx + row * job->ld, hidden);
+}
+
+static void loss_tile(loss_job *job) {
+    const ggd_loss_scratch *s = job->scratch;
+    tile_logits(job, s->normed, s->own.logits);
+    ggd_parallel(job->compute->threads, "head softmax", job->n, softmax_item, job);
+    if (job->dx != NULL) {
+        add_weighted_rows(job, s->own.mean);
+    }
+    if (has_teacher(job)) {
+        tile_logits(job, s->teacher_chunk, s->teacher.logits);
+        ggd_parallel(job->compute->threads, "head softmax", job->n, teacher_item, job);
+        if (job->dx != NULL) {
+            add_weighted_rows(job, s->teacher.mean);
+        }
+    }
 }
 
 static void loss_chunk(loss_job *job) {
@@ -127,27 +193,29 @@ static void loss_chunk(loss_job *job) {
     ggd_parallel(job->compute->threads, "head", job->n, norm_item, job);
     for (job->first_token = 0; job->first_token < vocab; job->first_token += GGD_LOSS_TOKENS) {
         job->n_tokens = min_size(vocab - job->first_token, GGD_LOSS_TOKENS);
-        tile_logits(job);
-        ggd_parallel(job->compute->threads, "head softmax", job->n, softmax_item, job);
-        if (job->dx != NULL) {
-            add_weighted_rows(job);
-        }
+        loss_tile(job);
     }
     ggd_parallel(job->compute->threads, "head", job->n, finish_item, job);
 }
 
-void ggd_loss_run(const ggd_compute *compute, const ggd_head *head, const ggd_loss_scratch *scratch, size_t m, const float *x,
-                  size_t ld, ggd_objective *objective, float *dx) {
-    loss_job job = {
-        .compute = compute, .head = head, .scratch = scratch, .m = m, .ld = ld, .x = x, .objective = objective, .dx = dx};
+// Rows with a weight of either kind; outputs of the others are zero.
+static size_t choose_rows(const ggd_objective *objective, const ggd_loss_scratch *scratch, size_t m) {
     size_t n_rows = 0;
     for (size_t row = 0; row < m; row++) {
         objective->row_loss[row] = 0;
         objective->row_correct[row] = 0;
-        if (objective->weights[row] != 0) {
+        int taught = objective->teacher_tokens != NULL && objective->teacher_weights[row] != 0;
+        if (objective->weights[row] != 0 || taught) {
             scratch->rows[n_rows++] = (int32_t)row;
         }
     }
+    return n_rows;
+}
+
+void ggd_loss_run(const ggd_compute *compute, const ggd_head *head, const ggd_loss_scratch *scratch, size_t m, const float *x,
+                  size_t ld, ggd_objective *objective, float *dx) {
+    loss_job job = {.compute = compute, .head = head, .scratch = scratch, .ld = ld, .x = x, .objective = objective, .dx = dx};
+    size_t n_rows = choose_rows(objective, scratch, m);
     if (dx != NULL) {
         memset(dx, 0, m * ld * sizeof *dx);
     }
@@ -156,17 +224,34 @@ void ggd_loss_run(const ggd_compute *compute, const ggd_head *head, const ggd_lo
         job.n = min_size(n_rows - first, GGD_LOSS_ROWS);
         loss_chunk(&job);
     }
-    objective->loss = 0;
+    objective->loss = objective->teacher_loss = 0;
     for (size_t i = 0; i < n_rows; i++) {
         size_t row = (size_t)scratch->rows[i];
         objective->loss += (double)objective->weights[row] * objective->row_loss[row];
+        if (has_teacher(&job) && objective->teacher_weights[row] != 0) {
+            objective->teacher_loss += (double)objective->teacher_weights[row] * scratch->teacher_loss[row];
+        }
     }
+}
+
+static void teacher_norm_item(void *context, size_t item, size_t thread) {
+    const loss_job *job = context;
+    float *buffer = (float *)ggd_scratch(job->compute, thread);
+    size_t hidden = job->head->head.n_cols;
+    job->compute->kernels->rmsnorm(job->x + item * job->ld, job->head->norm, job->head->rms_eps, buffer, hidden);
+    ggd_store_row(job->compute, buffer, job->scratch->teacher_normed, item, 0, hidden);
+}
+
+void ggd_keep_teacher(const ggd_compute *compute, const ggd_head *head, const ggd_loss_scratch *scratch, size_t m, const float *x,
+                      size_t ld) {
+    loss_job job = {.compute = compute, .head = head, .scratch = scratch, .ld = ld, .x = x};
+    ggd_parallel(compute->threads, "head", m, teacher_norm_item, &job);
 }
 
 static void copy_item(void *context, size_t item, size_t thread) {
     (void)thread;
     const loss_job *job = context;
-    memcpy(job->logits + item * job->head->head.n_rows + job->first_token, job->scratch->logits + item * GGD_LOSS_TOKENS,
+    memcpy(job->logits + item * job->head->head.n_rows + job->first_token, job->scratch->own.logits + item * GGD_LOSS_TOKENS,
            job->n_tokens * sizeof(float));
 }
 
@@ -181,7 +266,7 @@ void ggd_logits_run(const ggd_compute *compute, const ggd_head *head, const ggd_
         ggd_parallel(compute->threads, "head", job.n, norm_item, &job);
         for (job.first_token = 0; job.first_token < vocab; job.first_token += GGD_LOSS_TOKENS) {
             job.n_tokens = min_size(vocab - job.first_token, GGD_LOSS_TOKENS);
-            tile_logits(&job);
+            tile_logits(&job, scratch->normed, scratch->own.logits);
             ggd_parallel(compute->threads, "head", job.n, copy_item, &job);
         }
     }

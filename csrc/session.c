@@ -80,19 +80,29 @@ static void lay_out_gradients(const ggd_session *s, arena *a, const ggd_capacity
     b->linear.ld_product = widest;
 }
 
+static void lay_out_softmax(arena *a, size_t rows, size_t gradient_rows, size_t ld, ggd_online_softmax *softmax) {
+    softmax->logits = take(a, rows * GGD_LOSS_TOKENS, sizeof(float));
+    softmax->largest = take(a, rows, sizeof(float));
+    softmax->sum = take(a, rows, sizeof(double));
+    softmax->mean = take(a, gradient_rows * ld, sizeof(float));
+}
+
 static void lay_out_loss(const ggd_session *s, arena *a, const ggd_capacity *c, ggd_buffers *b) {
-    size_t rows = c->n_rows < GGD_LOSS_ROWS ? c->n_rows : GGD_LOSS_ROWS, gradient_rows = c->gradients ? rows : 0;
+    size_t rows = c->n_rows < GGD_LOSS_ROWS ? c->n_rows : GGD_LOSS_ROWS, teacher = c->teacher ? 1 : 0;
+    size_t gradient_rows = c->gradients ? rows : 0;
     ggd_element e = s->compute.element;
     b->loss.normed = take_activation(a, e, rows, s->ld_hidden);
     b->loss.scales = take(a, rows, sizeof(float));
-    b->loss.logits = take(a, rows * GGD_LOSS_TOKENS, sizeof(float));
     b->loss.weights = take_activation(a, e, gradient_rows, GGD_LOSS_TOKENS);
-    b->loss.dnormed = take(a, gradient_rows * s->ld_hidden, sizeof(float));
-    b->loss.largest = take(a, rows, sizeof(float));
     b->loss.target_logit = take(a, rows, sizeof(float));
-    b->loss.sum = take(a, rows, sizeof(double));
     b->loss.rows = take(a, c->n_rows, sizeof(int32_t));
     b->loss.ld = s->ld_hidden;
+    lay_out_softmax(a, rows, gradient_rows, s->ld_hidden, &b->loss.own);
+    b->loss.teacher_normed = take_activation(a, e, teacher * c->n_rows, s->ld_hidden);
+    b->loss.teacher_chunk = take_activation(a, e, teacher * rows, s->ld_hidden);
+    b->loss.cross = take(a, teacher * rows, sizeof(double));
+    b->loss.teacher_loss = take(a, teacher * c->n_rows, sizeof(double));
+    lay_out_softmax(a, teacher * rows, teacher * gradient_rows, s->ld_hidden, &b->loss.teacher);
 }
 
 static size_t thread_scratch_bytes(const ggd_session *s, const ggd_capacity *c) {
@@ -163,11 +173,12 @@ static size_t larger(size_t a, size_t b) { return a > b ? a : b; }
 int ggd_session_reserve(ggd_session *s, const ggd_capacity *wanted) {
     const ggd_capacity *have = &s->capacity;
     if (s->arena != NULL && wanted->n_rows <= have->n_rows && wanted->max_segment_rows <= have->max_segment_rows &&
-        wanted->max_rank <= have->max_rank && wanted->gradients <= have->gradients) {
+        wanted->max_rank <= have->max_rank && wanted->gradients <= have->gradients && wanted->teacher <= have->teacher) {
         return 0;
     }
     ggd_capacity grown = {larger(wanted->n_rows, have->n_rows), larger(wanted->max_segment_rows, have->max_segment_rows),
-                          larger(wanted->max_rank, have->max_rank), wanted->gradients || have->gradients};
+                          larger(wanted->max_rank, have->max_rank), wanted->gradients || have->gradients,
+                          wanted->teacher || have->teacher};
     free(s->arena);
     s->arena = NULL;
     s->capacity = (ggd_capacity){0};
@@ -254,7 +265,7 @@ int ggd_session_plan(const ggd_session *session, int32_t n_rows, int32_t max_seg
     if (n_rows < 1 || max_segment_rows < 1 || max_rank < 0) {
         return ggd_fail("cannot plan %d rows in segments of %d at rank %d", n_rows, max_segment_rows, max_rank);
     }
-    ggd_capacity wanted = {(size_t)n_rows, (size_t)max_segment_rows, (size_t)max_rank, gradients != 0};
+    ggd_capacity wanted = {(size_t)n_rows, (size_t)max_segment_rows, (size_t)max_rank, gradients != 0, 0};
     ggd_buffers buffers;
     size_t bytes_thread;
     *bytes = lay_out(session, NULL, &wanted, &buffers, &bytes_thread);

@@ -23,7 +23,7 @@ typedef struct {
 // Sizes that a plan is made for.
 typedef struct {
     size_t n_rows, max_segment_rows, max_rank;
-    int gradients;
+    int gradients, teacher;
 } ggd_capacity;
 
 typedef struct {

@@ -10,7 +10,6 @@ V vocabulary, R rank.
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -21,14 +20,15 @@ from numpy.typing import ArrayLike, NDArray
 from ggml_diffusion._native import ffi, lib
 from ggml_diffusion.adapter_file import load_adapter
 from ggml_diffusion.errors import UserError
-from ggml_diffusion.lora import LoraAdapter, TargetModule, lora_ranks
+from ggml_diffusion.lora import LoraAdapter
 from ggml_diffusion.model_file import ModelFile, file_sha256, read_model
-from ggml_diffusion.segments import document_array, find_segments, token_array, valid_positions
+from ggml_diffusion.native_structs import LossResult, NativeAdapter, Objective, Rows, Teacher, check, pointer
+from ggml_diffusion.segments import token_array
+
+__all__ = ["Compute", "Keep", "LossResult", "Q4Model", "Teacher", "default_threads"]
 
 Compute = Literal["fast", "f32"]
 Keep = Literal["all", "without-ffn", "boundaries"]
-
-MASK_EMBEDDING = "mask_embedding"
 
 _COMPUTE = {"fast": lib.GGD_COMPUTE_FAST, "f32": lib.GGD_COMPUTE_F32}
 _KEEP = {
@@ -36,97 +36,11 @@ _KEEP = {
     "without-ffn": lib.GGD_KEEP_WITHOUT_FFN,
     "boundaries": lib.GGD_KEEP_BOUNDARIES,
 }
-# In the order of the core's GGD_ATTN_Q ... GGD_FFN_DOWN.
-_TARGET_IDS = {module.gguf_name: number for number, module in enumerate(TargetModule)}
-
-
-@dataclass(frozen=True)
-class LossResult:
-    """Loss of a batch.
-
-    Attributes:
-        loss: sum of weights * cross-entropy, nats, not normalised.
-        row_loss: (B, T) float32, cross-entropy in nats of the rows with a weight, else 0.
-        row_correct: (B, T) bool, whether the target is the most probable token of a row with a weight.
-        offset_gradient: (B, C) float32, d loss / d embedding_offset; None where no gradients were asked for.
-
-    """
-
-    loss: float
-    row_loss: NDArray[np.float32]
-    row_correct: NDArray[np.bool_]
-    offset_gradient: NDArray[np.float32] | None = None
 
 
 def default_threads() -> int:
     """Processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _check(status: int) -> None:
-    if status != 0:
-        raise UserError(ffi.string(lib.ggd_last_error()).decode(errors="replace"))
-
-
-def _pointer(kind: str, array: NDArray[Any] | None) -> Any:
-    return ffi.NULL if array is None else ffi.cast(kind, array.ctypes.data)
-
-
-class _Rows:
-    """The rows of a padded batch without its padding, cut into segments that attend to each other only.
-
-    Attributes:
-        valid: (B, T) bool, False at padding.
-        tokens: (M,) int32.
-        batch: the core's `ggd_batch *`; valid while this object lives.
-
-    """
-
-    def __init__(
-        self,
-        model: "Q4Model",
-        tokens: ArrayLike,
-        causal_ratio: float,
-        embedding_offset: ArrayLike | None,
-        lengths: ArrayLike | None,
-        document_ids: ArrayLike | None,
-        bernoulli_seed: int | None,
-    ) -> None:
-        ids = token_array(tokens)
-        n_sequences = ids.shape[0]
-        self.valid = valid_positions(ids.shape, lengths)
-        self.tokens = np.ascontiguousarray(ids[self.valid], dtype=np.int32)
-        self._segments = find_segments(self.valid, document_array(ids.shape, document_ids))
-        self._offset = None
-        if embedding_offset is not None:
-            self._offset = np.ascontiguousarray(embedding_offset, dtype=np.float32)
-            if self._offset.shape != (n_sequences, model.C):
-                raise ValueError(
-                    f"embedding_offset has the shape {self._offset.shape}, not {(n_sequences, model.C)}"
-                )
-        self.batch = ffi.new("ggd_batch *")
-        self.batch.n_rows = len(self.tokens)
-        self.batch.tokens = _pointer("const int32_t *", self.tokens)
-        self.batch.n_segments = len(self._segments)
-        self.batch.segments = _pointer("const ggd_segment *", self._segments)
-        self.batch.n_sequences = n_sequences
-        self.batch.embedding_offset = _pointer("const float *", self._offset)
-        self.batch.causal_ratio = causal_ratio
-        self.batch.bernoulli = bernoulli_seed is not None
-        self.batch.bernoulli_seed = (bernoulli_seed or 0) % 2**64
-
-    def take(self, array: ArrayLike, dtype: type[np.generic], name: str) -> NDArray[Any]:
-        """The (M,) rows of a (B, T) array."""
-        values = np.asarray(array)
-        if values.shape != self.valid.shape:
-            raise ValueError(f"{name} has the shape {values.shape}, not {self.valid.shape}")
-        return np.ascontiguousarray(values[self.valid], dtype=dtype)
-
-    def spread(self, rows: NDArray[Any]) -> NDArray[Any]:
-        """(M, ...) rows back to (B, T, ...), zero at padding."""
-        padded = np.zeros(self.valid.shape + rows.shape[1:], dtype=rows.dtype)
-        padded[self.valid] = rows
-        return padded
 
 
 class Q4Model:
@@ -144,7 +58,7 @@ class Q4Model:
         self._model: Any = ffi.NULL
         self._session: Any = ffi.NULL
         model = ffi.new("ggd_model **")
-        _check(lib.ggd_model_load(os.fsencode(file.path), model))
+        check(lib.ggd_model_load(os.fsencode(file.path), model))
         self._model = model[0]
         options = ffi.new("ggd_session_options *")
         options.n_threads = n_threads
@@ -153,7 +67,7 @@ class Q4Model:
         options.keep = _KEEP[keep]
         session = ffi.new("ggd_session **")
         try:
-            _check(lib.ggd_session_create(self._model, options, session))
+            check(lib.ggd_session_create(self._model, options, session))
         except UserError:
             self.close()
             raise
@@ -307,7 +221,7 @@ class Q4Model:
 
         """
         n_bytes = ffi.new("size_t *")
-        _check(lib.ggd_session_plan(self._open(), n_rows, longest, rank, gradients, n_bytes))
+        check(lib.ggd_session_plan(self._open(), n_rows, longest, rank, gradients, n_bytes))
         return int(n_bytes[0])
 
     def reset_profile(self) -> None:
@@ -336,8 +250,8 @@ class Q4Model:
         self._open()
         ids = np.ascontiguousarray(token_array(tokens), dtype=np.int32)
         rows = np.empty((*ids.shape, self.C), dtype=np.float32)
-        ids_pointer, rows_pointer = _pointer("const int32_t *", ids), _pointer("float *", rows)
-        _check(lib.ggd_model_embed(self._model, ids.size, ids_pointer, rows_pointer))
+        ids_pointer, rows_pointer = pointer("const int32_t *", ids), pointer("float *", rows)
+        check(lib.ggd_model_embed(self._model, ids.size, ids_pointer, rows_pointer))
         return rows
 
     def logits(
@@ -373,13 +287,13 @@ class Q4Model:
 
         """
         self._open()
-        rows = _Rows(self, tokens, causal_ratio, embedding_offset, lengths, document_ids, None)
+        rows = Rows(self.C, tokens, causal_ratio, embedding_offset, lengths, document_ids, None)
         wanted = rows.valid if select is None else np.asarray(select, dtype=bool)
         chosen = np.flatnonzero(rows.take(wanted, np.bool_, "select")).astype(np.int32)
         logits = np.empty((len(chosen), self.V), dtype=np.float32)
         native = self._native_adapter(adapter, None)
-        row_pointer, logits_pointer = _pointer("const int32_t *", chosen), _pointer("float *", logits)
-        _check(
+        row_pointer, logits_pointer = pointer("const int32_t *", chosen), pointer("float *", logits)
+        check(
             lib.ggd_logits(self._session, rows.batch, native.struct, len(chosen), row_pointer, logits_pointer)
         )
         return rows.spread(logits) if select is None else logits
@@ -396,13 +310,14 @@ class Q4Model:
         lengths: ArrayLike | None = None,
         document_ids: ArrayLike | None = None,
         bernoulli_seed: int | None = None,
+        teacher: Teacher | None = None,
     ) -> LossResult:
         """Weighted cross-entropy without gradients; see `loss_and_gradients`."""
         self._open()
-        rows = _Rows(self, tokens, causal_ratio, embedding_offset, lengths, document_ids, bernoulli_seed)
-        objective = _Objective(rows, targets, weights)
+        rows = Rows(self.C, tokens, causal_ratio, embedding_offset, lengths, document_ids, bernoulli_seed)
+        objective = Objective(rows, targets, weights, teacher)
         native = self._native_adapter(adapter, None)
-        _check(lib.ggd_loss(self._session, rows.batch, native.struct, objective.struct))
+        check(lib.ggd_loss(self._session, rows.batch, native.struct, objective.struct))
         return objective.result(None)
 
     def loss_and_gradients(
@@ -418,6 +333,7 @@ class Q4Model:
         lengths: ArrayLike | None = None,
         document_ids: ArrayLike | None = None,
         bernoulli_seed: int | None = None,
+        teacher: Teacher | None = None,
     ) -> LossResult:
         """Weighted cross-entropy and its gradients.
 
@@ -436,6 +352,7 @@ class Q4Model:
             document_ids: see `logits`.
             bernoulli_seed: future keys are visible with probability 1 - causal_ratio by this seed's pattern,
                 instead of being weighted by it; None = weighted.
+            teacher: adds a second loss, the cross-entropy to the base's own distribution, and its gradients.
 
         Raises:
             UserError: as `logits`.
@@ -443,12 +360,12 @@ class Q4Model:
 
         """
         self._open()
-        rows = _Rows(self, tokens, causal_ratio, embedding_offset, lengths, document_ids, bernoulli_seed)
-        objective = _Objective(rows, targets, weights)
+        rows = Rows(self.C, tokens, causal_ratio, embedding_offset, lengths, document_ids, bernoulli_seed)
+        objective = Objective(rows, targets, weights, teacher)
         native = self._native_adapter(adapter, gradients)
         offset_gradient = np.zeros((rows.valid.shape[0], self.C), dtype=np.float32)
-        offset_pointer = _pointer("float *", offset_gradient)
-        _check(
+        offset_pointer = pointer("float *", offset_gradient)
+        check(
             lib.ggd_loss_and_gradients(
                 self._session, rows.batch, native.struct, objective.struct, offset_pointer
             )
@@ -464,72 +381,9 @@ class Q4Model:
         self,
         adapter: LoraAdapter | str | Path | None,
         gradients: Mapping[str, NDArray[np.float32]] | None,
-    ) -> "_NativeAdapter":
+    ) -> "NativeAdapter":
         if isinstance(adapter, str | Path):
             adapter = load_adapter(adapter, self._file.arch)
         if adapter is not None:
             adapter.check(self._file)
-        return _NativeAdapter(adapter, gradients)
-
-
-class _Objective:
-    """The core's `ggd_objective` and the arrays that it points to."""
-
-    def __init__(self, rows: _Rows, targets: ArrayLike, weights: ArrayLike) -> None:
-        self._rows = rows
-        self._targets = rows.take(targets, np.int32, "targets")
-        self._weights = rows.take(weights, np.float32, "weights")
-        self._row_loss = np.empty(len(rows.tokens), dtype=np.float32)
-        self._row_correct = np.empty(len(rows.tokens), dtype=np.uint8)
-        self.struct = ffi.new("ggd_objective *")
-        self.struct.targets = _pointer("const int32_t *", self._targets)
-        self.struct.weights = _pointer("const float *", self._weights)
-        self.struct.row_loss = _pointer("float *", self._row_loss)
-        self.struct.row_correct = _pointer("uint8_t *", self._row_correct)
-
-    def result(self, offset_gradient: NDArray[np.float32] | None) -> LossResult:
-        row_correct = self._rows.spread(self._row_correct.astype(bool))
-        return LossResult(self.struct.loss, self._rows.spread(self._row_loss), row_correct, offset_gradient)
-
-
-class _NativeAdapter:
-    """The core's `ggd_adapter` over an adapter's own arrays, and where their gradients go."""
-
-    def __init__(
-        self, adapter: LoraAdapter | None, gradients: Mapping[str, NDArray[np.float32]] | None
-    ) -> None:
-        self.struct = ffi.NULL
-        if adapter is None:
-            return
-        self._adapter = adapter
-        ranks = lora_ranks(adapter.tensors)
-        self._pairs = ffi.new("ggd_lora_pair[]", max(len(ranks), 1))
-        for pair, (name, rank) in zip(self._pairs, ranks.items(), strict=False):
-            _, layer, projection, _ = name.split(".")
-            pair.layer, pair.target, pair.rank = int(layer), _TARGET_IDS[projection], rank
-            pair.scale = adapter.alpha / rank
-            pair.a = _pointer("const float *", adapter.tensors[name + ".lora_a"])
-            pair.b = _pointer("const float *", adapter.tensors[name + ".lora_b"])
-            if gradients is not None:
-                pair.grad_a = _gradient(name + ".lora_a", adapter.tensors, gradients)
-                pair.grad_b = _gradient(name + ".lora_b", adapter.tensors, gradients)
-        self.struct = ffi.new("ggd_adapter *")
-        self.struct.n_pairs = len(ranks)
-        self.struct.pairs = self._pairs
-        self.struct.mask_token_id = -1 if adapter.mask_token_id is None else adapter.mask_token_id
-        if adapter.mask_embedding is not None:
-            self.struct.mask_embedding = _pointer("const float *", adapter.mask_embedding)
-            if gradients is not None and MASK_EMBEDDING in gradients:
-                shapes = {MASK_EMBEDDING: adapter.mask_embedding}
-                self.struct.grad_mask_embedding = _gradient(MASK_EMBEDDING, shapes, gradients)
-
-
-def _gradient(
-    name: str, tensors: Mapping[str, NDArray[np.float32]], gradients: Mapping[str, NDArray[np.float32]]
-) -> Any:
-    target = gradients.get(name)
-    if target is None or target.shape != tensors[name].shape:
-        raise ValueError(f"gradients['{name}'] must be an array of the shape {tensors[name].shape}")
-    if target.dtype != np.float32 or not target.flags.c_contiguous or not target.flags.writeable:
-        raise ValueError(f"gradients['{name}'] must be a contiguous, writable float32 array")
-    return _pointer("float *", target)
+        return NativeAdapter(adapter, gradients)

@@ -94,13 +94,18 @@ typedef struct {
     float *grad_mask_embedding;   // (C), added to; or NULL
 } ggd_adapter;
 
-// Weighted cross-entropy, indexed by the row whose hidden state predicts. The mask token's logit is -inf.
+// Weighted cross-entropy, indexed by the row whose hidden state predicts. The mask token's logit is -inf. With a teacher, the
+// cross-entropy to the base's own distribution is a second loss: the base alone, causal, reads teacher_tokens in the same segments.
 typedef struct {
-    const int32_t *targets;  // (M)
-    const float *weights;    // (M), 0: the row does not count
-    float *row_loss;         // (M) out: cross-entropy in nats, 0 where the weight is 0
-    uint8_t *row_correct;    // (M) out: 1 where the most probable token is the target
-    double loss;             // out: sum of weights * cross-entropy
+    const int32_t *targets;         // (M)
+    const float *weights;           // (M), 0: the row does not count
+    float *row_loss;                // (M) out: cross-entropy in nats, 0 where the row has no weight
+    uint8_t *row_correct;           // (M) out: 1 where the most probable token is the target
+    double loss;                    // out: sum of weights * cross-entropy
+    const int32_t *teacher_tokens;  // (M), or NULL: no teacher
+    const int32_t *teacher_rows;    // (M): the teacher's row that predicts the same token
+    const float *teacher_weights;   // (M), 0: the row has no teacher
+    double teacher_loss;            // out: sum of teacher_weights * -sum_v p_teacher(v) log p(v)
 } ggd_objective;
 
 const char *ggd_last_error(void);
