@@ -443,10 +443,13 @@ class ConversionTrainer:
                 f"{self.data_fingerprint[:12]} here)"
             )
         here = self.config.model_dump(mode="json")
+        defaults = ConversionTrainingConfig().model_dump(mode="json")
         for setting in SETTINGS.values():
-            values = [_value_at(config, setting.path) for config in (state.config, here)]
-            if values[0] != values[1] and setting.name not in FREE_SETTINGS:
-                found.append(f"{setting.name} ({values[0]} there, {values[1]} here)")
+            now = _value_at(here, setting.path)
+            # a version that did not have the setting yet did what is its default now
+            then = _value_at(state.config, setting.path, _value_at(defaults, setting.path))
+            if now != then and setting.name not in FREE_SETTINGS:
+                found.append(f"{setting.name} ({then} there, {now} here)")
         if state.extra.get("mask_token_id") != self.mask_token_id:
             found.append(f"mask token ({state.extra.get('mask_token_id')} there, {self.mask_token_id} here)")
         if not found and state.parameters.shape != self.parameters.flat.shape:
@@ -473,11 +476,13 @@ class ConversionTrainer:
         return safetensors, gguf
 
 
-def _value_at(config: dict[str, Any], path: tuple[str, ...]) -> Any:
-    """A setting in a config of plain JSON values; None where an older version had no such setting."""
+def _value_at(config: dict[str, Any], path: tuple[str, ...], missing: Any = None) -> Any:
+    """A setting in a config of plain JSON values, or `missing` where there is no such key."""
     value: Any = config
     for name in path:
-        value = value.get(name) if isinstance(value, dict) else None
+        if not isinstance(value, dict) or name not in value:
+            return missing
+        value = value[name]
     return value
 
 

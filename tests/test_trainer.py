@@ -307,6 +307,18 @@ def test_settings_that_change_no_number_may_differ(model, tmp_path):
     assert other.resume(tmp_path)
 
 
+def test_a_setting_that_an_older_version_did_not_have_counts_as_its_default(model, tmp_path):
+    trainer = make_trainer(model)
+    older = trainer.config.model_dump(mode="json")
+    del older["loss_weighting"], older["hardware"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(trainer.config), "model_dump", lambda self, mode: older)
+        trainer.save_checkpoint(tmp_path)
+    assert make_trainer(model).resume(tmp_path)
+    with pytest.raises(UserError, match=r"loss_weighting \(uniform there, nelbo here\)"):
+        make_trainer(model, training__loss_weighting="nelbo").resume(tmp_path)
+
+
 def test_another_base_or_other_data_are_not_gone_on_with(model, tiny_model, tmp_path):
     config = load_config(overrides=SMALL)
     ConversionTrainer(model, config, data_fingerprint="a" * 64).save_checkpoint(tmp_path)
