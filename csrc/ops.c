@@ -108,9 +108,9 @@ void ggd_embedding_backward(const ggd_compute *compute, const ggd_batch *batch, 
 typedef struct {
     const ggd_compute *compute;
     size_t m, n, ld;
-    const float *x, *weight, *dy, *scales_in;
+    const float *x, *weight, *dy;
     float eps;
-    ggd_activation y;
+    ggd_activation y, saved;
     float *scales, *dx;
 } norm_job;
 
@@ -118,39 +118,68 @@ static void rmsnorm_forward_item(void *context, size_t item, size_t thread) {
     const norm_job *job = context;
     float *buffer = (float *)ggd_scratch(job->compute, thread);
     for (size_t row = item * BLOCK_ROWS; row < block_end(job->m, item); row++) {
-        job->scales[row] = job->compute->kernels->rmsnorm(job->x + row * job->ld, job->weight, job->eps, buffer, job->n);
+        const float *x = job->x + row * job->ld;
+        job->scales[row] = job->compute->kernels->rmsnorm(x, job->weight, job->eps, buffer, job->n);
         ggd_store_row(job->compute, buffer, job->y, row, 0, job->n);
+        if (job->saved.data != NULL) {
+            ggd_store_row(job->compute, x, job->saved, row, 0, job->n);
+        }
     }
 }
 
 void ggd_rmsnorm_forward(const ggd_compute *compute, size_t m, size_t n, const float *x, size_t ld, const float *weight,
-                         float eps, ggd_activation y, float *scales) {
-    norm_job job = {.compute = compute, .m = m, .n = n, .ld = ld, .x = x, .weight = weight, .eps = eps, .y = y, .scales = scales};
-    ggd_parallel(compute->threads, "norm", n_blocks(m), rmsnorm_forward_item, &job);
-}
-
-static void rmsnorm_backward_item(void *context, size_t item, size_t thread) {
-    (void)thread;
-    const norm_job *job = context;
-    for (size_t row = item * BLOCK_ROWS; row < block_end(job->m, item); row++) {
-        float *dx = job->dx + row * job->ld;
-        job->compute->kernels->rmsnorm_backward(job->dy + row * job->ld, job->x + row * job->ld, job->weight, job->scales_in[row],
-                                                dx, job->n);
-        ggd_store_row(job->compute, dx, job->y, row, 0, job->n);
-    }
-}
-
-void ggd_rmsnorm_backward(const ggd_compute *compute, size_t m, size_t n, const float *dy, const float *x, size_t ld,
-                          const float *weight, const float *scales, float *dx, ggd_activation dx_activation) {
+                         float eps, ggd_activation y, float *scales, ggd_activation saved) {
     norm_job job = {.compute = compute,
                     .m = m,
                     .n = n,
                     .ld = ld,
                     .x = x,
                     .weight = weight,
+                    .eps = eps,
+                    .y = y,
+                    .saved = saved,
+                    .scales = scales};
+    ggd_parallel(compute->threads, "norm", n_blocks(m), rmsnorm_forward_item, &job);
+}
+
+static void rmsnorm_repeat_item(void *context, size_t item, size_t thread) {
+    const norm_job *job = context;
+    float *buffer = (float *)ggd_scratch(job->compute, thread);
+    for (size_t row = item * BLOCK_ROWS; row < block_end(job->m, item); row++) {
+        const float *x = ggd_load_row(job->compute, job->saved, row, 0, job->n, buffer + job->n);
+        job->compute->kernels->rmsnorm(x, job->weight, job->eps, buffer, job->n);
+        ggd_store_row(job->compute, buffer, job->y, row, 0, job->n);
+    }
+}
+
+void ggd_rmsnorm_repeat(const ggd_compute *compute, size_t m, size_t n, ggd_activation saved, const float *weight, float eps,
+                        ggd_activation y) {
+    norm_job job = {.compute = compute, .m = m, .n = n, .weight = weight, .eps = eps, .y = y, .saved = saved};
+    ggd_parallel(compute->threads, "norm", n_blocks(m), rmsnorm_repeat_item, &job);
+}
+
+static void rmsnorm_backward_item(void *context, size_t item, size_t thread) {
+    const norm_job *job = context;
+    float *buffer = (float *)ggd_scratch(job->compute, thread);
+    for (size_t row = item * BLOCK_ROWS; row < block_end(job->m, item); row++) {
+        const float *x = ggd_load_row(job->compute, job->saved, row, 0, job->n, buffer);
+        float *dx = job->dx + row * job->ld;
+        job->compute->kernels->rmsnorm_backward(job->dy + row * job->ld, x, job->weight, job->scales[row], dx, job->n);
+        ggd_store_row(job->compute, dx, job->y, row, 0, job->n);
+    }
+}
+
+void ggd_rmsnorm_backward(const ggd_compute *compute, size_t m, size_t n, const float *dy, size_t ld, ggd_activation saved,
+                          const float *weight, const float *scales, float *dx, ggd_activation dx_activation) {
+    norm_job job = {.compute = compute,
+                    .m = m,
+                    .n = n,
+                    .ld = ld,
+                    .weight = weight,
                     .dy = dy,
-                    .scales_in = scales,
                     .y = dx_activation,
+                    .saved = saved,
+                    .scales = (float *)scales,
                     .dx = dx};
     ggd_parallel(compute->threads, "norm", n_blocks(m), rmsnorm_backward_item, &job);
 }

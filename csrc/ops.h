@@ -19,11 +19,14 @@ void ggd_embedding_forward(const ggd_compute *compute, const ggd_matrix *embeddi
 void ggd_embedding_backward(const ggd_compute *compute, const ggd_batch *batch, const ggd_adapter *adapter, size_t hidden,
                             const float *dx, size_t ld, float *grad_offset);
 
-// y_j = x_j r w_j, r = 1 / sqrt(mean(x^2) + eps) kept in `scales` (M).
+// y_j = x_j r w_j, r = 1 / sqrt(mean(x^2) + eps) kept in `scales` (M), and x itself as activation in `saved` if that has memory.
 void ggd_rmsnorm_forward(const ggd_compute *compute, size_t m, size_t n, const float *x, size_t ld, const float *weight,
-                         float eps, ggd_activation y, float *scales);
+                         float eps, ggd_activation y, float *scales, ggd_activation saved);
+// y again from the saved x.
+void ggd_rmsnorm_repeat(const ggd_compute *compute, size_t m, size_t n, ggd_activation saved, const float *weight, float eps,
+                        ggd_activation y);
 // dx (M, n) float32 += the norm's input gradient; dx again as activation for the products that follow.
-void ggd_rmsnorm_backward(const ggd_compute *compute, size_t m, size_t n, const float *dy, const float *x, size_t ld,
+void ggd_rmsnorm_backward(const ggd_compute *compute, size_t m, size_t n, const float *dy, size_t ld, ggd_activation saved,
                           const float *weight, const float *scales, float *dx, ggd_activation dx_activation);
 
 // float32 Q, K, V to activations, Q and K rotated by each row's place in its segment.

@@ -32,26 +32,25 @@ static size_t panel_multiple(size_t n) { return ggd_round_up(n, GGD_PANEL_COLUMN
 static void lay_out_layers(const ggd_session *s, arena *a, const ggd_capacity *c, ggd_buffers *b) {
     const ggd_shape *shape = &s->model->shape;
     size_t m = c->n_rows, n_layers = (size_t)shape->n_layers, ld_rank = panel_multiple(c->max_rank);
-    int keep_layers = c->gradients && s->options.keep != GGD_KEEP_BOUNDARIES;
-    int keep_ffn = c->gradients && s->options.keep == GGD_KEEP_ALL;
+    int keep = c->gradients ? s->options.keep : GGD_KEEP_BOUNDARIES;
     ggd_element e = s->compute.element;
     ggd_layer_activations shared = {0};
     for (size_t l = 0; l < n_layers; l++) {
         ggd_layer_activations layer = shared;
-        if (l == 0 || keep_layers) {
-            layer.attn_normed = take_activation(a, e, m, s->ld_hidden);
+        if (l == 0 || keep != GGD_KEEP_BOUNDARIES) {
+            layer.x = take_activation(a, e, c->gradients ? m : 0, s->ld_hidden);
+            layer.x_mid = take_activation(a, e, c->gradients ? m : 0, s->ld_hidden);
             layer.qkv = take_activation(a, e, m, s->ld_qkv);
             layer.attn_out = take_activation(a, e, m, s->ld_queries);
             layer.lse = take(a, m * (size_t)shape->n_heads, sizeof(float));
-            layer.x_mid = take(a, m * s->ld_hidden, sizeof(float));
-            layer.ffn_normed = take_activation(a, e, m, s->ld_hidden);
             layer.attn_scales = take(a, m, sizeof(float));
             layer.ffn_scales = take(a, m, sizeof(float));
             for (int target = 0; target < GGD_N_TARGETS; target++) {
                 layer.p[target] = take_activation(a, e, c->max_rank > 0 ? m : 0, ld_rank);
             }
         }
-        if (l == 0 || keep_ffn) {
+        layer.ffn_normed = keep == GGD_KEEP_WITHOUT_FFN ? take_activation(a, e, m, s->ld_hidden) : b->normed;
+        if (l == 0 || keep == GGD_KEEP_ALL) {
             layer.gate = take_activation(a, e, m, s->ld_ffn);
             layer.up = take_activation(a, e, m, s->ld_ffn);
         }
@@ -59,6 +58,11 @@ static void lay_out_layers(const ggd_session *s, arena *a, const ggd_capacity *c
             b->layers[l] = layer;
         }
         shared = layer;
+    }
+    if (!c->gradients && b->layers != NULL) {
+        for (size_t l = 0; l < n_layers; l++) {
+            b->layers[l].x.data = b->layers[l].x_mid.data = NULL;
+        }
     }
 }
 
@@ -130,17 +134,17 @@ static size_t lay_out(const ggd_session *s, void *base, const ggd_capacity *c, g
     size_t n_layers = (size_t)shape->n_layers;
     arena a = {base, 0};
     *b = (ggd_buffers){0};
-    b->x = take(&a, n_layers + 1, sizeof *b->x);
     b->layers = take(&a, n_layers, sizeof *b->layers);
     b->pairs = take(&a, n_layers * GGD_N_TARGETS, sizeof *b->pairs);
-    // Without gradients two residual streams take turns.
-    float *streams[2] = {NULL, NULL};
-    for (size_t l = 0; l <= n_layers; l++) {
-        if (c->gradients || l < 2) {
-            streams[l % 2] = take(&a, c->n_rows * s->ld_hidden, sizeof(float));
-        }
-        if (b->x != NULL) {
-            b->x[l] = streams[l % 2];
+    b->x = take(&a, c->n_rows * s->ld_hidden, sizeof(float));
+    b->normed = take_activation(&a, s->compute.element, c->n_rows, s->ld_hidden);
+    if (c->gradients && s->options.keep == GGD_KEEP_BOUNDARIES) {
+        b->boundaries = take(&a, n_layers, sizeof *b->boundaries);
+        for (size_t l = 0; l < n_layers; l++) {
+            float *boundary = take(&a, c->n_rows * s->ld_hidden, sizeof(float));
+            if (b->boundaries != NULL) {
+                b->boundaries[l] = boundary;
+            }
         }
     }
     lay_out_layers(s, &a, c, b);

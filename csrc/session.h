@@ -7,14 +7,14 @@
 #include "model.h"
 #include "ops.h"
 
-// What a layer's forward leaves for its backward.
+// What a layer's forward leaves for its backward. The residual stream itself is float32 and runs on in one buffer.
 typedef struct {
-    ggd_activation attn_normed;       // (M, C)
+    ggd_activation x;                 // (M, C), the residual stream before attention
     ggd_activation qkv;               // (M, [Q | K | V]) after RoPE
     ggd_activation attn_out;          // (M, H D)
     float *lse;                       // (M, H)
-    float *x_mid;                     // (M, C) float32, the residual stream between attention and feed-forward
-    ggd_activation ffn_normed;        // (M, C)
+    ggd_activation x_mid;             // (M, C), between attention and feed-forward
+    ggd_activation ffn_normed;        // (M, C), kept where gate and up are computed again, else the shared `normed`
     ggd_activation gate, up;          // (M, F)
     float *attn_scales, *ffn_scales;  // (M)
     ggd_activation p[GGD_N_TARGETS];  // (M, R): A x of each LoRA pair
@@ -27,7 +27,9 @@ typedef struct {
 } ggd_capacity;
 
 typedef struct {
-    float **x;                       // (L + 1): the residual stream, (M, C) float32, before each layer and after the last
+    float *x;                        // (M, C) float32: the residual stream
+    float **boundaries;              // (L): a copy of it before each layer where layers are computed again, else NULL
+    ggd_activation normed;           // (M, C)
     ggd_layer_activations *layers;   // (L)
     const ggd_lora_pair **pairs;     // (L, GGD_N_TARGETS), NULL where there is none
     float *qkv;                      // (M, [Q | K | V]) float32, before RoPE

@@ -25,24 +25,31 @@ static size_t qkv_column(const ggd_session *s, int target) {
     return target == GGD_ATTN_Q ? 0 : target == GGD_ATTN_K ? s->heads.k_column : s->heads.v_column;
 }
 
-static void attention_block_forward(ggd_session *s, const ggd_batch *batch, size_t l, const float *x) {
+// x -> x + attention block
+static void attention_block_forward(ggd_session *s, const ggd_batch *batch, size_t l) {
     const ggd_compute *compute = &s->compute;
-    const ggd_layer *layer = &s->model->layers[l];
-    ggd_layer_activations *act = &s->buffers.layers[l];
+    ggd_buffers *b = &s->buffers;
+    ggd_layer_activations *act = &b->layers[l];
     size_t m = (size_t)batch->n_rows, hidden = (size_t)s->model->shape.hidden_size, ld = s->ld_hidden;
-    ggd_rmsnorm_forward(compute, m, hidden, x, ld, layer->attn_norm, s->model->rms_eps, act->attn_normed, act->attn_scales);
+    ggd_rmsnorm_forward(compute, m, hidden, b->x, ld, s->model->layers[l].attn_norm, s->model->rms_eps, b->normed,
+                        act->attn_scales, act->x);
     for (int target = GGD_ATTN_Q; target <= GGD_ATTN_V; target++) {
         ggd_linear linear = linear_of(s, l, target);
-        ggd_linear_forward(compute, &linear, m, act->attn_normed, NULL, 0, s->buffers.qkv + qkv_column(s, target), s->ld_qkv,
-                           GGD_ELEMENT_F32);
+        ggd_linear_forward(compute, &linear, m, b->normed, NULL, 0, b->qkv + qkv_column(s, target), s->ld_qkv, GGD_ELEMENT_F32);
     }
-    ggd_rope_forward(compute, batch, &s->heads, s->buffers.qkv, s->ld_qkv, act->qkv);
+    ggd_rope_forward(compute, batch, &s->heads, b->qkv, s->ld_qkv, act->qkv);
     ggd_attention_forward(compute, batch, &s->heads, act->qkv, act->attn_out, act->lse);
     ggd_linear output = linear_of(s, l, GGD_ATTN_OUTPUT);
-    ggd_linear_forward(compute, &output, m, act->attn_out, x, ld, act->x_mid, ld, GGD_ELEMENT_F32);
+    ggd_linear_forward(compute, &output, m, act->attn_out, b->x, ld, b->x, ld, GGD_ELEMENT_F32);
 }
 
-// gate and up; what the policy GGD_KEEP_WITHOUT_FFN computes again
+static void ffn_norm_forward(ggd_session *s, size_t m, size_t l) {
+    ggd_layer_activations *act = &s->buffers.layers[l];
+    ggd_rmsnorm_forward(&s->compute, m, (size_t)s->model->shape.hidden_size, s->buffers.x, s->ld_hidden,
+                        s->model->layers[l].ffn_norm, s->model->rms_eps, act->ffn_normed, act->ffn_scales, act->x_mid);
+}
+
+// gate and up; what GGD_KEEP_WITHOUT_FFN computes again
 static void ffn_inner_forward(ggd_session *s, size_t m, size_t l) {
     ggd_layer_activations *act = &s->buffers.layers[l];
     ggd_linear gate = linear_of(s, l, GGD_FFN_GATE), up = linear_of(s, l, GGD_FFN_UP);
@@ -51,27 +58,28 @@ static void ffn_inner_forward(ggd_session *s, size_t m, size_t l) {
     ggd_linear_forward(&s->compute, &up, m, act->ffn_normed, NULL, 0, act->up.data, act->up.ld, element);
 }
 
-static void ffn_block_forward(ggd_session *s, const ggd_batch *batch, size_t l, float *y) {
-    const ggd_compute *compute = &s->compute;
-    ggd_layer_activations *act = &s->buffers.layers[l];
-    size_t m = (size_t)batch->n_rows, hidden = (size_t)s->model->shape.hidden_size,
-           ffn = (size_t)s->model->shape.feed_forward_size;
-    ggd_rmsnorm_forward(compute, m, hidden, act->x_mid, s->ld_hidden, s->model->layers[l].ffn_norm, s->model->rms_eps,
-                        act->ffn_normed, act->ffn_scales);
+// x -> x + feed-forward block
+static void ffn_block_forward(ggd_session *s, const ggd_batch *batch, size_t l) {
+    ggd_buffers *b = &s->buffers;
+    size_t m = (size_t)batch->n_rows, ffn = (size_t)s->model->shape.feed_forward_size;
+    ffn_norm_forward(s, m, l);
     ffn_inner_forward(s, m, l);
-    ggd_swiglu_forward(compute, m, ffn, act->gate, act->up, s->buffers.h);
+    ggd_swiglu_forward(&s->compute, m, ffn, b->layers[l].gate, b->layers[l].up, b->h);
     ggd_linear down = linear_of(s, l, GGD_FFN_DOWN);
-    ggd_linear_forward(compute, &down, m, s->buffers.h, act->x_mid, s->ld_hidden, y, s->ld_hidden, GGD_ELEMENT_F32);
+    ggd_linear_forward(&s->compute, &down, m, b->h, b->x, s->ld_hidden, b->x, s->ld_hidden, GGD_ELEMENT_F32);
 }
 
 const float *ggd_transformer_forward(ggd_session *s, const ggd_batch *batch, const ggd_adapter *adapter) {
-    size_t n_layers = (size_t)s->model->shape.n_layers;
-    ggd_embedding_forward(&s->compute, &s->model->token_embedding, batch, adapter, s->buffers.x[0], s->ld_hidden);
-    for (size_t l = 0; l < n_layers; l++) {
-        attention_block_forward(s, batch, l, s->buffers.x[l]);
-        ffn_block_forward(s, batch, l, s->buffers.x[l + 1]);
+    ggd_buffers *b = &s->buffers;
+    ggd_embedding_forward(&s->compute, &s->model->token_embedding, batch, adapter, b->x, s->ld_hidden);
+    for (size_t l = 0; l < (size_t)s->model->shape.n_layers; l++) {
+        if (b->boundaries != NULL) {
+            memcpy(b->boundaries[l], b->x, (size_t)batch->n_rows * s->ld_hidden * sizeof *b->x);
+        }
+        attention_block_forward(s, batch, l);
+        ffn_block_forward(s, batch, l);
     }
-    return s->buffers.x[n_layers];
+    return b->x;
 }
 
 // dx -> dx + d (feed-forward block) / d x_mid
@@ -86,11 +94,12 @@ static void ffn_block_backward(ggd_session *s, const ggd_batch *batch, size_t l)
                               compute->element);
     ggd_swiglu_backward(compute, m, ffn, act->gate, act->up, b->dgate, b->dup, b->h);
     ggd_linear_backward_lora(compute, &down, m, b->h, b->dx_activation, &b->linear);
+    ggd_rmsnorm_repeat(compute, m, hidden, act->x_mid, s->model->layers[l].ffn_norm, s->model->rms_eps, b->normed);
     ggd_linear_backward_input(compute, &gate, m, b->dgate, &b->linear, NULL, b->dnormed, s->ld_hidden, GGD_ELEMENT_F32);
-    ggd_linear_backward_lora(compute, &gate, m, act->ffn_normed, b->dgate, &b->linear);
+    ggd_linear_backward_lora(compute, &gate, m, b->normed, b->dgate, &b->linear);
     ggd_linear_backward_input(compute, &up, m, b->dup, &b->linear, b->dnormed, b->dnormed, s->ld_hidden, GGD_ELEMENT_F32);
-    ggd_linear_backward_lora(compute, &up, m, act->ffn_normed, b->dup, &b->linear);
-    ggd_rmsnorm_backward(compute, m, hidden, b->dnormed, act->x_mid, s->ld_hidden, s->model->layers[l].ffn_norm, act->ffn_scales,
+    ggd_linear_backward_lora(compute, &up, m, b->normed, b->dup, &b->linear);
+    ggd_rmsnorm_backward(compute, m, hidden, b->dnormed, s->ld_hidden, act->x_mid, s->model->layers[l].ffn_norm, act->ffn_scales,
                          b->dx, b->dx_activation);
 }
 
@@ -105,34 +114,35 @@ static void attention_block_backward(ggd_session *s, const ggd_batch *batch, siz
                               compute->element);
     ggd_linear_backward_lora(compute, &output, m, act->attn_out, b->dx_activation, &b->linear);
     ggd_attention_backward(compute, batch, &s->heads, act->qkv, act->attn_out, act->lse, b->dattn_out, b->dqkv);
+    ggd_rmsnorm_repeat(compute, m, hidden, act->x, s->model->layers[l].attn_norm, s->model->rms_eps, b->normed);
     for (int target = GGD_ATTN_Q; target <= GGD_ATTN_V; target++) {
         ggd_linear linear = linear_of(s, l, target);
         ggd_activation dy = {ggd_activation_at(b->dqkv, 0, qkv_column(s, target), compute->element), b->dqkv.ld};
         const float *sum = target == GGD_ATTN_Q ? NULL : b->dnormed;
         ggd_linear_backward_input(compute, &linear, m, dy, &b->linear, sum, b->dnormed, s->ld_hidden, GGD_ELEMENT_F32);
-        ggd_linear_backward_lora(compute, &linear, m, act->attn_normed, dy, &b->linear);
+        ggd_linear_backward_lora(compute, &linear, m, b->normed, dy, &b->linear);
     }
-    ggd_rmsnorm_backward(compute, m, hidden, b->dnormed, b->x[l], s->ld_hidden, s->model->layers[l].attn_norm, act->attn_scales,
+    ggd_rmsnorm_backward(compute, m, hidden, b->dnormed, s->ld_hidden, act->x, s->model->layers[l].attn_norm, act->attn_scales,
                          b->dx, b->dx_activation);
 }
 
 // Activations that the forward did not keep.
 static void recompute_layer(ggd_session *s, const ggd_batch *batch, size_t l) {
-    if (s->options.keep == GGD_KEEP_BOUNDARIES) {
-        attention_block_forward(s, batch, l, s->buffers.x[l]);
-        ggd_layer_activations *act = &s->buffers.layers[l];
-        ggd_rmsnorm_forward(&s->compute, (size_t)batch->n_rows, (size_t)s->model->shape.hidden_size, act->x_mid, s->ld_hidden,
-                            s->model->layers[l].ffn_norm, s->model->rms_eps, act->ffn_normed, act->ffn_scales);
+    ggd_buffers *b = &s->buffers;
+    size_t m = (size_t)batch->n_rows;
+    if (b->boundaries != NULL) {
+        memcpy(b->x, b->boundaries[l], m * s->ld_hidden * sizeof *b->x);
+        attention_block_forward(s, batch, l);
+        ffn_norm_forward(s, m, l);
     }
     if (s->options.keep != GGD_KEEP_ALL) {
-        ffn_inner_forward(s, (size_t)batch->n_rows, l);
+        ffn_inner_forward(s, m, l);
     }
-    if (s->options.keep == GGD_KEEP_BOUNDARIES) {
-        // The down projection's A x, without its output.
-        ggd_swiglu_forward(&s->compute, (size_t)batch->n_rows, (size_t)s->model->shape.feed_forward_size,
-                           s->buffers.layers[l].gate, s->buffers.layers[l].up, s->buffers.h);
+    if (b->boundaries != NULL) {
+        // The down projection's A h, without its output.
+        ggd_swiglu_forward(&s->compute, m, (size_t)s->model->shape.feed_forward_size, b->layers[l].gate, b->layers[l].up, b->h);
         ggd_linear down = linear_of(s, l, GGD_FFN_DOWN);
-        ggd_linear_forward_lora(&s->compute, &down, (size_t)batch->n_rows, s->buffers.h);
+        ggd_linear_forward_lora(&s->compute, &down, m, b->h);
     }
 }
 
