@@ -58,6 +58,9 @@ class CheckpointMetadata(BaseModel):
     time_max_timesteps: int | None = Field(
         default=None, ge=2, description="rows of the sinusoidal table; None without a time embedding"
     )
+    block_size: int | None = Field(
+        default=None, ge=1, description="tokens of a block in generation; None = whole sequences"
+    )
     created_at: str = Field(description="ISO 8601, UTC")
     version: str = Field(description="of ggml-diffusion")
 

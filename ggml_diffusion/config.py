@@ -1,8 +1,8 @@
 """Every setting of a conversion: name, default, limits and description, each in one place.
 
-The pydantic fields below are the settings. The keys of conversion_config.toml, the flags of `convert`, their
-help and the comments in a written config are all derived from them (`SETTINGS`). Defaults are the seed
-document's recipe.
+The pydantic fields below and in config_groups.py are the settings. The keys of conversion_config.toml, the
+flags of `convert`, their help and the comments in a written config are all derived from them (`SETTINGS`).
+Defaults are the seed document's recipe.
 
 Deliberately not here: reading the command line (cli.py), and what the settings do. Only cli, convert and
 trainer see this module; everything else takes plain values.
@@ -14,185 +14,47 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from enum import Enum
-from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError
 
-from ggml_diffusion.annealing import AnnealingSchedule, MaskKind
-from ggml_diffusion.corruption import LossWeighting, ScheduleType
+from ggml_diffusion.config_groups import (
+    BlockDiffusionConfig,
+    HardwareConfig,
+    MaskAnnealingConfig,
+    NoiseScheduleConfig,
+    QLoraConversionConfig,
+    Settings,
+    TimeEmbeddingConfig,
+)
+from ggml_diffusion.corruption import LossWeighting
 from ggml_diffusion.errors import UserError, one_line
 from ggml_diffusion.lora import TargetModule
 from ggml_diffusion.optim import LearningRateSchedule
-from ggml_diffusion.output_rows import Prediction
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-Arithmetic = Literal["fast", "f32"]
-
-Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
-# Settings are strict, but TOML has neither enumerations nor tuples.
-Schedule = Annotated[AnnealingSchedule, Field(strict=False)]
-Target = Annotated[TargetModule, Field(strict=False)]
-AnnealingStep = Annotated[tuple[Annotated[int, Field(ge=0)], Ratio], Field(strict=False)]
-
-
-class Settings(BaseModel):
-    """A group of settings: immutable, no unknown names, numbers finite and never read out of strings."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class MaskAnnealingConfig(Settings):
-    """How the attention goes from causal to bidirectional (annealing.py)."""
-
-    total_steps: int = Field(
-        default=20_000,
-        ge=0,
-        description="Optimizer steps until the final causal ratio; 0 = it holds at once.",
-    )
-    schedule: Schedule = Field(
-        default=AnnealingSchedule.COSINE,
-        description="Curve of the causal ratio: linear, cosine, exponential or stepwise.",
-    )
-    initial_causal_ratio: Ratio = Field(
-        default=1.0, description="Causal ratio at step 0; 1 = fully causal, as the base model."
-    )
-    final_causal_ratio: Ratio = Field(
-        default=0.0, description="Causal ratio after the annealing; 0 = fully bidirectional."
-    )
-    mask: MaskKind = Field(
-        default="soft",
-        description="soft = a future token counts in part; bernoulli = it is seen or not, drawn each step.",
-    )
-    decay: float = Field(
-        default=5.0,
-        gt=0.0,
-        description="How steeply the exponential schedule starts; for that schedule only.",
-    )
-    steps: tuple[AnnealingStep, ...] = Field(
-        default=(),
-        strict=False,
-        description="Ratios of the stepwise schedule, [[from step, ratio], ...]; for that schedule only.",
-    )
-
-    @model_validator(mode="after")
-    def _check_schedule(self) -> "MaskAnnealingConfig":
-        if (self.schedule is AnnealingSchedule.STEPWISE) != (len(self.steps) > 0):
-            raise ValueError(
-                "the schedule 'stepwise' needs steps, e.g. [[0, 1.0], [1000, 0.5]], and no other has them"
-            )
-        first_steps = [step for step, _ in self.steps]
-        if any(later <= earlier for earlier, later in pairwise(first_steps)):
-            raise ValueError(f"steps must come in rising order, not {first_steps}")
-        if first_steps and 0 < self.total_steps <= first_steps[-1]:
-            raise ValueError(
-                f"step {first_steps[-1]} is never reached: final_causal_ratio holds from total_steps = "
-                f"{self.total_steps} on"
-            )
-        return self
-
-
-class TimeEmbeddingConfig(Settings):
-    """The time embedding (time_embedding.py)."""
-
-    enabled: bool = Field(default=True, description="Whether the model is told the diffusion time.")
-    dim: int = Field(default=256, ge=2, multiple_of=2, description="Sinusoidal features of the time; even.")
-    max_timesteps: int = Field(
-        default=1000, ge=1, description="Rows of the table that times are interpolated from."
-    )
-    dropout: Ratio = Field(
-        default=0.0,
-        description="Chance that a training sequence goes without it: the model learns to do without.",
-    )
-
-
-class NoiseScheduleConfig(Settings):
-    """How much is masked at each diffusion time (corruption.py)."""
-
-    type: ScheduleType = Field(
-        default="cosine", description="Mask probability over the diffusion time: linear, cosine or geometric."
-    )
-    num_timesteps: int = Field(
-        default=1000, ge=0, description="Training times are drawn from that many equal steps; 0 = continuous."
-    )
-    min_time: float = Field(
-        default=0.0,
-        ge=0.0,
-        lt=1.0,
-        description="Training times are drawn from there to 1; few masks teach little.",
-    )
-
-
-class QLoraConversionConfig(Settings):
-    """What is trained, and how the converted model is read."""
-
-    rank: int = Field(default=32, ge=1, description="LoRA rank; 32 to 64 are usual for a conversion.")
-    alpha: float = Field(
-        default=64.0, gt=0.0, description="LoRA scale is alpha / rank; twice the rank is usual."
-    )
-    target_modules: tuple[Target, ...] = Field(
-        default=(
-            TargetModule.QUERY_PROJ,
-            TargetModule.KEY_PROJ,
-            TargetModule.VALUE_PROJ,
-            TargetModule.OUTPUT_PROJ,
-        ),
-        strict=False,
-        min_length=1,
-        description="Projections with an adapter: "
-        + ", ".join(module.value for module in TargetModule)
-        + ".",
-    )
-    quantization_bits: int = Field(
-        default=4,
-        ge=1,
-        le=32,
-        description="Bits a weight that the base is expected to have; a difference is a warning.",
-    )
-    prediction: Prediction = Field(
-        default="shifted",
-        description="Output that predicts a token: shifted = the one before, as the base; aligned = its own.",
-    )
-    mask_token_id: int | None = Field(
-        default=None,
-        ge=0,
-        description="Token that stands for a masked place; left out, one is chosen.",
-    )
-    mask_annealing: MaskAnnealingConfig = Field(default_factory=MaskAnnealingConfig)
-    time_embedding: TimeEmbeddingConfig = Field(default_factory=TimeEmbeddingConfig)
-
-    @field_validator("target_modules")
-    @classmethod
-    def _check_targets(cls, targets: tuple[TargetModule, ...]) -> tuple[TargetModule, ...]:
-        if len(set(targets)) != len(targets):
-            raise ValueError("a projection is named twice")
-        return targets
-
-
-class HardwareConfig(Settings):
-    """What the conversion runs on."""
-
-    device: Literal["cpu"] = Field(default="cpu", description="Only cpu for now.")
-    num_threads: int | None = Field(
-        default=None, ge=1, le=1024, description="Threads; left out, as many as the process may use."
-    )
-    use_simd: bool = Field(default=True, description="Vector instructions; false is slow and for comparison.")
-    compute: Arithmetic = Field(
-        default="fast",
-        description="Arithmetic of the matrix products: fast, or f32 = exact products in float32.",
-    )
-
-    @field_validator("device", mode="before")
-    @classmethod
-    def _check_device(cls, device: object) -> object:
-        if device in ("cuda", "metal"):
-            raise ValueError('not supported yet; conversion runs on the CPU, so set device = "cpu"')
-        return device
+__all__ = [
+    "PRESETS",
+    "SECTIONS",
+    "SETTINGS",
+    "BlockDiffusionConfig",
+    "ConversionTrainingConfig",
+    "HardwareConfig",
+    "MaskAnnealingConfig",
+    "NoiseScheduleConfig",
+    "QLoraConversionConfig",
+    "Setting",
+    "TimeEmbeddingConfig",
+    "load_config",
+    "scaled_to_run",
+    "settings_that_differ",
+    "to_toml",
+]
 
 
 class ConversionTrainingConfig(Settings):
@@ -229,6 +91,18 @@ class ConversionTrainingConfig(Settings):
     nelbo_clip: float = Field(
         default=10.0, gt=0.0, description="Largest weight that nelbo weighting uses in training."
     )
+    ar_loss_share: float = Field(
+        default=0.0,
+        ge=0.0,
+        lt=1.0,
+        description="Share of the loss that is the causal next-token loss on clean text, in its own pass.",
+    )
+    distillation_weight: float = Field(
+        default=0.0,
+        ge=0.0,
+        description="Weight of the cross-entropy under the frozen base's own causal prediction, beside that "
+        "of the text.",
+    )
     held_out_fraction: float = Field(
         default=0.05,
         ge=0.0,
@@ -241,6 +115,7 @@ class ConversionTrainingConfig(Settings):
     seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of all randomness of the run.")
     qlora: QLoraConversionConfig = Field(default_factory=QLoraConversionConfig)
     noise_schedule: NoiseScheduleConfig = Field(default_factory=NoiseScheduleConfig)
+    block_diffusion: BlockDiffusionConfig = Field(default_factory=BlockDiffusionConfig)
     hardware: HardwareConfig = Field(default_factory=HardwareConfig)
 
 
@@ -284,7 +159,15 @@ _PLACE_IN_FILE = {
     ("qlora", "rank"): ("model", "qlora_rank"),
     ("qlora", "alpha"): ("model", "qlora_alpha"),
 }
-SECTIONS = ("model", "training", "mask_annealing", "noise_schedule", "time_embedding", "hardware")
+SECTIONS = (
+    "model",
+    "training",
+    "mask_annealing",
+    "noise_schedule",
+    "block_diffusion",
+    "time_embedding",
+    "hardware",
+)
 
 
 def _walk(group: type[Settings], path: tuple[str, ...]) -> Iterator[Setting]:
@@ -504,3 +387,43 @@ def scaled_to_run(config: ConversionTrainingConfig) -> tuple[ConversionTrainingC
         f"The run of {config.total_steps} steps is shorter than its annealing ({annealing.total_steps}) or "
         f"warm-up ({config.warmup_steps}): they are scaled to {annealing_steps} and {fitted.warmup_steps}."
     )
+
+
+# Settings that may change when a run goes on: they change no number of it. (Base and data are compared by
+# their content.)
+_FREE_SETTINGS = {
+    "model.base_model",
+    "training.data",
+    "training.output",
+    "training.checkpoint_every",
+    "hardware.num_threads",
+}
+
+
+def settings_that_differ(saved: Mapping[str, Any], config: ConversionTrainingConfig) -> list[str]:
+    """Why a run with saved settings, as plain JSON values, cannot be gone on with under this config.
+
+    Returns:
+        A phrase for each difference that changes numbers; "there" is the saved one.
+
+    """
+    here = config.model_dump(mode="json")
+    defaults = ConversionTrainingConfig().model_dump(mode="json")
+    found = []
+    for setting in SETTINGS.values():
+        now = _value_at(here, setting.path)
+        # A version that did not have the setting yet did what is its default now.
+        then = _value_at(saved, setting.path, _value_at(defaults, setting.path))
+        if now != then and setting.name not in _FREE_SETTINGS:
+            found.append(f"{setting.name} ({then} there, {now} here)")
+    return found
+
+
+def _value_at(config: Mapping[str, Any], path: tuple[str, ...], missing: Any = None) -> Any:
+    """A setting in a config of plain JSON values, or `missing` where there is no such key."""
+    value: Any = config
+    for name in path:
+        if not isinstance(value, Mapping) or name not in value:
+            return missing
+        value = value[name]
+    return value

@@ -3,12 +3,16 @@ weighs.
 
 Time t runs over [0, 1], 0 = clean, 1 = all masked. A token that may be masked is masked with probability
 p(t), each on its own. With t uniform the negative evidence lower bound (NELBO) weighs the cross-entropy of a
-masked token by p'(t) / p(t); the bound itself does not depend on the schedule.
+masked token by p'(t) / p(t); the bound itself does not depend on the schedule. Instead, an exact count k of L
+maskable tokens can be masked, k uniform on 1..L: then the weight is L / k, and the bound is the same one. A
+mask can be used twice, as it is and turned around, so that each token is predicted once.
 
 Deliberately not here: the network, the cross-entropy, the shift between a token and the row that predicts it
-(output_rows.py).
+(output_rows.py), and how a step puts these parts together (noisy_batch.py).
 Source: MDLM [Sahoo et al. 2024, arXiv:2406.07524], equation 10; the geometric schedule is that of SEDD
-[Lou et al. 2024, arXiv:2310.16834], made to start at p(0) = 0 and to end at p(1) = 1.
+[Lou et al. 2024, arXiv:2310.16834], made to start at p(0) = 0 and to end at p(1) = 1; exact counts, LLaDA
+[Nie et al. 2025, arXiv:2502.09992]; complementary masks, LaViDa [Li et al. 2025,
+arXiv:2505.16839].
 Letters: B sequences, T tokens.
 """
 
@@ -22,6 +26,7 @@ from ggml_diffusion.output_rows import Prediction
 
 ScheduleType = Literal["linear", "cosine", "geometric"]
 LossWeighting = Literal["uniform", "nelbo"]
+Masking = Literal["bernoulli", "exact"]
 
 # Total noise of the geometric schedule at t = 0 and t = 1 (SEDD's).
 _SIGMA_MIN, _SIGMA_MAX = 1e-4, 20.0
@@ -161,7 +166,87 @@ def corrupt(
     if at_least_one:
         forced = maskable.any(axis=1) & ~masked.any(axis=1)
         masked[forced, draws[forced].argmin(axis=1)] = True
-    return np.where(masked, np.int32(mask_token_id), tokens).astype(np.int32, copy=False), masked
+    return with_masks(tokens, masked, mask_token_id), masked
+
+
+def exact_counts(
+    n_maskable: NDArray[np.int64], share: NDArray[np.float64], *, from_none: bool = False
+) -> NDArray[np.int64]:
+    """How many tokens of each sequence are masked: uniform shares give uniform counts.
+
+    Args:
+        n_maskable: (B,), L of each sequence.
+        share: (B,) in (0, 1].
+        from_none: False: counts are 1..L. True: 0..L, for pairs of complementary masks: there L - k must have
+            the distribution of k, or the second sides would never be all masked.
+
+    Returns:
+        (B,) int64, k; 0 where there is nothing to mask.
+
+    """
+    n_choices = n_maskable + from_none
+    return np.clip(np.ceil(share * n_choices).astype(np.int64) - from_none, 0, n_maskable)
+
+
+def exact_weight(
+    counts: NDArray[np.int64], n_maskable: NDArray[np.int64], *, from_none: bool = False
+) -> NDArray[np.float64]:
+    """The NELBO weight (B,) of k masks: L / k, or (L + 1) / k if k comes from 0..L; inf at k = 0."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(counts > 0, (n_maskable + from_none) / counts, np.inf)
+
+
+def corrupt_exactly(
+    tokens: NDArray[np.int32],
+    maskable: NDArray[np.bool_],
+    counts: NDArray[np.int64],
+    mask_token_id: int,
+    generator: np.random.Generator,
+) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+    """Mask a given number of each sequence's maskable tokens, each choice with equal chance.
+
+    Args:
+        tokens: (B, T) int32, clean.
+        maskable: (B, T), see `maskable`.
+        counts: (B,), at most the maskable tokens of the sequence.
+        mask_token_id: what stands in a masked place.
+        generator: the step's own; B * T numbers are drawn whatever is maskable.
+
+    Returns:
+        noisy tokens (B, T) int32 and masked (B, T) bool.
+
+    """
+    draws = np.where(maskable, generator.random(tokens.shape), np.inf)
+    masked = np.zeros(tokens.shape, dtype=bool)
+    in_turn = np.argsort(draws, axis=1, kind="stable")
+    np.put_along_axis(masked, in_turn, np.arange(tokens.shape[1]) < counts[:, None], axis=1)
+    return with_masks(tokens, masked, mask_token_id), masked
+
+
+def with_masks(tokens: NDArray[np.int32], masked: NDArray[np.bool_], mask_token_id: int) -> NDArray[np.int32]:
+    """Tokens (B, T) int32 with the mask token wherever `masked` (B, T) says so."""
+    return np.where(masked, np.int32(mask_token_id), tokens).astype(np.int32, copy=False)
+
+
+def complement_weight(
+    nelbo_weight: NDArray[np.float64], mask_probability: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """The NELBO weight of the other side of a mask that was drawn with probability p(t): p'(t) / (1 - p(t)).
+
+    The other side masks a share of 1 - p(t), as a mask of the time t' with p(t') = 1 - p(t) does; but t' is
+    not uniform unless the schedule is linear, so that its weight is not p'(t') / p(t'). (In terms of the
+    share s the bound is the integral of its cross-entropies over ds / s, and |d(1 - p)| = p' dt.)
+
+    Args:
+        nelbo_weight: (B,), p'(t) / p(t) at the drawn times.
+        mask_probability: (B,), p(t) at the drawn times.
+
+    Returns:
+        (B,), inf where p(t) is 1: nothing is masked there.
+
+    """
+    with np.errstate(divide="ignore"):
+        return np.asarray(nelbo_weight * mask_probability / (1.0 - mask_probability))
 
 
 def loss_weights(
@@ -174,16 +259,18 @@ def loss_weights(
     """The weight of each token's cross-entropy, so that the loss of an optimizer step is their plain weighted
     sum.
 
-    `uniform`: the mean over the masked tokens. `nelbo`: p'/p on the masked tokens over the number of maskable
-    ones, an estimate of the NELBO in nats a token. Both divide by one count over the whole accumulated batch,
-    which is why all of it is passed at once: an average of averages would weigh short sequences more.
+    `uniform`: the mean over the masked tokens. `nelbo`: the bound's weight on the masked tokens over the
+    number of maskable ones, an estimate of the NELBO in nats a token. Both divide by one count over the whole
+    accumulated batch, which is why all of it is passed at once: an average of averages would weigh short
+    sequences more.
 
     Args:
         masked: (B, T).
         maskable: (B, T).
-        nelbo_weight: (B,), p'(t) / p(t) of each sequence's time; `uniform` does not look at it.
+        nelbo_weight: (B,), of each sequence: p'(t) / p(t), L / k, or that of a complement; `uniform` does not
+            look at it.
         weighting: which of the two.
-        nelbo_clip: the largest p'/p that is used. Training only: a clipped sum is no bound.
+        nelbo_clip: the largest of them that is used. Training only: a clipped sum is no bound.
 
     Returns:
         (B, T) float32, by the target's own position, 0 where not masked.

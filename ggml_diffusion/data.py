@@ -55,12 +55,14 @@ class TokenBatch:
         tokens: (B, T) int32.
         lengths: (B,) int32; positions from there on are padding.
         document_ids: (B, T) int32, counted from 0 in each sequence; padding goes on with the last one.
+        maskable: (B, T) bool, False where a token is never a target, as in a prompt; None = no such tokens.
 
     """
 
     tokens: NDArray[np.int32]
     lengths: NDArray[np.int32]
     document_ids: NDArray[np.int32]
+    maskable: NDArray[np.bool_] | None = None
 
     def __len__(self) -> int:
         """B."""

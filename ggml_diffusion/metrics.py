@@ -19,13 +19,16 @@ class TrainMetrics:
 
     Attributes:
         step: optimizer steps taken, this one included.
-        loss: the weighted cross-entropy in nats, normalised as corruption.loss_weights says.
+        loss: the masked tokens' weighted cross-entropy in nats, normalised as corruption.loss_weights says.
         masked_accuracy: share of the masked tokens whose likeliest prediction was right.
         causal_ratio: of the attention mask in this step.
         learning_rate: of this step.
         grad_norm: global norm before clipping.
         tokens: tokens seen since the run began, this step included, padding not.
         tokens_per_second: of this step.
+        ar_loss: the causal next-token loss in nats, None if it has no share.
+        distillation_loss: the masked tokens' weighted cross-entropy under the base's prediction in nats, None
+            if it has no weight.
 
     """
 
@@ -37,6 +40,8 @@ class TrainMetrics:
     grad_norm: float
     tokens: int
     tokens_per_second: float
+    ar_loss: float | None = None
+    distillation_loss: float | None = None
 
 
 class MetricsWriter:
@@ -61,7 +66,8 @@ class MetricsWriter:
             raise UserError(f"{self.path}: cannot be written: {error.strerror}") from None
 
     def write(self, metrics: TrainMetrics) -> None:
-        """Append one line and flush it; a value that is NaN or infinite becomes null, as JSON has neither.
+        """Append one line and flush it; a value that is NaN or infinite becomes null, as JSON has neither,
+        and one that is None is left out.
 
         Raises:
             UserError: the disk is full, or the file cannot be written any more.
@@ -70,6 +76,7 @@ class MetricsWriter:
         values = {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in asdict(metrics).items()
+            if value is not None
         }
         try:
             self._file.write(json.dumps(values, allow_nan=False).encode() + b"\n")

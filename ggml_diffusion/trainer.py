@@ -1,14 +1,16 @@
 """Training of one conversion: from a batch of clean text to an optimizer step.
 
 `train_step` reads top-down: draw times and masks for the whole accumulated batch, ask the engine for loss and
-gradients of one micro-batch after the other, clip, step AdamW, advance the annealing. All randomness of a
-step comes from (seed, step) alone, so that a resumed run draws what an undisturbed one would have drawn.
+gradients of one micro-batch after the other, add the causal next-token loss if it has a share, clip, step
+AdamW, advance the annealing. All randomness of a step comes from (seed, step) alone, so that a resumed run
+draws what an undisturbed one would have drawn.
 
 This is the wiring: it sees the config, and hands plain values to the parts it wires. Deliberately not here:
-where batches come from (data.py), the arithmetic of the network (the engine), the run as a whole
-(convert.py).
+where batches come from (data.py), the draw of a step (noisy_batch.py), the arithmetic of the network (the
+engine), the run as a whole (convert.py).
 Sources: masked-diffusion objective, MDLM [Sahoo et al. 2024, arXiv:2406.07524]; attention-mask annealing,
-DiffuLLaMA [Gong et al. 2024, arXiv:2410.17891].
+DiffuLLaMA [Gong et al. 2024, arXiv:2410.17891]; distillation [Hinton et al. 2015, arXiv:1503.02531] at
+temperature 1.
 Letters: B sequences, T tokens, C hidden size.
 """
 
@@ -17,11 +19,10 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,10 +30,10 @@ from numpy.typing import NDArray
 from ggml_diffusion.adapter_file import MASK_EMBEDDING, CheckpointMetadata, DiffusionCheckpoint
 from ggml_diffusion.annealing import AttentionMaskAnnealer
 from ggml_diffusion.checkpoint import TrainingState, load_latest, save_state
-from ggml_diffusion.config import SETTINGS, ConversionTrainingConfig
-from ggml_diffusion.corruption import NoiseSchedule, corrupt, loss_weights, maskable, stratified_times
+from ggml_diffusion.config import ConversionTrainingConfig, settings_that_differ
+from ggml_diffusion.corruption import NoiseSchedule, maskable
 from ggml_diffusion.data import TokenBatch
-from ggml_diffusion.engine import LossResult, Q4Model
+from ggml_diffusion.engine import LossResult, Q4Model, Teacher
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.lora import (
     LORA_A_SUFFIX,
@@ -43,17 +44,13 @@ from ggml_diffusion.lora import (
     lora_shapes,
 )
 from ggml_diffusion.metrics import TrainMetrics
+from ggml_diffusion.noisy_batch import NoisyBatch, block_size_of_step, draw_noise, predictable
 from ggml_diffusion.optim import AdamW, clip_by_global_norm, learning_rate_at
 from ggml_diffusion.output_rows import to_output_rows
 from ggml_diffusion.time_embedding import BIAS_NAME, WEIGHT_NAME, TimeEmbedding
 from ggml_diffusion.tokenizer import choose_mask_token
 
 MAX_SKIPPED_IN_A_ROW = 3
-# Settings that may change when a run goes on: they change no number of it. (Base and data are compared by
-# their content.)
-FREE_SETTINGS = {"model.base_model", "training.data", "training.output", "training.checkpoint_every"} | {
-    "hardware.num_threads"
-}
 
 _log = logging.getLogger("ggml_diffusion")
 
@@ -69,42 +66,12 @@ def generator_for(seed: int, step: int, stream: int) -> np.random.Generator:
 
 
 @dataclass(frozen=True)
-class NoisyBatch:
-    """What one optimizer step trains on: the draw for its whole accumulated batch.
+class _MaskedTerms:
+    """Of a step's masked tokens: loss and distillation loss in nats, without their weights, and accuracy."""
 
-    Attributes:
-        clean: (B, T) int32.
-        noisy: (B, T) int32, the same with masks.
-        weights: (B, T) float32, of each position's cross-entropy, 0 where it is not masked; normalised.
-        t: (B,) float32 diffusion times.
-        keeps_time: (B,) bool, False where the sequence goes without its time embedding.
-        lengths: (B,) int32.
-        document_ids: (B, T) int32.
-        bernoulli_seed: of the attention mask, None = soft mask.
-
-    """
-
-    clean: NDArray[np.int32]
-    noisy: NDArray[np.int32]
-    weights: NDArray[np.float32]
-    t: NDArray[np.float32]
-    keeps_time: NDArray[np.bool_]
-    lengths: NDArray[np.int32] | None
-    document_ids: NDArray[np.int32] | None
-    bernoulli_seed: int | None
-
-    def part(self, rows: slice) -> "NoisyBatch":
-        """Some of the sequences; weights stay normalised over all."""
-        return NoisyBatch(
-            self.clean[rows],
-            self.noisy[rows],
-            self.weights[rows],
-            self.t[rows],
-            self.keeps_time[rows],
-            None if self.lengths is None else self.lengths[rows],
-            None if self.document_ids is None else self.document_ids[rows],
-            self.bernoulli_seed,
-        )
+    loss: float
+    accuracy: float
+    distillation_loss: float | None
 
 
 class ConversionTrainer:
@@ -186,14 +153,10 @@ class ConversionTrainer:
         learning_rate = self._learning_rate()
         noisy_batch = self.corrupt(batch)
         self._gradients.flat[...] = 0.0
-        loss, n_right, n_predicted = 0.0, 0, 0
-        for start in range(0, len(noisy_batch.clean), self.config.batch_size):
-            part = noisy_batch.part(slice(start, start + self.config.batch_size))
-            result = self._accumulate(part, causal_ratio, self._gradients)
-            loss += result.loss
-            n_right += int(result.row_correct.sum())
-            n_predicted += int((part.weights != 0.0).sum())
+        masked = self._masked_terms(noisy_batch, causal_ratio)
+        ar_loss = self._ar_term(batch) if self.config.ar_loss_share else None
         grad_norm = clip_by_global_norm(self._gradients.flat, self.config.max_grad_norm)
+        loss = masked.loss + (masked.distillation_loss or 0.0) + (ar_loss or 0.0)
         if math.isfinite(loss) and math.isfinite(grad_norm):
             self.optimizer.step(self._gradients.flat, learning_rate)
             self._skipped_in_a_row = 0
@@ -201,57 +164,73 @@ class ConversionTrainer:
             self._skip(loss, grad_norm)
         self.step_count += 1
         self.annealer.step()
-        n_tokens = int(batch.lengths.sum())
+        n_tokens = noisy_batch.n_tokens
         self.tokens_seen += n_tokens
         return TrainMetrics(
             step=self.step_count,
-            loss=loss,
-            masked_accuracy=n_right / max(1, n_predicted),
+            loss=masked.loss,
+            masked_accuracy=masked.accuracy,
             causal_ratio=causal_ratio,
             learning_rate=learning_rate,
             grad_norm=grad_norm,
             tokens=self.tokens_seen,
             tokens_per_second=n_tokens / (time.perf_counter() - started_s),
+            ar_loss=ar_loss,
+            distillation_loss=masked.distillation_loss,
         )
 
     def corrupt(self, batch: TokenBatch) -> NoisyBatch:
         """The noise that the next step adds to a batch: a function of (seed, step) and the batch."""
-        config, clean = self.config, batch.tokens
-        generator = generator_for(config.seed, self.step_count, _STREAM_STEP)
-        t = stratified_times(
-            len(clean), generator, config.noise_schedule.num_timesteps, config.noise_schedule.min_time
+        return draw_noise(
+            batch,
+            self.config,
+            self.noise_schedule,
+            generator_for(self.config.seed, self.step_count, _STREAM_STEP),
+            step=self.step_count,
+            bos_id=self._bos_id,
+            mask_token_id=self.mask_token_id,
         )
-        may_mask = maskable(
-            clean,
-            batch.document_ids,
-            batch.lengths,
-            config.qlora.prediction,
-            self._bos_id,
-            self.mask_token_id,
+
+    def _masked_terms(self, batch: NoisyBatch, causal_ratio: float) -> "_MaskedTerms":
+        """Add the gradients of the masked-diffusion loss, and of the distillation, of a step's whole draw."""
+        share, distillation = 1.0 - self.config.ar_loss_share, self.config.distillation_weight
+        loss, distilled, n_right, n_predicted = 0.0, 0.0, 0, 0
+        for start in range(0, len(batch.clean), self.config.batch_size):
+            part = batch.part(slice(start, start + self.config.batch_size))
+            part = replace(part, weights=part.weights * np.float32(share))
+            result = self._accumulate(part, causal_ratio, self._gradients, distillation)
+            loss += result.loss / share
+            distilled += result.distillation_loss / share
+            n_right += int(result.row_correct.sum())
+            n_predicted += int((part.weights != 0.0).sum())
+        return _MaskedTerms(
+            loss, n_right / max(1, n_predicted), distilled / distillation if distillation else None
         )
-        noisy, masked = corrupt(
-            clean,
-            may_mask,
-            self.noise_schedule.mask_probability(t),
-            self.mask_token_id,
-            generator,
-            at_least_one=config.loss_weighting == "uniform",
-        )
-        weights = loss_weights(
-            masked, may_mask, self.noise_schedule.nelbo_weight(t), config.loss_weighting, config.nelbo_clip
-        )
-        keeps_time = generator.random(len(clean)) >= config.qlora.time_embedding.dropout
-        mask_seed = int(generator.integers(2**64, dtype=np.uint64))
-        return NoisyBatch(
-            clean,
-            noisy,
-            weights,
-            t.astype(np.float32),
-            keeps_time,
-            batch.lengths,
-            batch.document_ids,
-            mask_seed if config.qlora.mask_annealing.mask == "bernoulli" else None,
-        )
+
+    def _ar_term(self, batch: TokenBatch) -> float:
+        """Add the gradients of the causal next-token loss on the clean text; returns its mean in nats.
+
+        Its rows are shifted whatever the prediction is, as the base's, and there is no time embedding: this
+        is the adapted model as any program for autoregressive models would run it.
+        """
+        predicted = predictable(batch, "shifted", self._bos_id, self.mask_token_id)
+        share = self.config.ar_loss_share
+        weight = np.float32(share / max(1, int(predicted.sum())))
+        targets, weights = to_output_rows(batch.tokens, predicted * weight, batch.document_ids, "shifted")
+        loss = 0.0
+        for start in range(0, len(batch), self.config.batch_size):
+            rows = slice(start, start + self.config.batch_size)
+            loss += self.model.loss_and_gradients(
+                batch.tokens[rows],
+                targets[rows],
+                weights[rows],
+                1.0,
+                self.adapter,
+                self._engine_gradients(self._gradients),
+                lengths=batch.lengths[rows],
+                document_ids=batch.document_ids[rows],
+            ).loss
+        return loss / share
 
     def loss_and_gradients(
         self,
@@ -300,24 +279,32 @@ class ConversionTrainer:
         )
         return self._accumulate(batch, causal_ratio, gradients).loss, gradients.views
 
-    def _accumulate(self, batch: NoisyBatch, causal_ratio: float, gradients: ParameterStore) -> LossResult:
+    def _accumulate(
+        self,
+        batch: NoisyBatch,
+        causal_ratio: float,
+        gradients: ParameterStore,
+        distillation_weight: float = 0.0,
+    ) -> LossResult:
         """Add the gradients of one micro-batch to `gradients`."""
         targets, weights = to_output_rows(
             batch.clean, batch.weights, batch.document_ids, self.config.qlora.prediction
         )
-        engine_gradients = _lora_views(gradients)
-        engine_gradients[MASK_EMBEDDING] = gradients.views[MASK_EMBEDDING]
+        teacher = None
+        if distillation_weight:
+            teacher = self._teacher(batch, weights * np.float32(distillation_weight))
         result = self.model.loss_and_gradients(
             batch.noisy,
             targets,
             weights,
             causal_ratio,
             self.adapter,
-            engine_gradients,
+            self._engine_gradients(gradients),
             self._embedding_offset(batch),
             lengths=batch.lengths,
             document_ids=batch.document_ids,
             bernoulli_seed=batch.bernoulli_seed,
+            teacher=teacher,
         )
         if self.time_embedding is not None:
             assert result.offset_gradient is not None
@@ -327,6 +314,21 @@ class ConversionTrainer:
             gradients.views[WEIGHT_NAME] += d_weight
             gradients.views[BIAS_NAME] += d_bias
         return result
+
+    def _teacher(self, batch: NoisyBatch, weights: NDArray[np.float32]) -> Teacher:
+        """The frozen base on the clean text, for the rows (B, T) with a weight."""
+        if self.config.qlora.prediction == "shifted":
+            return Teacher(batch.clean, weights)
+        # Aligned, a document's first token may be masked; the base has no prediction for it.
+        has_teacher = maskable(batch.clean, batch.document_ids, batch.lengths, "shifted", None)
+        return Teacher(batch.clean, weights * has_teacher, rows_back=1)
+
+    def _engine_gradients(self, gradients: ParameterStore) -> dict[str, NDArray[np.float32]]:
+        """Where the engine adds its gradients; without one for the mask embedding that stays 0."""
+        views = _lora_views(gradients)
+        if self.config.qlora.train_mask_embedding:
+            views[MASK_EMBEDDING] = gradients.views[MASK_EMBEDDING]
+        return views
 
     def _embedding_offset(self, batch: NoisyBatch) -> NDArray[np.float32] | None:
         """The time embedding (B, C), 0 where a sequence goes without it."""
@@ -373,6 +375,7 @@ class ConversionTrainer:
                 prediction=config.qlora.prediction,
                 mask_token_id=self.mask_token_id,
                 alpha=config.qlora.alpha,
+                block_size=block_size_of_step(config, self.step_count),
                 time_max_timesteps=self.time_embedding.max_timesteps if self.time_embedding else None,
                 created_at=_created_at(),
                 version=version("ggml-diffusion"),
@@ -442,14 +445,7 @@ class ConversionTrainer:
                 f"training data (sha256 {state.data_fingerprint[:12]} there, "
                 f"{self.data_fingerprint[:12]} here)"
             )
-        here = self.config.model_dump(mode="json")
-        defaults = ConversionTrainingConfig().model_dump(mode="json")
-        for setting in SETTINGS.values():
-            now = _value_at(here, setting.path)
-            # a version that did not have the setting yet did what is its default now
-            then = _value_at(state.config, setting.path, _value_at(defaults, setting.path))
-            if now != then and setting.name not in FREE_SETTINGS:
-                found.append(f"{setting.name} ({then} there, {now} here)")
+        found += settings_that_differ(state.config, self.config)
         if state.extra.get("mask_token_id") != self.mask_token_id:
             found.append(f"mask token ({state.extra.get('mask_token_id')} there, {self.mask_token_id} here)")
         if not found and state.parameters.shape != self.parameters.flat.shape:
@@ -474,16 +470,6 @@ class ConversionTrainer:
         checkpoint.save(safetensors)
         checkpoint.save_gguf(gguf, self.model.file)
         return safetensors, gguf
-
-
-def _value_at(config: dict[str, Any], path: tuple[str, ...], missing: Any = None) -> Any:
-    """A setting in a config of plain JSON values, or `missing` where there is no such key."""
-    value: Any = config
-    for name in path:
-        if not isinstance(value, dict) or name not in value:
-            return missing
-        value = value[name]
-    return value
 
 
 def _created_at() -> str:

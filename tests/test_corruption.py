@@ -5,7 +5,17 @@ import math
 import numpy as np
 import pytest
 
-from ggml_diffusion.corruption import NoiseSchedule, corrupt, loss_weights, maskable, stratified_times
+from ggml_diffusion.corruption import (
+    NoiseSchedule,
+    complement_weight,
+    corrupt,
+    corrupt_exactly,
+    exact_counts,
+    exact_weight,
+    loss_weights,
+    maskable,
+    stratified_times,
+)
 
 SCHEDULES = ("linear", "cosine", "geometric")
 MASK = 99
@@ -272,3 +282,87 @@ def test_the_nelbo_estimate_of_a_constant_loss_is_that_constant(name):
     standard_error = np.std(sums) / math.sqrt(len(sums))
     assert standard_error < 0.02
     assert np.mean(sums) == pytest.approx(1.0, abs=5 * standard_error)
+
+
+# -- exact counts and complements ----------------------------------------------------------------------
+
+
+def cross_entropy_given(n_masked: np.ndarray) -> np.ndarray:
+    """Of a masked token where that many are masked: a model that knows only the count."""
+    return 1.0 + 0.3 * np.sqrt(n_masked)
+
+
+def bound_by_the_integral(L: int) -> float:
+    """NELBO of L such tokens: the integral over t of 1/t * E[k f(k)], k binomial, by a midpoint rule."""
+    t = (np.arange(200_000) + 0.5) / 200_000
+    total = np.zeros_like(t)
+    for k in range(1, L + 1):
+        chance = math.comb(L, k) * t**k * (1 - t) ** (L - k)
+        total += chance * k * cross_entropy_given(np.float64(k))
+    return float(np.mean(total / t))
+
+
+@pytest.mark.parametrize("L", [1, 2, 7])
+def test_exact_counts_with_the_weight_L_over_k_have_the_bound_of_the_integral_over_time(L):
+    k = np.arange(1, L + 1)
+    weights = exact_weight(k, np.full(L, L))
+    assert np.mean(weights * k * cross_entropy_given(k)) == pytest.approx(bound_by_the_integral(L), rel=1e-6)
+
+
+@pytest.mark.parametrize("L", [1, 2, 7])
+def test_both_sides_of_complementary_exact_counts_have_the_bound(L):
+    k = np.arange(L + 1)
+    for counts in (k, L - k):
+        weights = exact_weight(counts, np.full(L + 1, L), from_none=True)
+        assert np.isinf(weights[counts == 0]).all()
+        losses = np.where(counts > 0, weights, 0.0) * counts * cross_entropy_given(counts)
+        assert losses.mean() == pytest.approx(bound_by_the_integral(L), rel=1e-6)
+
+
+@pytest.mark.parametrize("from_none", [False, True])
+def test_uniform_shares_give_uniform_counts(from_none):
+    first = 0 if from_none else 1
+    share = (np.arange(6000) + 1) / 6000
+    counts = exact_counts(np.full(6000, 5), share, from_none=from_none)
+    expected = [0] * first + [6000 // (6 - first)] * (6 - first)
+    assert np.bincount(counts, minlength=6).tolist() == expected
+    assert exact_counts(np.array([0, 0]), np.array([0.5, 1.0]), from_none=from_none).tolist() == [0, 0]
+
+
+def test_just_so_many_tokens_are_masked_and_each_choice_is_equally_likely():
+    may = np.tile(np.array([True, False, True, True, True]), (12_000, 1))
+    tokens = np.arange(5, dtype=np.int32) + np.zeros((12_000, 1), dtype=np.int32)
+    noisy, masked = corrupt_exactly(tokens, may, np.full(12_000, 2), MASK, generator(11))
+    assert (masked.sum(axis=1) == 2).all()
+    assert not masked[:, 1].any()
+    assert np.array_equal(noisy, np.where(masked, MASK, tokens)) and noisy.dtype == np.int32
+    pairs, counts = np.unique(masked, axis=0, return_counts=True)
+    assert len(pairs) == 6
+    assert np.abs(counts - 2000).max() < 5 * math.sqrt(12_000 * 5 / 36)
+
+
+def test_exact_counts_of_none_and_all():
+    may = np.array([[True, False, True], [True, True, True]])
+    _, masked = corrupt_exactly(np.zeros((2, 3), np.int32), may, np.array([0, 3]), MASK, generator())
+    assert masked.tolist() == [[False] * 3, [True] * 3]
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_complement_of_a_mask_with_its_weight_has_the_bound_under_every_schedule(name):
+    """The integral over t of p'/(1 - p) * (1 - p) f(1 - p), f a function of the share that is masked."""
+    t = (np.arange(200_000) + 0.5) / 200_000
+    schedule = NoiseSchedule(name)
+    p = schedule.mask_probability(t)
+    weight = complement_weight(schedule.nelbo_weight(t), p)
+    masked_share = 1.0 - p
+    # Where all is masked to float64 precision (the end of the geometric schedule) the complement is empty.
+    seen = masked_share > 0
+    bound = np.sum((weight * masked_share * (1 + 3 * masked_share**2))[seen]) / len(t)
+    assert bound == pytest.approx(2.0, rel=1e-4)  # midpoint rule; geometric ends at 1 - p = 2e-9
+
+
+def test_the_complement_weight_of_the_linear_schedule_is_one_over_what_is_left():
+    t = np.array([0.25, 0.8, 1.0])
+    weights = complement_weight(NoiseSchedule("linear").nelbo_weight(t), t)
+    assert weights[:2] == pytest.approx([1 / 0.75, 1 / 0.2])
+    assert weights[2] == np.inf

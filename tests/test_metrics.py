@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,15 @@ def test_each_step_is_one_line_with_the_promised_keys(tmp_path):
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [list(json.loads(line)) for line in lines] == [KEYS, KEYS]
     assert json.loads(lines[1]) == dict(zip(KEYS, [2, 2.5, 0.25, 1.0, 1e-4, 0.7, 2048, 250.0], strict=True))
+
+
+def test_terms_of_the_loss_that_are_not_in_use_are_left_out(tmp_path):
+    with MetricsWriter(tmp_path / "metrics.jsonl") as writer:
+        writer.write(replace(metrics(1), ar_loss=3.5))
+        writer.write(replace(metrics(2), distillation_loss=math.nan))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0]["ar_loss"] == 3.5 and "distillation_loss" not in lines[0]
+    assert lines[1]["distillation_loss"] is None and "ar_loss" not in lines[1]
 
 
 def test_a_line_can_be_read_as_soon_as_it_is_written(tmp_path):
