@@ -36,6 +36,8 @@ class DiffusionModel:
         prediction: which output row predicts a token (output_rows.py).
         causal_ratio: of the attention mask that the conversion was saved at.
         noise_schedule: p(t), the same one as in training.
+        block_size: tokens of a block if the conversion writes in blocks, one after the other with nothing
+            behind it; None = it was trained on whole sequences.
         time_offset: the time embedding as a function, or None if the conversion has none.
 
     """
@@ -49,6 +51,7 @@ class DiffusionModel:
         prediction: Prediction,
         causal_ratio: float,
         noise_schedule: NoiseSchedule,
+        block_size: int | None = None,
         time_offset: TimeOffset | None = None,
     ) -> None:
         if adapter.mask_token_id is None:
@@ -62,6 +65,7 @@ class DiffusionModel:
         self.prediction: Prediction = prediction
         self.causal_ratio = causal_ratio
         self.noise_schedule = noise_schedule
+        self.block_size = block_size
         self.time_offset = time_offset
 
     @classmethod
@@ -117,6 +121,7 @@ class DiffusionModel:
             prediction=metadata.prediction,
             causal_ratio=metadata.final_causal_ratio,
             noise_schedule=schedule,
+            block_size=metadata.block_size,
             time_offset=time_offset,
         )
 
@@ -221,6 +226,8 @@ class DiffusionModel:
             raise UserError(
                 "the first token cannot be a mask: a shifted prediction reads it from the token before"
             )
+        if config.block_length is None:
+            config = config.model_copy(update={"block_length": self.block_size or 0})
         return denoise(
             tokens,
             self.mask_token_id,
@@ -228,14 +235,15 @@ class DiffusionModel:
             self.noise_schedule.mask_probability,
             config,
             stop_token=stop_token,
+            hide_later_blocks=self.block_size is not None,
             on_step=on_step,
         )
 
-    def _predict(self, tokens: NDArray[np.int32], positions: NDArray[np.int64]) -> NDArray[np.float32]:
+    def _predict(
+        self, tokens: NDArray[np.int32], positions: NDArray[np.int64], block: NDArray[np.int64]
+    ) -> NDArray[np.float32]:
         """Logits (N, V) of the tokens at `positions`, computing the head for no other row."""
-        n_maskable = len(tokens) - (1 if self.prediction == "shifted" else 0)
-        share_masked = float((tokens == self.mask_token_id).sum()) / n_maskable
-        t = time_at_share(share_masked, self.noise_schedule.mask_probability)
+        t = time_at_share(self._share_masked(tokens, block), self.noise_schedule.mask_probability)
         select = np.zeros((1, len(tokens)), dtype=bool)
         select[0, rows_of_positions(positions, self.prediction)] = True
         logits = self.engine.logits(
@@ -247,3 +255,10 @@ class DiffusionModel:
         )
         logits[:, self.mask_token_id] = -np.inf
         return logits
+
+    def _share_masked(self, tokens: NDArray[np.int32], block: NDArray[np.int64]) -> float:
+        """How much is masked, in what was masked in training: the whole sequence, or the block."""
+        if self.block_size is not None:
+            return float((tokens[block] == self.mask_token_id).mean())
+        n_maskable = len(tokens) - (1 if self.prediction == "shifted" else 0)
+        return float((tokens == self.mask_token_id).sum()) / n_maskable

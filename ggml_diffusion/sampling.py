@@ -2,8 +2,9 @@
 
 Deliberately not here: the model and the loop over steps (generate.py).
 Sources: reveal counts, MDLM [Sahoo et al. 2024, arXiv:2406.07524]; confidence order, LLaDA [Nie et al. 2025,
-arXiv:2502.09992]; margin order [Kim et al. 2025, arXiv:2502.06768]; float64 Gumbel noise, because float32
-noise cuts off the tail and lowers the temperature [Zheng et al. 2024, arXiv:2409.02908].
+arXiv:2502.09992]; margin order [Kim et al. 2025, arXiv:2502.06768]; threshold, Fast-dLLM [Wu et al. 2025,
+arXiv:2505.22618]; float64 Gumbel noise, because float32 noise cuts off the tail and lowers the temperature
+[Zheng et al. 2024, arXiv:2409.02908].
 Letters: N candidate positions, V vocabulary.
 """
 
@@ -23,6 +24,7 @@ class RevealOrder(str, Enum):
     CONFIDENCE = "confidence"
     MARGIN = "margin"
     ENTROPY = "entropy"
+    THRESHOLD = "threshold"
 
 
 def reveal_counts(
@@ -169,12 +171,12 @@ def score(
 ) -> NDArray[np.float64]:
     """How soon each position should be revealed (N,), higher = sooner.
 
-    random: a uniform number; confidence: the probability of the drawn token; margin: of the likeliest token
-    over the second; entropy: the distribution's entropy in nats, negated.
+    random: a uniform number; confidence and threshold: the probability of the drawn token; margin: of the
+    likeliest token over the second; entropy: the distribution's entropy in nats, negated.
     """
     if order is RevealOrder.RANDOM:
         return generator.random(len(tokens))
-    if order is RevealOrder.CONFIDENCE:
+    if order in (RevealOrder.CONFIDENCE, RevealOrder.THRESHOLD):
         chosen = np.take_along_axis(log_probabilities, tokens[:, None].astype(np.int64), axis=-1)
         return np.exp(chosen[:, 0])
     probabilities = np.exp(log_probabilities)

@@ -32,7 +32,8 @@ class KnownPredictor:
         self.sureness = np.full(len(answer), 9.0) if sureness is None else np.asarray(sureness)
         self.asked = []
 
-    def __call__(self, tokens, positions):
+    def __call__(self, tokens, positions, block):
+        assert set(positions) <= set(block)
         assert (tokens[positions] == MASK).all(), "only masked positions may be asked for"
         self.asked.append((tokens.copy(), positions.copy()))
         logits = np.zeros((len(positions), V), dtype=np.float32)
@@ -42,7 +43,7 @@ class KnownPredictor:
 
 
 def run(predictor, tokens, **settings):
-    stop_token = settings.pop("stop_token", None)
+    options = {name: settings.pop(name) for name in ("stop_token", "hide_later_blocks") if name in settings}
     seen = []
     result = denoise(
         np.array(tokens, dtype=np.int32),
@@ -50,8 +51,8 @@ def run(predictor, tokens, **settings):
         predictor,
         linear,
         GenerationConfig(**settings),
-        stop_token=stop_token,
         on_step=seen.append,
+        **options,
     )
     return result, seen
 
@@ -77,7 +78,10 @@ def test_every_mask_is_filled_and_the_context_stays(order, steps, block_length, 
     assert (result[~was_mask] == np.array(tokens)[~was_mask]).all()
     assert (seen[-1].tokens == result).all()
     n_blocks = 1 if block_length == 0 else -(-9 // block_length)
-    assert len(seen) == seen[-1].n_steps == max(steps, n_blocks)
+    assert seen[-1].n_steps == max(steps, n_blocks)
+    assert len(seen) <= seen[-1].n_steps
+    if order is not RevealOrder.THRESHOLD:
+        assert len(seen) == seen[-1].n_steps
 
 
 def test_what_the_model_knows_is_what_is_written():
@@ -149,6 +153,64 @@ def test_remasking_takes_back_the_least_sure_and_ends_with_no_mask():
     assert (result == 5).all()
 
 
+def sureness_of(*probabilities):
+    """Logits of the answer that give it these probabilities among V - 1 tokens, the others equal."""
+    p = np.array(probabilities)
+    return np.log(p / (1 - p) * (V - 2))
+
+
+def test_the_threshold_order_reveals_all_that_are_sure_and_at_least_one_a_step():
+    sureness = sureness_of(0.5, 0.95, 0.91, 0.5, 0.92, 0.7)
+    predictor = KnownPredictor([4, 5, 6, 7, 8, 9], sureness)
+    result, seen = run(
+        predictor, [4, *[MASK] * 5], order="threshold", threshold=0.9, steps=40, temperature=0.0
+    )
+    revealed = [np.flatnonzero(after.tokens != before).tolist() for before, after in zip_steps(seen)]
+    assert revealed == [[1, 2, 4], [5], [3]]
+    assert result.tolist() == [4, 5, 6, 7, 8, 9]
+    assert len(predictor.asked) == 3
+
+
+def test_the_last_step_of_the_threshold_order_reveals_all_that_are_left():
+    predictor = KnownPredictor(np.full(9, 5), sureness_of(*[0.5] * 9))
+    _, seen = run(predictor, [5, *[MASK] * 8], order="threshold", threshold=0.9, steps=3)
+    assert [int((step.tokens == MASK).sum()) for step in seen] == [7, 6, 0]
+
+
+def test_the_threshold_looks_at_the_token_that_was_drawn():
+    """The likeliest token has probability .95 everywhere, and at a high temperature others are drawn."""
+    predictor = KnownPredictor(np.full(31, 5), sureness_of(*[0.95] * 31))
+    _, seen = run(
+        predictor, [5, *[MASK] * 30], order="threshold", threshold=0.9, temperature=50.0, top_p=1.0, steps=2
+    )
+    first = seen[0].tokens[1:]
+    assert (first[first != MASK] == 5).all()
+    assert 0 < (first == MASK).sum() < 30
+
+
+def test_the_threshold_order_goes_on_although_tokens_are_masked_again():
+    predictor = KnownPredictor(np.full(9, 5), sureness_of(*[0.5] * 9))
+    result, seen = run(predictor, [5, *[MASK] * 8], order="threshold", threshold=0.9, remasking=0.5, steps=40)
+    assert [int((step.tokens == MASK).sum()) for step in seen] == [7, 6, 5, 4, 3, 2, 1, 0]
+    assert (result != MASK).all()
+
+
+def test_blocks_that_come_later_are_cut_off_if_they_are_to_be_hidden():
+    predictor = KnownPredictor(np.full(10, 5))
+    _, seen = run(predictor, [5, *[MASK] * 9], block_length=4, steps=9, hide_later_blocks=True)
+    assert {len(tokens) for tokens, _ in predictor.asked} == {5, 9, 10}
+    for tokens, positions in predictor.asked:
+        assert set((positions - 1) // 4) == {(len(tokens) - 2) // 4}
+    assert all(len(step.tokens) == 10 for step in seen)
+    assert (seen[-1].tokens == 5).all()
+
+
+def test_text_behind_the_hole_stays_in_sight_even_if_later_blocks_are_to_be_hidden():
+    predictor = KnownPredictor(np.full(10, 5))
+    run(predictor, [5, *[MASK] * 8, 7], block_length=4, steps=8, hide_later_blocks=True)
+    assert {len(tokens) for tokens, _ in predictor.asked} == {10}
+
+
 def test_no_block_is_begun_after_one_that_holds_the_stop_token():
     answer = [4, 5, END, 6, 7, 8, 9, 10, 11]
     predictor = KnownPredictor(answer)
@@ -168,7 +230,15 @@ def test_the_same_seed_writes_the_same_text_and_another_seed_another():
 
 @pytest.mark.parametrize(
     "settings",
-    [{"steps": 0}, {"length": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"remasking": 1.0}, {"sede": 1}],
+    [
+        {"steps": 0},
+        {"length": 0},
+        {"temperature": -1.0},
+        {"top_p": 0.0},
+        {"remasking": 1.0},
+        {"sede": 1},
+        {"threshold": 0.0},
+    ],
 )
 def test_settings_that_make_no_sense_are_refused(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
@@ -233,6 +303,44 @@ def test_the_time_embedding_is_added_at_the_time_that_fits_the_share_of_masks(en
     assert seen == pytest.approx([4 / 8, 3 / 8, 2 / 8, 1 / 8], abs=1e-6)
 
 
+def test_a_conversion_that_was_trained_in_blocks_writes_in_blocks(engine):
+    seen = []
+
+    def offset(t):
+        seen.append(float(t[0]))
+        return np.zeros((len(t), 32), np.float32)
+
+    lengths = []
+
+    class Watched(DiffusionModel):
+        def _predict(self, tokens, positions, block):
+            lengths.append(len(tokens))
+            return super()._predict(tokens, positions, block)
+
+    model = converted(engine, time_offset=offset)
+    model.__class__, model.block_size = Watched, 4
+    model.fill([30, 31, *[MASK] * 6], GenerationConfig(steps=6))
+    assert lengths == [6, 6, 6, 6, 8, 8]
+    # a linear schedule; the share that is masked of a block's own tokens
+    assert seen == pytest.approx([1, 3 / 4, 2 / 4, 1 / 4, 1, 1 / 2], abs=1e-6)
+    lengths.clear()
+    model.fill([30, 31, *[MASK] * 6], GenerationConfig(steps=6, block_length=3))
+    assert lengths == [5, 5, 5, 8, 8, 8]
+    lengths.clear()
+    model.fill([30, 31, *[MASK] * 6], GenerationConfig(steps=2, block_length=0))
+    assert lengths == [8, 8]
+
+
+def test_hidden_blocks_change_what_is_predicted_only_by_what_is_hidden(engine):
+    """The first block comes out as if the text ended with it."""
+    model = converted(engine)
+    model.block_size = 4
+    settings = GenerationConfig(steps=8, temperature=0.0)
+    long = model.fill([30, 31, *[MASK] * 8], settings)
+    short = model.fill([30, 31, *[MASK] * 4], settings.model_copy(update={"steps": 4}))
+    assert long[:6].tolist() == short.tolist()
+
+
 def test_with_nothing_trained_and_a_causal_mask_the_last_token_is_the_bases_own_next_one(engine):
     model = converted(engine, trained=False, causal_ratio=1.0)
     context = np.array([40, 50, 60, 70], np.int32)
@@ -276,7 +384,7 @@ class Scripted(DiffusionModel):
 
     script = ()
 
-    def _predict(self, tokens, positions):
+    def _predict(self, tokens, positions, block):
         logits = np.zeros((len(positions), self.engine.V), dtype=np.float32)
         logits[np.arange(len(positions)), np.array(self.script)[positions]] = 50.0
         return logits

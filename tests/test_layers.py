@@ -12,9 +12,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
-COMPONENTS = {"engine", "data", "corruption", "annealing", "time_embedding", "optim", "metrics", "sampling"} | {
-    "block_diffusion"
-}
+NUMERICS = {"corruption", "block_diffusion", "annealing", "time_embedding", "optim", "sampling"}
+COMPONENTS = {"engine", "data", "metrics", *NUMERICS}
 PYTHON_LAYERS = (
     {"__init__", "__main__"},
     {"cli"},

@@ -121,6 +121,7 @@ def test_scores_are_what_their_names_say():
         log_p = np.log(p)
     tokens = np.array([1, 2], dtype=np.int32)
     assert score(log_p, tokens, RevealOrder.CONFIDENCE, rng()) == pytest.approx([0.3, 0.7])
+    assert score(log_p, tokens, RevealOrder.THRESHOLD, rng()) == pytest.approx([0.3, 0.7])
     assert score(log_p, tokens, RevealOrder.MARGIN, rng()) == pytest.approx([0.2, 0.6])
     entropies = [-sum(q * np.log(q) for q in row if q > 0) for row in p]
     assert score(log_p, tokens, RevealOrder.ENTROPY, rng()) == pytest.approx([-e for e in entropies])

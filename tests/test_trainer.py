@@ -312,6 +312,17 @@ def test_blocks_are_cut_and_grow_over_their_share_of_the_run(model):
     assert sizes == [2, 4, 7, None, None]
 
 
+@pytest.mark.parametrize("suffix", ["safetensors", "gguf"])
+def test_a_conversion_trained_in_blocks_is_loaded_as_one_that_writes_in_blocks(model, tmp_path, suffix):
+    trainer = make_trainer(
+        model, block_diffusion__enabled=True, block_diffusion__final_size=5, block_diffusion__growth_share=0.0
+    )
+    trainer.export(tmp_path)
+    assert DiffusionModel.load(model.path, tmp_path / f"adapter.{suffix}").block_size == 5
+    make_trainer(model).export(tmp_path)
+    assert DiffusionModel.load(model.path, tmp_path / f"adapter.{suffix}").block_size is None
+
+
 def test_the_loss_of_a_block_is_that_of_the_text_without_what_follows(model):
     trainer = make_trainer(
         model, block_diffusion__enabled=True, block_diffusion__initial_size=4, mask_annealing__total_steps=0
