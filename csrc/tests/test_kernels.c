@@ -2,8 +2,8 @@
 // sizes. Needs no ggml, so that a static binary also runs under an emulator of another processor. Exit code 1 if any differs.
 //
 // Tolerances: both sides sum float32 products of the same operands in another order, so they differ by rounding: 2e-6 of the sum of
-// the terms' magnitudes, n up to 600. A bfloat16 output is such a sum, which may then fall on the other side of a rounding step, 2^-8. The vector exponential is
-// within 3e-7 of expf.
+// the terms' magnitudes, n up to 600. A bfloat16 output is such a sum, which may then fall on the other side of a rounding step,
+// 2^-8. The vector exponential is within 3e-7 of expf.
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
