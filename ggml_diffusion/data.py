@@ -5,7 +5,11 @@ a sequence is a view of it. A long document goes on in the next sequence, short 
 batch says which token belongs to which document, so that attention can stay inside. Part of the sequences is
 held out, the same ones whatever the seed is.
 
-Deliberately not here: masking (corruption.py), the vocabulary (tokenizer.py), prompts and answers.
+An example, a prompt with its response, is a sequence by itself: it is never cut in two, and its padding costs
+nothing. The prompt is never a target. All text comes first, then all examples.
+
+Deliberately not here: masking (corruption.py), the vocabulary (tokenizer.py), how a record becomes an example
+(prompts.py).
 Letters: B sequences, T tokens.
 """
 
@@ -18,12 +22,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ggml_diffusion.errors import UserError
+from ggml_diffusion.prompts import Example, ExampleReader, TextEncoder
 
 Split = Literal["train", "held_out", "all"]
 
@@ -34,17 +39,6 @@ _BLOCK_CHARS = 1 << 20
 # trainer's own draws, keyed by (seed, step), start at 0.
 _ORDER_STREAM = 1
 _HELD_OUT_KEY = 0x68656C64
-
-
-class TextEncoder(Protocol):
-    """What the loader needs of a tokenizer; `Tokenizer` has it."""
-
-    @property
-    def eos_id(self) -> int | None:
-        """The end-of-text token, None if the vocabulary has none."""
-
-    def encode(self, text: str) -> NDArray[np.int32]:
-        """The tokens (n,) of a text."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +72,10 @@ class TextDataLoader:
     Attributes:
         sequence_length: T.
         batch_size: B.
-        n_documents: documents in the text.
+        n_documents: documents in the text, examples included.
         n_skipped: documents without any token, which are left out.
+        n_examples: prompts with their responses.
+        n_too_long: examples whose prompts alone fill a sequence, which are left out.
         held_out_fraction: share of the sequences that the split "held_out" has.
         n_sequences: sequences of the split.
         n_tokens: tokens of the split, end-of-text included.
@@ -101,8 +97,9 @@ class TextDataLoader:
         """Read and tokenise all text.
 
         Args:
-            paths: .txt files (one document each), .jsonl files (one document a line, in its "text"), or
-                folders, in which both are looked for at any depth, in the order of their names.
+            paths: .txt files (one document each), .jsonl files (one document a line, in its "text", or one
+                example, in its "prompt" and "completion" or its "messages"), or folders, in which both are
+                looked for at any depth, in the order of their names.
             tokenizer: of the model.
             sequence_length: T, at least 2.
             batch_size: B; for the trainer, the sequences of one optimizer step.
@@ -147,8 +144,7 @@ class TextDataLoader:
 
     def _select(self, split: Split) -> None:
         """Take the sequences of one split, in the order of the text."""
-        whole, rest = divmod(len(self._stream), self.sequence_length)
-        n_all = whole + (rest >= 2)  # a single token has nothing to be predicted from
+        n_all = len(self._starts)
         self._rows = _rows_of_split(n_all, split, self.held_out_fraction)
         if len(self._rows) == 0:
             raise UserError(
@@ -156,7 +152,7 @@ class TextDataLoader:
                 f"none of which is left for the split '{split}': add text, or shorten the sequences"
             )
         self.n_sequences = len(self._rows)
-        self.n_tokens = int(self._lengths(self._rows).sum())
+        self.n_tokens = int(self._lengths[self._rows].sum())
         self._ordered_epoch = -1
         self._order: NDArray[np.int64] = np.empty(0, dtype=np.int64)
 
@@ -165,25 +161,60 @@ class TextDataLoader:
 
     def _read(self, tokenizer: TextEncoder) -> None:
         stream, starts = array("i"), array("q")
-        self.n_documents = self.n_skipped = 0
-        for document in _documents(self._paths):
-            start = len(stream)
-            for text in document:
-                stream.frombytes(tokenizer.encode(text).astype(np.int32, copy=False).tobytes())
-            self.n_documents += 1
-            if len(stream) == start:
-                self.n_skipped += 1
-                continue
-            starts.append(start)
-            if tokenizer.eos_id is not None:
-                stream.append(tokenizer.eos_id)
-        if len(stream) < 2:
+        examples: list[Example] = []
+        self.n_documents = self.n_skipped = self.n_too_long = 0
+        with ExampleReader(tokenizer) as reader:
+            for document in _documents(self._paths, reader):
+                self.n_documents += 1
+                if isinstance(document, Example):
+                    if len(document.prompt) < self.sequence_length:
+                        examples.append(document)
+                    else:
+                        self.n_too_long += 1
+                    continue
+                start = len(stream)
+                for text in document:
+                    stream.frombytes(tokenizer.encode(text).astype(np.int32, copy=False).tobytes())
+                if len(stream) == start:
+                    self.n_skipped += 1
+                    continue
+                starts.append(start)
+                if tokenizer.eos_id is not None:
+                    stream.append(tokenizer.eos_id)
+        self.n_examples = len(examples)
+        self._lay_out(stream, starts, examples)
+
+    def _lay_out(self, stream: "array[int]", starts: "array[int]", examples: list[Example]) -> None:
+        """Cut the text into sequences of T tokens, and put each example after it as one."""
+        T, n_text = self.sequence_length, len(stream)
+        sequence_starts, lengths = list(range(0, n_text, T)), [T] * (n_text // T)
+        if n_text % T == 1:
+            sequence_starts.pop()  # a single token has nothing to be predicted from
+        elif n_text % T:
+            lengths.append(n_text % T)
+        prompt_lengths = [0] * len(sequence_starts)
+        for example in examples:
+            tokens = np.concatenate([example.prompt, example.response])[:T]
+            sequence_starts.append(len(stream))
+            lengths.append(len(tokens))
+            prompt_lengths.append(len(example.prompt))
+            starts.append(len(stream))
+            stream.frombytes(tokens.astype(np.int32, copy=False).tobytes())
+        if not sequence_starts:
             raise UserError(
                 f"{self._names()}: no text to train on: {self.n_documents} documents, {self.n_skipped} of "
                 f"them empty"
+                + (
+                    f", and {self.n_too_long} prompts that leave no room for a response in {T} tokens"
+                    if self.n_too_long
+                    else ""
+                )
             )
         self._stream: NDArray[np.int32] = np.frombuffer(stream, dtype=np.int32)
         self._document_starts: NDArray[np.int64] = np.frombuffer(starts, dtype=np.int64)
+        self._starts: NDArray[np.int64] = np.array(sequence_starts, dtype=np.int64)
+        self._lengths: NDArray[np.int64] = np.array(lengths, dtype=np.int64)
+        self._prompt_lengths: NDArray[np.int64] = np.array(prompt_lengths, dtype=np.int64)
 
     def __len__(self) -> int:
         """Batches an epoch."""
@@ -204,20 +235,18 @@ class TextDataLoader:
     @property
     def sequences(self) -> list[NDArray[np.int32]]:
         """The split's sequences in the order of the text: views of the stream, none longer than T."""
-        ends = self._rows * self.sequence_length + self._lengths(self._rows)
-        return [
-            self._stream[row * self.sequence_length : end] for row, end in zip(self._rows, ends, strict=True)
-        ]
+        starts, lengths = self._starts[self._rows], self._lengths[self._rows]
+        return [self._stream[start : start + length] for start, length in zip(starts, lengths, strict=True)]
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the tokens and of where documents start, of the whole text, as hexadecimal digits."""
+        """SHA-256 of the tokens, of where documents start and of how long prompts are, of the whole text, as
+        hexadecimal digits."""
         digest = hashlib.sha256(self._stream.astype("<i4", copy=False).data)
         digest.update(self._document_starts.astype("<i8", copy=False).data)
+        if self.n_examples:
+            digest.update(self._prompt_lengths[-self.n_examples :].astype("<i8", copy=False).data)
         return digest.hexdigest()
-
-    def _lengths(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        return np.minimum(self.sequence_length, len(self._stream) - rows * self.sequence_length)
 
     def _order_of(self, epoch: int) -> NDArray[np.int64]:
         """The order of the split's sequences in an epoch; that of the last epoch asked for is kept."""
@@ -228,16 +257,16 @@ class TextDataLoader:
         return self._order
 
     def _batch(self, rows: NDArray[np.int64]) -> TokenBatch:
-        lengths = self._lengths(rows)
-        # Padding repeats the stream's last token: it is never looked at.
-        places = np.minimum(
-            rows[:, None] * self.sequence_length + np.arange(self.sequence_length), len(self._stream) - 1
-        )
+        starts, lengths = self._starts[rows, None], self._lengths[rows, None]
+        positions = np.arange(self.sequence_length)
+        # Padding repeats a sequence's last token: it is never looked at.
+        places = starts + np.minimum(positions, lengths - 1)
         documents = np.searchsorted(self._document_starts, places, side="right")
         return TokenBatch(
             tokens=self._stream[places],
-            lengths=lengths.astype(np.int32),
+            lengths=lengths[:, 0].astype(np.int32),
             document_ids=(documents - documents[:, :1]).astype(np.int32),
+            maskable=positions >= self._prompt_lengths[rows, None] if self.n_examples else None,
         )
 
 
@@ -251,13 +280,16 @@ def _rows_of_split(n_sequences: int, split: Split, held_out_fraction: float) -> 
     return np.sort(chosen)
 
 
-def _documents(paths: list[Path]) -> Iterator[Iterator[str]]:
-    """Every document in turn, each as the blocks of text that it consists of."""
+def _documents(paths: list[Path], reader: ExampleReader) -> Iterator[Iterator[str] | Example]:
+    """Every document in turn, as the blocks of text that it consists of, or as an example."""
     for path in paths:
         for file in _files(path):
             if file.suffix.lower() == ".jsonl":
-                for text in _json_texts(file):
-                    yield _blocks(text.splitlines(keepends=True))
+                for record in _records(file, reader):
+                    if isinstance(record, str):
+                        yield _blocks(record.splitlines(keepends=True))
+                    else:
+                        yield record
             else:
                 yield _blocks(_lines(file))
 
@@ -302,24 +334,39 @@ def _decoded(line: bytes, file: Path, number: int) -> str:
     return text[:-2] + "\n" if text.endswith("\r\n") else text
 
 
-def _json_texts(file: Path) -> Iterator[str]:
-    """The texts of a file of JSON lines; empty lines are passed over."""
+def _records(file: Path, reader: ExampleReader) -> Iterator[str | Example]:
+    """The texts and examples of a file of JSON lines; empty lines are passed over."""
     for number, line in enumerate(_lines(file), start=1):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            reason = getattr(error, "msg", error)
-            raise UserError(f"{file}, line {number}: not valid JSON: {reason}") from None
-        text = record.get("text") if isinstance(record, dict) else None
-        if not isinstance(text, str):
-            raise UserError(f'{file}, line {number}: not an object with a string "text"')
+            yield _record(_parsed(line), reader)
+        except UserError as error:
+            raise UserError(f"{file}, line {number}: {error}") from None
+
+
+def _parsed(line: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"not valid JSON: {getattr(error, 'msg', error)}") from None
+    return record if isinstance(record, dict) else {}
+
+
+def _record(record: dict[str, Any], reader: ExampleReader) -> str | Example:
+    text = record.get("text")
+    if isinstance(text, str):
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise UserError(f'{file}, line {number}: "text" holds half of a surrogate pair') from None
-        yield text
+            raise UserError('"text" holds half of a surrogate pair') from None
+        return text
+    example = reader.read(record)
+    if example is None:
+        raise UserError(
+            'not an object with a string "text", with strings "prompt" and "completion", or with "messages"'
+        )
+    return example
 
 
 def _blocks(lines: Iterable[str]) -> Iterator[str]:

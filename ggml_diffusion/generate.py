@@ -37,7 +37,7 @@ class GenerationConfig(BaseModel):
         default=0.9,
         gt=0.0,
         le=1.0,
-        description="Probability from which a token is sure; for the order threshold, whose steps may be fewer.",
+        description="Probability from which a token is sure; for the order threshold only.",
     )
     temperature: float = Field(
         default=1.0,

@@ -3,7 +3,8 @@
 llama.cpp does the work, so that text is cut as the base model was trained to read it. It loads the vocabulary
 only, and says nothing on stderr.
 
-Deliberately not here: BOS and end-of-text around a text (data.py, diffusion_model.py), chat templates.
+Deliberately not here: BOS and end-of-text around a text (data.py, diffusion_model.py), what a chat template
+does (chat_template.py).
 Source: the C API of llama.cpp (llama.h), through llama-cpp-python.
 """
 
@@ -18,6 +19,7 @@ import llama_cpp
 import numpy as np
 from numpy.typing import NDArray
 
+from ggml_diffusion.chat_template import ChatTemplate
 from ggml_diffusion.errors import UserError, one_line, quoted
 from ggml_diffusion.model_file import TOKENIZERS_WITHOUT_VOCABULARY, check_tokenizer, read_gguf
 
@@ -68,6 +70,8 @@ class Tokenizer:
         )
         self.vocab_size: int = llama_cpp.llama_vocab_n_tokens(self._vocab)
         self.bos_id, self.eos_id = special_ids(metadata)
+        template = metadata.get("tokenizer.chat_template")
+        self._chat_template: str | None = template if isinstance(template, str) else None
 
     @classmethod
     def from_gguf(cls, path: str | Path) -> "Tokenizer":
@@ -96,9 +100,20 @@ class Tokenizer:
         """Free the vocabulary; the tokenizer is of no use after that."""
         self._release()
 
-    def encode(self, text: str) -> NDArray[np.int32]:
-        """The tokens (n,) of a text: no BOS, no end-of-text, and the names of control tokens read as plain
-        text.
+    def open_chat_template(self) -> ChatTemplate | None:
+        """The chat template of the model's metadata, in a process of its own; None if there is none."""
+        if self._chat_template is None:
+            return None
+        bos, eos = ("" if token is None else self.token_text(token) for token in (self.bos_id, self.eos_id))
+        return ChatTemplate(self._chat_template, bos, eos)
+
+    def encode(self, text: str, *, special: bool = False) -> NDArray[np.int32]:
+        """The tokens (n,) of a text: no BOS and no end-of-text.
+
+        Args:
+            text: any Unicode text.
+            special: read the names of control tokens as these, as a chat template writes them; False reads
+                them as plain text.
 
         Raises:
             UserError: the text holds half of a surrogate pair.
@@ -112,7 +127,7 @@ class Tokenizer:
             ) from None
         tokens = np.empty(len(data) + 2, dtype=np.int32)  # one a byte at most, and a space in front
         place = tokens.ctypes.data_as(ctypes.POINTER(llama_cpp.llama_token))
-        n_tokens = llama_cpp.llama_tokenize(self._vocab, data, len(data), place, len(tokens), False, False)
+        n_tokens = llama_cpp.llama_tokenize(self._vocab, data, len(data), place, len(tokens), False, special)
         if n_tokens < 0:
             raise RuntimeError(f"llama.cpp made {-n_tokens} tokens of {len(data)} bytes")
         return tokens[:n_tokens].copy()

@@ -25,7 +25,9 @@ PYTHON_LAYERS = (
     {"config_groups"},
     COMPONENTS,
     {"adapter_file", "checkpoint", "gguf_adapter", "native_structs"},
+    {"prompts"},
     {"lora", "_native", "model_file", "gguf_reader", "safetensors_file", "tokenizer"},
+    {"chat_template"},
     {"durable", "output_rows", "segments"},
     {"errors", "_core"},
 )
