@@ -109,14 +109,9 @@ class Arm:
 
 
 def alternate(arms: Sequence[Arm], n_rounds: int, action: str, **arguments: Any) -> list[list[Reply]]:
-    """Ask the arms in turn, A B A B, one uncounted round first; each arm's counted replies."""
-    replies: list[list[Reply]] = [[] for _ in arms]
-    for round_number in range(n_rounds + 1):
-        for arm, counted in zip(arms, replies, strict=True):
-            reply = arm.ask(action, **arguments)
-            if round_number > 0:
-                counted.append(reply)
-    return replies
+    """Ask the arms in turn, A B A B; each arm's `n_rounds` replies."""
+    in_turn = [[arm.ask(action, **arguments) for arm in arms] for _ in range(n_rounds)]
+    return [list(of_arm) for of_arm in zip(*in_turn, strict=True)]
 
 
 def serve(start: Callable[[Reply], Mapping[str, Action]]) -> None:

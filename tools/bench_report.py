@@ -77,7 +77,16 @@ def product_tables(result: Sequence[Row]) -> list[Table]:
 
 def step_tables(title: str, result: Sequence[Row]) -> list[Table]:
     """Training steps and where their time goes."""
-    columns = ["step", "runtime", "tokens/s", "ours faster by", "MiB", "ours takes", "mapped model", "loss"]
+    columns = [
+        "step",
+        "runtime",
+        "tokens/s",
+        "ours faster by",
+        "MiB",
+        "ours takes",
+        "mapped model",
+        "first loss",
+    ]
     rows = []
     for row in result:
         for index, arm in enumerate(row["arms"]):
@@ -91,7 +100,7 @@ def step_tables(title: str, result: Sequence[Row]) -> list[Table]:
                     mebibytes(arm["peak_bytes"]),
                     f"{1.0 / arm['memory_ratio']:.0%}" if is_peer and "memory_ratio" in arm else "",
                     "" if is_peer else mebibytes(arm["model_bytes"]),
-                    f"{arm['losses'][0]:.3f}",
+                    f"{arm['first_loss']:.3f}",
                 ]
             )
     return [table_of(title, columns, rows), share_table(result)]

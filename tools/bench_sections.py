@@ -289,7 +289,6 @@ def step_figures(replies: Sequence[Reply], memory: Reply) -> Row:
         "time_s": spread(reply["time_s"] for reply in replies),
         "peak_bytes": memory["peak_bytes"],
         "model_bytes": memory["model_bytes"],
-        "losses": [reply["loss"] for reply in replies],
     }
     if "parts_s" in replies[0]:
         whole_s = sum(reply["time_s"] for reply in replies)
@@ -304,12 +303,17 @@ def step_figures(replies: Sequence[Reply], memory: Reply) -> Row:
 
 
 def compare_steps(settings: Settings, arms: Sequence[Arm]) -> list[Row]:
-    """The figures of arms that take the same steps in turn; the first is ours and draws the noise."""
+    """The figures of arms that take the same steps in turn; the first is ours and draws the noise.
+
+    All adapters are 0 in the uncounted step, so that the arms' losses of it show whether they do the same.
+    """
     noise = str(settings.folder / "noise.npz")
+    warm_up = alternate(arms, 1, "step", noise=noise)
     replies = alternate(arms, settings.n_rounds, "step", noise=noise)
     rows: list[Row] = []
-    for arm, found in zip(arms, replies, strict=True):
-        row = {"name": arm.name, "about": arm.about, **step_figures(found, arm.ask("memory"))}
+    for arm, (first_step,), found in zip(arms, warm_up, replies, strict=True):
+        row = {"name": arm.name, "about": arm.about, "first_loss": first_step["loss"]}
+        row.update(step_figures(found, arm.ask("memory")))
         pairs = zip(replies[0], found, strict=True)
         row["speed_ratio"] = spread(reply["time_s"] / first["time_s"] for first, reply in pairs)
         if row["peak_bytes"] is not None:
@@ -362,7 +366,8 @@ def large(settings: Settings) -> list[Row]:
     with our_arm(settings, "ggml-diffusion", generated_model(settings, "Q4_0", SHAPE_7B), work) as arm:
         arm.ask("step", batch_size=1, sequence_length=16)  # maps the whole file
         reply = arm.ask("step")
-        figures = {"name": arm.name, "about": arm.about, **step_figures([reply], arm.ask("memory"))}
+        figures = {"name": arm.name, "about": arm.about, "first_loss": reply["loss"]}
+        figures.update(step_figures([reply], arm.ask("memory")))
     return [{"work": work.name, "arms": [figures]}]
 
 
@@ -371,18 +376,22 @@ def large(settings: Settings) -> list[Row]:
 
 def threads(settings: Settings) -> Row:
     """One thread against all: the first work, and one layer of 7B shape; projection to a whole 7B model."""
-    works = (WORKS[0], Work("7B layer Q4_0 8x128", 8, 128, "Q4_0"))
+    layer = Work("7B layer Q4_0 8x128", 8, 128, "Q4_0")
     counts = sorted({1, settings.n_threads})
+    two_layers = generated_model(settings, "Q4_0", {**SHAPE_7B, "L": 2})
+    wanted = {
+        WORKS[0]: [(_threads(count), settings.model, count) for count in counts],
+        layer: [
+            *((_threads(count), model_of(settings, layer), count) for count in counts),
+            (f"{_threads(counts[-1])}, two layers", two_layers, counts[-1]),
+        ],
+    }
     rows: list[Row] = []
-    for work in works:
-        model = model_of(settings, work)
-        wanted = [(model, count) for count in counts]
-        if work.layer_type is not None:
-            wanted.append((generated_model(settings, work.layer_type, {**SHAPE_7B, "L": 2}), counts[-1]))
+    for work, arms_wanted in wanted.items():
         with ExitStack() as stack:
             arms = [
-                stack.enter_context(our_arm(settings, _arm_name(path, count), path, work, n_threads=count))
-                for path, count in wanted
+                stack.enter_context(our_arm(settings, name, model, work, n_threads=count))
+                for name, model, count in arms_wanted
             ]
             rows.append({"work": work.name, "arms": compare_steps(settings, arms)})
     first, *_, one, two = (cost_of_step(arm) for arm in rows[1]["arms"])
@@ -396,15 +405,11 @@ def threads(settings: Settings) -> Row:
         "works": rows,
         "cost_7b": asdict(cost),
         "projection": [
-            {"scaling": name, **project(cost, speedup, works[1].n_tokens, micro_batches)}
+            {"scaling": name, **project(cost, speedup, layer.n_tokens, micro_batches)}
             for micro_batches in (1, 4)
             for name, speedup in speedups.items()
         ],
     }
-
-
-def _arm_name(model: Path, n_threads: int) -> str:
-    return f"{model.stem}, {_threads(n_threads)}"
 
 
 def _threads(count: int) -> str:
