@@ -10,10 +10,10 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from rich.console import Console
 from rich.text import Text
 
@@ -25,6 +25,10 @@ from ggml_diffusion.convert import CHECKPOINTS, EXPORTS, run_conversion
 from ggml_diffusion.diffusion_model import DiffusionModel
 from ggml_diffusion.display import DenoisingDisplay, TrainingDisplay, printable, show_evidence
 from ggml_diffusion.errors import UserError, one_line
+from ggml_diffusion.evaluation.plots import save_evaluation
+from ggml_diffusion.evaluation.results import EvaluationSettings
+from ggml_diffusion.evaluation.suite import EvaluationInputs, run_evaluation
+from ggml_diffusion.evaluation.tables import EvaluationProgress, evaluation_tables
 from ggml_diffusion.generate import GenerationConfig
 from ggml_diffusion.inspect import describe_file
 from ggml_diffusion.model_file import file_sha256, read_model
@@ -69,7 +73,16 @@ def _setting(name: str, flag: str) -> Any:
 
 def _generation(name: str, flag: str) -> Any:
     """A flag for a field of GenerationConfig."""
-    field = GenerationConfig.model_fields[name]
+    return _field(GenerationConfig, name, flag)
+
+
+def _evaluation(name: str) -> Any:
+    """A flag for a field of EvaluationSettings."""
+    return _field(EvaluationSettings, name, "--" + name.replace("_", "-"))
+
+
+def _field(model: type[BaseModel], name: str, flag: str) -> Any:
+    field = model.model_fields[name]
     return typer.Option(flag, help=_with_default(field.description or "", field.default))
 
 
@@ -80,7 +93,11 @@ def _with_default(description: str, default: Any) -> str:
     return f"{description} Default: {getattr(default, 'value', default)}."
 
 
+Settings = TypeVar("Settings", bound=BaseModel)
 Threads = Annotated[int | None, _setting("hardware.num_threads", "--threads")]
+AllowOtherBase = Annotated[
+    bool, typer.Option("--allow-other-base", help="Use an adapter that was trained on another file.")
+]
 
 
 # -- convert -----------------------------------------------------------------------------------------
@@ -190,9 +207,7 @@ def generate(
     block_length: Annotated[int | None, _generation("block_length", "--block-length")] = None,
     remasking: Annotated[float | None, _generation("remasking", "--remasking")] = None,
     threads: Threads = None,
-    allow_other_base: Annotated[
-        bool, typer.Option("--allow-other-base", help="Use an adapter that was trained on another file.")
-    ] = False,
+    allow_other_base: AllowOtherBase = False,
 ) -> None:
     """Write text by denoising.
 
@@ -209,15 +224,15 @@ def generate(
         "block_length": block_length,
         "remasking": remasking,
     }
-    config = _generation_config({name: value for name, value in settings.items() if value is not None})
-    weights = adapter / EXPORTS[0] if adapter.is_dir() else adapter
-    model = DiffusionModel.load(base, weights, threads, allow_other_base=allow_other_base)
+    config = _from_flags(GenerationConfig, settings)
+    model = DiffusionModel.load(base, _weights(adapter), threads, allow_other_base=allow_other_base)
     _show_generation(Console(), model, prompt, suffix, config)
 
 
-def _generation_config(settings: dict[str, Any]) -> GenerationConfig:
+def _from_flags(kind: type[Settings], flags: dict[str, Any]) -> Settings:
+    """Settings from the flags that were given; None = not given."""
     try:
-        return GenerationConfig(**settings)
+        return kind(**{name: value for name, value in flags.items() if value is not None})
     except ValidationError as error:
         fault = error.errors(include_url=False, include_context=False)[0]
         flag = "--" + str(fault["loc"][0]).replace("_", "-")
@@ -233,6 +248,86 @@ def _show_generation(
     else:
         written = model.generate(prompt, config, suffix=suffix)
     console.print(Text.assemble(prompt, (printable(written), "bold"), suffix), soft_wrap=True)
+
+
+def _weights(adapter: Path) -> Path:
+    """The file of a conversion that is named by its output folder or by itself."""
+    return adapter / EXPORTS[0] if adapter.is_dir() else adapter
+
+
+# -- evaluate ----------------------------------------------------------------------------------------
+
+
+@app.command(epilog="Example: ggml-diffusion evaluate model.gguf run --output run/evaluation")
+def evaluate(
+    base: Annotated[Path, typer.Argument(help="The GGUF that was converted.", metavar="MODEL.gguf")],
+    adapter: Annotated[
+        Path, typer.Argument(help="An output folder, adapter.safetensors or adapter.gguf.", metavar="ADAPTER")
+    ],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="The text of the training, whose held-out part is measured on. Default: the same."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for evaluation.json and the page of plots, evaluation.png.")
+    ] = None,
+    control: Annotated[
+        Path | None,
+        typer.Option(help="A conversion trained at causal ratio 1, for form (c) of the future-context gain."),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON, not as tables.")] = False,
+    sequences: Annotated[int | None, _evaluation("sequences")] = None,
+    seeds: Annotated[int | None, _evaluation("seeds")] = None,
+    one_by_one: Annotated[int | None, _evaluation("one_by_one")] = None,
+    spans: Annotated[int | None, _evaluation("spans")] = None,
+    candidates: Annotated[int | None, _evaluation("candidates")] = None,
+    samples: Annotated[int | None, _evaluation("samples")] = None,
+    length: Annotated[int | None, _evaluation("length")] = None,
+    prompt_length: Annotated[int | None, _evaluation("prompt_length")] = None,
+    order: Annotated[str | None, _evaluation("order")] = None,
+    temperature: Annotated[float | None, _evaluation("temperature")] = None,
+    top_p: Annotated[float | None, _evaluation("top_p")] = None,
+    seed: Annotated[int | None, _evaluation("seed")] = None,
+    batch_size: Annotated[int | None, _evaluation("batch_size")] = None,
+    sequence_length: Annotated[
+        int | None, typer.Option(help="Tokens a sequence. Default: as in the training.")
+    ] = None,
+    held_out_fraction: Annotated[
+        float | None, typer.Option(help="Share of the text that is held out. Default: as in the training.")
+    ] = None,
+    threads: Threads = None,
+    allow_other_base: AllowOtherBase = False,
+) -> None:
+    """Measure a conversion on held-out text, beside the base and the base before the first step.
+
+    Likelihood bound, masked tokens, future-context gain, infilling, written text, and that the base is
+    unchanged. What it costs is said before it begins; --spans 0, --samples 0 and --one-by-one 0 leave parts
+    out.
+    """
+    flags = {name: value for name, value in locals().items() if name in EvaluationSettings.model_fields}
+    settings = _from_flags(EvaluationSettings, flags)
+    progress = EvaluationProgress(Console(stderr=json))
+    evaluation = run_evaluation(
+        EvaluationInputs(
+            base,
+            _weights(adapter),
+            control=None if control is None else _weights(control),
+            data=tuple(data or ()),
+            sequence_length=sequence_length,
+            held_out_fraction=held_out_fraction,
+            n_threads=threads,
+            allow_other_base=allow_other_base,
+        ),
+        settings,
+        progress,
+    )
+    if json:
+        print(evaluation.as_json(), end="")
+    else:
+        Console().print(evaluation_tables(evaluation))
+    if output is not None:
+        for path in save_evaluation(evaluation, output, progress.note):
+            progress.note(f"written: {path}")
 
 
 # -- export, inspect, demo ---------------------------------------------------------------------------

@@ -160,6 +160,15 @@ class Tokenizer:
         """
         return self._piece(token).decode(errors="replace")
 
+    def n_bytes(self, token: int) -> int:
+        """Bytes of text that a token stands for; a control token stands for none.
+
+        Raises:
+            UserError: a token outside of the vocabulary.
+
+        """
+        return 0 if self._is_hidden(token) else len(self._piece(token))
+
     def is_control(self, token: int) -> bool:
         """Whether a token is a control token, which no text contains.
 

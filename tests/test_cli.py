@@ -17,7 +17,7 @@ from ggml_diffusion.config import load_config
 from ggml_diffusion.generate import GenerationConfig
 
 TEXT = "the old mill ground corn for the whole village and the miller told his children of it. " * 40
-COMMANDS = ("convert", "generate", "export", "inspect", "demo")
+COMMANDS = ("convert", "evaluate", "generate", "export", "inspect", "demo")
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +137,33 @@ def test_inspect_shows_models_and_adapters(base, finished_run, capsys):
     for path in (base, finished_run / "adapter.safetensors", finished_run / "adapter.gguf"):
         assert run("inspect", path) == 0
         assert path.name in capsys.readouterr().out.replace("\n", "")
+
+
+QUICK = ("--threads", 1, "--sequences", 3, "--seeds", 1, "--one-by-one", 2, "--spans", 0, "--samples", 0)
+
+
+@pytest.mark.parametrize("adapter", ["", "adapter.gguf"])
+def test_evaluate_shows_tables_and_writes_json_and_a_page(base, finished_run, tmp_path, adapter, capsys):
+    pytest.importorskip("matplotlib")
+    output = tmp_path / "evaluation"
+    assert run("evaluate", base, finished_run / adapter, "--output", output, *QUICK) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "tokens are to go through the model" in out
+    assert "converted, NELBO" in out
+    assert "Future-context gain" in out
+    assert f"written: {output / 'evaluation.json'}" in out
+    assert f"written: {output / 'evaluation.png'}" in out
+    assert json.loads((output / "evaluation.json").read_text())["about"]["n_sequences"] == 3
+
+
+def test_evaluate_prints_json_alone_if_asked_to_and_its_progress_elsewhere(base, finished_run, capsys):
+    assert run("evaluate", base, finished_run, "--json", "--control", finished_run, *QUICK) == 0
+    out, err = capsys.readouterr()
+    document = json.loads(out)
+    assert document["about"]["settings"]["one_by_one"] == 2
+    assert document["masked"][0]["gain"].keys() == {"a", "b", "c"}
+    assert "tokens are to go through the model" in err
 
 
 # -- help -------------------------------------------------------------------------------------------------
@@ -299,9 +326,27 @@ def test_a_bad_setting_of_generate_is_one_line(base, finished_run, more, words, 
 
 
 @pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("--sequences", 0), "--sequences 0"),
+        (("--top-p", 2), "--top-p"),
+        (("--order", "backwards"), "--order backwards"),
+        (("--held-out-fraction", 0), "held nothing out"),
+        (("--sequence-length", 1), "sequence_length must be at least 2"),
+        (("--length", 5000), "no held-out text has"),
+        (("--data", "/nowhere.txt"), "/nowhere.txt: no such file"),
+        (("--control", "/nowhere.gguf"), "/nowhere.gguf"),
+    ],
+)
+def test_a_bad_setting_of_evaluate_is_one_line(base, finished_run, more, words, capsys):
+    assert words in refused(capsys, "evaluate", base, finished_run, "--threads", 1, *more)
+
+
+@pytest.mark.parametrize(
     "arguments",
     [
         ("generate", "BASE", "/nowhere/adapter.safetensors"),
+        ("evaluate", "BASE", "/nowhere/adapter.safetensors"),
         ("generate", "/nowhere/model.gguf", "RUN"),
         ("generate", "BASE", "BASE"),
         ("export", "/nowhere", "x.gguf"),

@@ -14,12 +14,20 @@ ROOT = Path(__file__).resolve().parents[1]
 
 NUMERICS = {"corruption", "block_diffusion", "annealing", "time_embedding", "optim", "sampling"}
 COMPONENTS = {"engine", "data", "metrics", *NUMERICS}
+MEASURES = {
+    f"evaluation.{name}" for name in ("estimates", "scoring", "likelihood", "masked", "infilling")
+} | {
+    "evaluation.fluency",
+    "evaluation.continuation",
+}
 PYTHON_LAYERS = (
     {"__init__", "__main__"},
     {"cli"},
-    {"demo", "display"},
-    {"convert"},
-    {"trainer", "evaluate", "generate", "identity", "diffusion_model", "inspect"},
+    {"demo", "display", "evaluation.tables", "evaluation.plots"},
+    {"convert", "evaluation.suite"},
+    {"evaluate", "evaluation.results"},
+    {"evaluation", *MEASURES},
+    {"trainer", "generate", "identity", "diffusion_model", "inspect"},
     {"noisy_batch"},
     {"config"},
     {"config_groups"},

@@ -1,0 +1,215 @@
+"""How good text is that is written from masks: perplexity under the base, and how varied it is.
+
+Perplexity alone can be gamed: a text that repeats itself is likely. So it is reported with the entropy of a
+sample's own token frequencies (nats), distinct-2 (the share of a sample's pairs of neighbours that are
+distinct) and repetition (the share of its groups of four tokens that it has said before), beside the same
+figures of the true continuations and of samples of the base.
+
+All texts go on from the same prompts, which are the beginnings of held-out documents, or, where the prompt
+length is 0, from the token that starts a text.
+Sources: generative perplexity with entropy, MDLM [Sahoo et al. 2024, arXiv:2406.07524] and [Zheng et al.
+2024, arXiv:2409.02908]; distinct-n [Li et al. 2016, arXiv:1510.03055]; repetition of four tokens [Welleck et
+al. 2020, arXiv:1908.04319].
+Letters: N samples, K tokens of a sample.
+"""
+
+import time
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ggml_diffusion.data import TokenBatch
+from ggml_diffusion.diffusion_model import DiffusionModel
+from ggml_diffusion.engine import Q4Model
+from ggml_diffusion.errors import UserError
+from ggml_diffusion.evaluation.continuation import continuation_losses, continue_sampled
+from ggml_diffusion.evaluation.estimates import Estimate, estimate_ratio, exponential
+from ggml_diffusion.evaluation.infilling import document_parts
+from ggml_diffusion.evaluation.scoring import STREAM_BASE_TEXT, OnTokens, generator_of, ignore_tokens
+from ggml_diffusion.generate import GenerationConfig
+from ggml_diffusion.tokenizer import Tokenizer
+
+REPEATED_GROUP = 4
+
+
+@dataclass(frozen=True)
+class Fluency:
+    """Figures of several samples.
+
+    Attributes:
+        perplexity: exp of the base's cross-entropy a token, given the prompt.
+        entropy: nats; of K different tokens it is ln K.
+        distinct_2: share of neighbouring pairs that are distinct, 1 = no pair comes twice.
+        repetition: share of groups of four tokens that came before in the same sample.
+        n_samples: N.
+        sample_length: K.
+
+    """
+
+    perplexity: Estimate
+    entropy: Estimate
+    distinct_2: Estimate
+    repetition: Estimate
+    n_samples: int
+    sample_length: int
+
+
+@dataclass(frozen=True)
+class WrittenText:
+    """Text of one origin.
+
+    Attributes:
+        origin: "held-out text", "base" or "converted".
+        steps: denoising steps, None where the text was not denoised.
+        fluency: its figures.
+        tokens_per_second: how fast it was written, None for held-out text.
+        example: tokens (K,) of the first sample, its prompt not included.
+
+    """
+
+    origin: str
+    steps: int | None
+    fluency: Fluency
+    tokens_per_second: float | None
+    example: list[int]
+
+
+def step_counts(length: int) -> list[int]:
+    """Denoising steps to try for texts of K tokens: 8, K/4, K/2, K."""
+    return sorted({min(8, length), max(1, length // 4), max(1, length // 2), length})
+
+
+def cut_prompts(
+    held_out: TokenBatch, tokenizer: Tokenizer, mask_token_id: int, n: int, prompt_length: int, length: int
+) -> tuple[list[NDArray[np.int32]], list[NDArray[np.int32]]]:
+    """At most n prompts, and how the text went on (K tokens each).
+
+    Only documents that have room for both give one, the first of each sequence. With a prompt length of 0
+    every prompt is the token that starts a text, and what follows are the beginnings of documents' parts.
+
+    Raises:
+        UserError: no held-out text is long enough, or the vocabulary has no token to start from.
+
+    """
+    start: list[int] = []
+    if prompt_length == 0:
+        first = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
+        if first is None:
+            raise UserError("this vocabulary has no token to start a text from: give a prompt length above 0")
+        start = [first]
+    prompts, truths = [], []
+    for tokens, n_tokens, documents in zip(
+        held_out.tokens, held_out.lengths, held_out.document_ids, strict=True
+    ):
+        for text in document_parts(tokens[:n_tokens], documents[:n_tokens]):
+            if len(text) >= prompt_length + length and not (text == mask_token_id).any():
+                prompts.append(np.array([*start, *text[:prompt_length]], dtype=np.int32))
+                truths.append(text[prompt_length : prompt_length + length])
+                break
+    if not prompts:
+        raise UserError(
+            f"no held-out text has {prompt_length} tokens of prompt and {length} to compare with in one "
+            f"sequence: shorten them, or lengthen the sequences"
+        )
+    return prompts[:n], truths[:n]
+
+
+def compare_texts(
+    model: DiffusionModel,
+    prompts: list[NDArray[np.int32]],
+    truths: list[NDArray[np.int32]],
+    config: GenerationConfig,
+    *,
+    batch_size: int,
+    on_tokens: OnTokens = ignore_tokens,
+) -> list[WrittenText]:
+    """Held-out text, samples of the base, and text denoised in ever more steps.
+
+    Args:
+        model: the conversion; its engine is the base.
+        prompts: (N) token sequences.
+        truths: how they went on, (K,) each.
+        config: how text is denoised; its steps are those of `step_counts`, its length is not used.
+        batch_size: texts a forward pass where perplexity is measured.
+        on_tokens: told about progress.
+
+    """
+    engine, length = model.engine, len(truths[0])
+
+    def written(
+        origin: str, steps: int | None, texts: list[NDArray[np.int32]], seconds: float | None
+    ) -> WrittenText:
+        figures = fluency(engine, prompts, texts, batch_size, on_tokens)
+        speed = None if seconds is None else len(texts) * length / max(seconds, 1e-9)
+        return WrittenText(origin, steps, figures, speed, [int(token) for token in texts[0]])
+
+    results = [written("held-out text", None, truths, None)]
+    started_s = time.perf_counter()
+    generator = generator_of(config.seed, 0, STREAM_BASE_TEXT)
+    sampled = continue_sampled(engine, prompts, length, 1, generator, model.mask_token_id, on_tokens)[:, 0]
+    results.append(written("base", None, list(sampled), time.perf_counter() - started_s))
+    for steps in step_counts(length):
+        started_s = time.perf_counter()
+        texts = []
+        for index, prompt in enumerate(prompts):
+            blank = np.concatenate([prompt, np.full(length, model.mask_token_id, dtype=np.int32)])
+            own = config.model_copy(update={"steps": steps, "seed": config.seed + index})
+            texts.append(model.fill(blank, own)[len(prompt) :])
+            on_tokens(steps * len(blank))
+        results.append(written("converted", steps, texts, time.perf_counter() - started_s))
+    return results
+
+
+def fluency(
+    engine: Q4Model,
+    prompts: list[NDArray[np.int32]],
+    texts: list[NDArray[np.int32]],
+    batch_size: int,
+    on_tokens: OnTokens = ignore_tokens,
+) -> Fluency:
+    """Figures of texts (N, K), each after its prompt."""
+    losses = continuation_losses(
+        engine,
+        [np.concatenate([prompt, text]) for prompt, text in zip(prompts, texts, strict=True)],
+        [len(prompt) for prompt in prompts],
+        batch_size,
+        on_tokens,
+    )
+    lengths = np.array([len(text) for text in texts])
+    one_each = np.ones(len(texts), dtype=np.int64)
+
+    def mean(values: list[float]) -> Estimate:
+        return estimate_ratio(np.array(values), one_each)
+
+    return Fluency(
+        exponential(estimate_ratio(losses, lengths)),
+        mean([token_entropy(text) for text in texts]),
+        mean([distinct_share(text, 2) for text in texts]),
+        mean([1.0 - distinct_share(text, REPEATED_GROUP) for text in texts]),
+        len(texts),
+        int(lengths[0]),
+    )
+
+
+def token_entropy(text: NDArray[np.int32]) -> float:
+    """Entropy in nats of the token frequencies of a text (K,)."""
+    share = np.unique(text, return_counts=True)[1] / len(text)
+    return float(-(share * np.log(share)).sum())
+
+
+def distinct_share(text: NDArray[np.int32], n: int) -> float:
+    """Distinct groups of n neighbours over all of them; 1 where the text (K,) is shorter than n."""
+    groups = Counter(tuple(text[start : start + n].tolist()) for start in range(len(text) - n + 1))
+    return len(groups) / groups.total() if groups else 1.0
+
+
+def writing_tokens(prompts: list[NDArray[np.int32]], length: int) -> int:
+    """How many tokens go through the model in `compare_texts`."""
+    total = 0
+    for prompt in prompts:
+        whole = len(prompt) + length
+        total += sum(len(prompt) + step for step in range(length))  # samples of the base
+        total += whole * (2 + sum(steps + 1 for steps in step_counts(length)))
+    return total

@@ -1,0 +1,183 @@
+"""How well each held-out token is predicted: the engine's losses, by token, in every arm.
+
+An arm is a model with a causal ratio: the conversion as it is, the conversion at causal ratio 1, the base
+read as a diffusion model before the first step, the base itself. All arms predict the same tokens: those that
+have another token of their document to their left, whatever the prediction is, so that their figures compare.
+
+Deliberately not here: which tokens are masked, and means (the measures beside this file). Logits are never
+held: the engine returns the cross-entropy of each row.
+Letters: B sequences, T tokens.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ggml_diffusion.corruption import NoiseSchedule, maskable
+from ggml_diffusion.data import TokenBatch
+from ggml_diffusion.diffusion_model import DiffusionModel
+from ggml_diffusion.engine import LossResult, Q4Model
+from ggml_diffusion.lora import LoraAdapter
+from ggml_diffusion.output_rows import Prediction, to_output_rows
+from ggml_diffusion.sampling import time_at_share
+
+OnTokens = Callable[[int], None]  # told how many tokens have gone through the model
+
+# Streams of randomness under a seed; the trainer and the data use lower ones of theirs.
+STREAM_MASKS, STREAM_NELBO, STREAM_SUBSAMPLE, STREAM_HOLES, STREAM_CANDIDATES, STREAM_BASE_TEXT = range(8, 14)
+
+
+def generator_of(seed: int, repeat: int, stream: int) -> np.random.Generator:
+    """Randomness of one draw: the same numbers for every arm."""
+    key = np.array([seed, repeat], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, stream]))
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """How each scored token was predicted.
+
+    Attributes:
+        loss: (B, T) float32, cross-entropy in nats by the token's own position; 0 where it is not scored.
+        correct: (B, T) bool, whether it was the likeliest token.
+
+    """
+
+    loss: NDArray[np.float32]
+    correct: NDArray[np.bool_]
+
+
+def ignore_tokens(n_tokens: int) -> None:
+    """An `OnTokens` that tells nobody."""
+
+
+def untrained(like: DiffusionModel) -> DiffusionModel:
+    """A conversion before its first step: the adapter off, the mask token's embedding as the base has it."""
+    return DiffusionModel(
+        like.engine,
+        LoraAdapter(1.0, {}, mask_token_id=like.mask_token_id),
+        like.tokenizer,
+        prediction=like.prediction,
+        causal_ratio=like.causal_ratio,
+        noise_schedule=like.noise_schedule,
+    )
+
+
+def predictable(held_out: TokenBatch, bos_id: int | None, mask_token_id: int | None) -> NDArray[np.bool_]:
+    """The tokens (B, T) that every arm can predict, and that may be masked: no prompts, no first tokens."""
+    result = maskable(
+        held_out.tokens, held_out.document_ids, held_out.lengths, "shifted", bos_id, mask_token_id
+    )
+    return result if held_out.maskable is None else result & held_out.maskable
+
+
+def times_at_shares(shares: NDArray[np.floating], schedule: NoiseSchedule) -> NDArray[np.float32]:
+    """The times (B,) at which a schedule masks these shares (B,) of the tokens."""
+    known = {share: time_at_share(float(share), schedule.mask_probability) for share in np.unique(shares)}
+    return np.array([known[share] for share in shares], dtype=np.float32)
+
+
+def score_masked(
+    model: DiffusionModel,
+    held_out: TokenBatch,
+    masked: NDArray[np.bool_],
+    shares: NDArray[np.floating],
+    causal_ratio: float,
+    batch_size: int,
+    on_tokens: OnTokens = ignore_tokens,
+) -> TokenScores:
+    """Predict masked tokens from all others.
+
+    Args:
+        model: the arm.
+        held_out: clean sequences (B, T).
+        masked: (B, T), which tokens are masked, and scored.
+        shares: (B,) share of a sequence's tokens that is masked; the time embedding gets the time at which
+            the model's own noise schedule masks that share.
+        causal_ratio: of the attention mask.
+        batch_size: sequences a forward pass.
+        on_tokens: told about progress.
+
+    """
+    noisy = np.where(masked, np.int32(model.mask_token_id), held_out.tokens)
+    return score_noisy(model, held_out, noisy, masked, shares, causal_ratio, batch_size, on_tokens)
+
+
+def score_noisy(
+    model: DiffusionModel,
+    clean: TokenBatch,
+    noisy: NDArray[np.int32],
+    scored: NDArray[np.bool_],
+    shares: NDArray[np.floating],
+    causal_ratio: float,
+    batch_size: int,
+    on_tokens: OnTokens = ignore_tokens,
+) -> TokenScores:
+    """As `score_masked`, where not all that is masked in `noisy` (B, T) is scored."""
+    times = times_at_shares(shares, model.noise_schedule)
+
+    def forward(rows: slice, targets: NDArray[np.int32], weights: NDArray[np.float32]) -> LossResult:
+        return model.engine.loss(
+            noisy[rows],
+            targets,
+            weights,
+            causal_ratio,
+            model.adapter,
+            model.embedding_offset(times[rows]),
+            lengths=clean.lengths[rows],
+            document_ids=clean.document_ids[rows],
+        )
+
+    return _score(clean, scored, model.prediction, batch_size, forward, on_tokens)
+
+
+def score_base(
+    engine: Q4Model,
+    held_out: TokenBatch,
+    scored: NDArray[np.bool_],
+    batch_size: int,
+    on_tokens: OnTokens = ignore_tokens,
+) -> TokenScores:
+    """Predict tokens with the base itself: no adapter, causal attention, clean text on the left."""
+
+    def forward(rows: slice, targets: NDArray[np.int32], weights: NDArray[np.float32]) -> LossResult:
+        return engine.loss(
+            held_out.tokens[rows],
+            targets,
+            weights,
+            1.0,
+            None,
+            lengths=held_out.lengths[rows],
+            document_ids=held_out.document_ids[rows],
+        )
+
+    return _score(held_out, scored, "shifted", batch_size, forward, on_tokens)
+
+
+def _score(
+    clean: TokenBatch,
+    scored: NDArray[np.bool_],
+    prediction: Prediction,
+    batch_size: int,
+    forward: Callable[[slice, NDArray[np.int32], NDArray[np.float32]], LossResult],
+    on_tokens: OnTokens,
+) -> TokenScores:
+    targets, weights = to_output_rows(clean.tokens, scored.astype(np.float32), clean.document_ids, prediction)
+    loss = np.zeros(clean.tokens.shape, dtype=np.float32)
+    correct = np.zeros(clean.tokens.shape, dtype=bool)
+    for rows in chunks(len(clean.tokens), batch_size):
+        result = forward(rows, targets[rows], weights[rows])
+        # Row i holds the token at i, or with a shifted prediction the one at i + 1.
+        shift = 1 if prediction == "shifted" else 0
+        n_rows = clean.tokens.shape[1] - shift
+        loss[rows, shift:] = result.row_loss[:, :n_rows]
+        correct[rows, shift:] = result.row_correct[:, :n_rows]
+        on_tokens(int(clean.lengths[rows].sum()))
+    return TokenScores(np.where(scored, loss, 0.0).astype(np.float32), correct & scored)
+
+
+def chunks(n_items: int, size: int) -> list[slice]:
+    """Slices of at most `size` that cover `n_items`."""
+    return [slice(start, min(start + size, n_items)) for start in range(0, n_items, size)]
