@@ -287,6 +287,9 @@ def evaluate(
     order: Annotated[str | None, _evaluation("order")] = None,
     temperature: Annotated[float | None, _evaluation("temperature")] = None,
     top_p: Annotated[float | None, _evaluation("top_p")] = None,
+    threshold: Annotated[float | None, _evaluation("threshold")] = None,
+    block_length: Annotated[int | None, _evaluation("block_length")] = None,
+    remasking: Annotated[float | None, _evaluation("remasking")] = None,
     seed: Annotated[int | None, _evaluation("seed")] = None,
     batch_size: Annotated[int | None, _evaluation("batch_size")] = None,
     sequence_length: Annotated[

@@ -96,11 +96,27 @@ def test_texts_of_every_origin_are_written_from_the_same_prompts():
     ]
     assert texts[0].example == [3, 4, 5, 6]
     assert texts[0].tokens_per_second is None
+    assert [text.forward_passes for text in texts] == [None, 4, 1, 2, 4]
     assert all(text.tokens_per_second > 0 for text in texts[1:])
     # one token a step, the likeliest: it counts on, and the base finds that as likely as it finds anything
     assert texts[-1].example == [3, 4, 5, 6]
     assert texts[-1].fluency.perplexity.value < texts[1].fluency.perplexity.value
     assert sum(told) == writing_tokens(prompts, 4)
+
+
+def test_passes_that_were_not_needed_are_not_counted():
+    sure = PlantedEngine(
+        V, lambda tokens, ratio, on: 9.0 * successor(tokens, ratio, on) + 20.0 * np.eye(V)[3]
+    )
+    config = GenerationConfig(order=RevealOrder.THRESHOLD, threshold=0.5, temperature=0.0)
+    prompts, truths = [np.array([1], np.int32)], [np.arange(2, 8, dtype=np.int32)]
+    told = []
+    texts = compare_texts(
+        planted_model(sure, MASK), prompts, truths, config, batch_size=1, on_tokens=told.append
+    )
+    assert [text.steps for text in texts[2:]] == [1, 3, 6]
+    assert [text.forward_passes for text in texts[2:]] == [1, 1, 1]
+    assert sum(told) < writing_tokens(prompts, 6)
 
 
 def test_samples_differ_and_the_seed_decides():

@@ -193,6 +193,26 @@ def test_all_arms_are_scored_on_the_same_holes():
     assert result.arms["left_only"].token_accuracy.value == 0.0  # it counts down
     assert result.arms.keys() == {"converted", "left_only", "reranked"}
     assert result.arms["converted"].token_accuracy.n == 12
+    assert result.advantage["left_only"].token_accuracy.value == 1.0
+
+
+def test_the_advantage_is_the_difference_of_the_scores_paired_by_hole():
+    rng = np.random.default_rng(0)
+
+    def rows(tokens, causal_ratio, has_adapter):
+        """Right about token 11 with the adapter on, about 12 with it off."""
+        return np.where(np.arange(V) == (11 if has_adapter else 12), 9.0, 0.0)[None].repeat(len(tokens), 0)
+
+    holes = holes_of(rng.choice([11, 12], (30, 24)), 10, 4)
+    result = compare_infilling(planted_model(PlantedEngine(V, rows), MASK), holes, 2, seed=0, batch_size=9)
+    for name in ("left_only", "reranked"):
+        for figure in ("exact_match", "token_accuracy"):
+            ours, theirs, difference = (
+                getattr(each, figure)
+                for each in (result.arms["converted"], result.arms[name], result.advantage[name])
+            )
+            assert difference.value == pytest.approx(ours.value - theirs.value)
+            assert difference.low <= difference.value <= difference.high
 
 
 def test_parts_that_are_right_count_as_parts():

@@ -16,6 +16,7 @@ Letters: N samples, K tokens of a sample.
 import time
 from collections import Counter
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,7 +63,8 @@ class WrittenText:
 
     Attributes:
         origin: "held-out text", "base" or "converted".
-        steps: denoising steps, None where the text was not denoised.
+        steps: denoising steps allowed, None where the text was not denoised.
+        forward_passes: that a text took, in the mean; None for held-out text.
         fluency: its figures.
         tokens_per_second: how fast it was written, None for held-out text.
         example: tokens (K,) of the first sample, its prompt not included.
@@ -71,6 +73,7 @@ class WrittenText:
 
     origin: str
     steps: int | None
+    forward_passes: float | None
     fluency: Fluency
     tokens_per_second: float | None
     example: list[int]
@@ -139,27 +142,44 @@ def compare_texts(
     engine, length = model.engine, len(truths[0])
 
     def written(
-        origin: str, steps: int | None, texts: list[NDArray[np.int32]], seconds: float | None
+        origin: str,
+        texts: list[NDArray[np.int32]],
+        steps: int | None = None,
+        passes: float | None = None,
+        seconds: float | None = None,
     ) -> WrittenText:
         figures = fluency(engine, prompts, texts, batch_size, on_tokens)
         speed = None if seconds is None else len(texts) * length / max(seconds, 1e-9)
-        return WrittenText(origin, steps, figures, speed, [int(token) for token in texts[0]])
+        return WrittenText(origin, steps, passes, figures, speed, [int(token) for token in texts[0]])
 
-    results = [written("held-out text", None, truths, None)]
+    results = [written("held-out text", truths)]
     started_s = time.perf_counter()
     generator = generator_of(config.seed, 0, STREAM_BASE_TEXT)
     sampled = continue_sampled(engine, prompts, length, 1, generator, model.mask_token_id, on_tokens)[:, 0]
-    results.append(written("base", None, list(sampled), time.perf_counter() - started_s))
+    elapsed_s = time.perf_counter() - started_s
+    results.append(written("base", list(sampled), passes=float(length), seconds=elapsed_s))
     for steps in step_counts(length):
         started_s = time.perf_counter()
-        texts = []
+        texts, n_passes = [], 0
         for index, prompt in enumerate(prompts):
-            blank = np.concatenate([prompt, np.full(length, model.mask_token_id, dtype=np.int32)])
             own = config.model_copy(update={"steps": steps, "seed": config.seed + index})
-            texts.append(model.fill(blank, own)[len(prompt) :])
-            on_tokens(steps * len(blank))
-        results.append(written("converted", steps, texts, time.perf_counter() - started_s))
+            text, passes = _denoise(model, prompt, length, own)
+            texts.append(text)
+            n_passes += passes
+            on_tokens(passes * (len(prompt) + length))
+        elapsed_s = time.perf_counter() - started_s
+        results.append(written("converted", texts, steps, n_passes / len(texts), elapsed_s))
     return results
+
+
+def _denoise(
+    model: DiffusionModel, prompt: NDArray[np.int32], length: int, config: GenerationConfig
+) -> tuple[NDArray[np.int32], int]:
+    """A text (K,) and the forward passes that it took: a step that reveals nothing takes none."""
+    blank = np.concatenate([prompt, np.full(length, model.mask_token_id, dtype=np.int32)])
+    states = [blank]
+    text = model.fill(blank, config, lambda step: states.append(step.tokens))[len(prompt) :]
+    return text, sum(not np.array_equal(*pair) for pair in pairwise(states))
 
 
 def fluency(
@@ -206,7 +226,7 @@ def distinct_share(text: NDArray[np.int32], n: int) -> float:
 
 
 def writing_tokens(prompts: list[NDArray[np.int32]], length: int) -> int:
-    """How many tokens go through the model in `compare_texts`."""
+    """At most how many tokens go through the model in `compare_texts`."""
     total = 0
     for prompt in prompts:
         whole = len(prompt) + length

@@ -76,11 +76,21 @@ class InfillScore:
 
 @dataclass(frozen=True)
 class InfillComparison:
-    """All arms on spans of one length: "converted", "left_only", "reranked"."""
+    """All arms on spans of one length.
+
+    Attributes:
+        span_length: K.
+        n_holes: N.
+        arms: "converted", "left_only", "reranked".
+        advantage: the conversion's scores minus those of "left_only" and of "reranked", paired by hole: its
+            intervals are narrower than those of the two scores.
+
+    """
 
     span_length: int
     n_holes: int
     arms: dict[str, InfillScore]
+    advantage: dict[str, InfillScore]
 
 
 def cut_holes(
@@ -147,13 +157,19 @@ def compare_infilling(
         on_tokens,
     )
     candidates = np.concatenate([left_only[:, None], samples], axis=1)
-    answers = {
+    filled = {
         "converted": fill_holes(model, holes, on_tokens),
         "left_only": left_only,
         "reranked": best_by_suffix(engine, holes, candidates, batch_size, on_tokens),
     }
+    answers = np.array([hole.answer for hole in holes])
+    right = {name: (tokens == answers).astype(np.float64) for name, tokens in filled.items()}
+    nothing = np.zeros_like(right["converted"])
     return InfillComparison(
-        length, len(holes), {name: _score(holes, filled) for name, filled in answers.items()}
+        length,
+        len(holes),
+        {name: _score(holes, each, nothing) for name, each in right.items()},
+        {name: _score(holes, right["converted"], right[name]) for name in ("left_only", "reranked")},
     )
 
 
@@ -213,12 +229,13 @@ def infilling_tokens(holes: list[Hole], n_candidates: int) -> int:
     return total
 
 
-def _score(holes: list[Hole], filled: NDArray[np.int32]) -> InfillScore:
-    """Means over holes, with intervals by sequence."""
-    right = (filled == np.array([hole.answer for hole in holes])).astype(np.float64)
+def _score(holes: list[Hole], right: NDArray[np.float64], minus: NDArray[np.float64]) -> InfillScore:
+    """Means over holes of what is right (N, K) less what is in another arm, with intervals by sequence."""
     sequence = np.array([hole.sequence for hole in holes])
     n_holes = np.bincount(sequence)
+    whole = right.prod(axis=1) - minus.prod(axis=1)
+    parts = right.sum(axis=1) - minus.sum(axis=1)
     return InfillScore(
-        estimate_ratio(np.bincount(sequence, right.prod(axis=1)), n_holes),
-        estimate_ratio(np.bincount(sequence, right.sum(axis=1)), n_holes * holes[0].length),
+        estimate_ratio(np.bincount(sequence, whole), n_holes),
+        estimate_ratio(np.bincount(sequence, parts), n_holes * holes[0].length),
     )

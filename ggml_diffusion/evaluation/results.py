@@ -52,6 +52,21 @@ class EvaluationSettings(BaseModel):
         default=1.0, ge=0.0, allow_inf_nan=False, description="Temperature of its draws."
     )
     top_p: float = Field(default=1.0, gt=0.0, le=1.0, description="Probability that its draws are cut to.")
+    threshold: float = Field(
+        default=0.9,
+        gt=0.0,
+        le=1.0,
+        description="Probability from which its tokens are sure; for the order threshold only.",
+    )
+    block_length: int | None = Field(
+        default=None,
+        ge=0,
+        description="Tokens of the blocks that it is written in; 0 = all at once; left out, as the "
+        "conversion was trained.",
+    )
+    remasking: float = Field(
+        default=0.0, ge=0.0, lt=1.0, description="Share of its tokens that each step masks again."
+    )
     seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of masks, spans, samples and texts.")
     batch_size: int = Field(default=8, ge=1, description="Sequences a forward pass; changes no figure.")
 

@@ -359,9 +359,8 @@ def _prompts(
 
 
 def _generation_config(settings: EvaluationSettings) -> GenerationConfig:
-    return GenerationConfig(
-        order=settings.order, temperature=settings.temperature, top_p=settings.top_p, seed=settings.seed
-    )
+    shared = ("order", "temperature", "top_p", "threshold", "block_length", "remasking", "seed")
+    return GenerationConfig(**{name: getattr(settings, name) for name in shared})
 
 
 def _probe(engine: Q4Model, held_out: TokenBatch, adapter: LoraAdapter | None) -> NDArray[np.float32]:

@@ -212,10 +212,10 @@ def _infilling_tables(evaluation: Evaluation) -> list[Table]:
     settings = evaluation.about["settings"]
     columns = [f"{one.span_length} token{'s' * (one.span_length > 1)}" for one in evaluation.infilling]
     n_holes = ", ".join(str(one.n_holes) for one in evaluation.infilling)
-    scores = {
-        ARM_NAMES[name]: [one.arms[name] for one in evaluation.infilling]
-        for name in evaluation.infilling[0].arms
-    }
+    first = evaluation.infilling[0]
+    scores = {ARM_NAMES[name]: [one.arms[name] for one in evaluation.infilling] for name in first.arms}
+    for name, label in (("left_only", "more than left only"), ("reranked", "more than best of n")):
+        scores[label] = [one.advantage[name] for one in evaluation.infilling]
     return [
         _figures(
             f"Infilling: share of spans that are right as a whole ({n_holes} spans)",
@@ -245,6 +245,8 @@ def _texts_table(evaluation: Evaluation) -> Table:
     )
     for text in evaluation.texts:
         steps = f", {text.steps} steps" if text.steps is not None else ""
+        if text.steps is not None and text.forward_passes != text.steps:
+            steps += f", {text.forward_passes:.1f} taken"
         table.add_row(
             f"{ORIGIN_NAMES[text.origin]}{steps}",
             with_interval(text.fluency.perplexity),
