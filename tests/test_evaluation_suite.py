@@ -141,7 +141,7 @@ def test_all_likelihoods_are_of_the_same_tokens_and_bytes(measured, base, folder
 def test_the_same_evaluation_gives_the_same_figures(measured, base, folder):
     first, _ = measured
     inputs = EvaluationInputs(
-        base, folder / "adapter.safetensors", control=folder / "control.safetensors", n_threads=2
+        base, folder / "adapter.safetensors", control=folder / "control.safetensors", n_threads=1
     )
     again = run_evaluation(inputs, SETTINGS.model_copy(update={"batch_size": 3}), Recorder())
     for name, figures in first.likelihoods.items():

@@ -27,7 +27,7 @@ class EvaluationSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    sequences: int = Field(default=32, ge=1, description="Held-out sequences to measure on.")
+    sequences: int = Field(default=24, ge=1, description="Held-out sequences to measure on.")
     seeds: int = Field(default=3, ge=1, description="Mask seeds; the figures are means over them.")
     one_by_one: int = Field(
         default=64,
@@ -40,7 +40,7 @@ class EvaluationSettings(BaseModel):
     candidates: int = Field(
         default=8, ge=1, description="Samples of the base for the re-ranked arm of infilling."
     )
-    samples: int = Field(default=8, ge=0, description="Texts to write for each number of steps; 0 = none.")
+    samples: int = Field(default=4, ge=0, description="Texts to write for each number of steps; 0 = none.")
     length: int = Field(default=64, ge=1, description="Tokens of such a text.")
     prompt_length: int = Field(
         default=32, ge=0, description="Tokens of held-out text that it goes on from; 0 = from nothing."
