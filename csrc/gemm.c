@@ -7,7 +7,7 @@
 
 enum {
     PIECE = 256,         // elements unpacked at a time along a row; a multiple of every block
-    ROWS_PIECE = 64,     // rows unpacked at a time across
+    ROWS_PIECE = 64,     // rows unpacked at a time across; an int8 block
     MIN_CHUNK_ROWS = 96  // below this, packing would cost more than the product
 };
 
@@ -48,12 +48,15 @@ static void pack_transposed(const ggd_compute *compute, const ggd_matrix *w, siz
     }
 }
 
-// op(W) = W: panel columns are columns of W; `n_panels` neighbouring panels, `bytes_panel` apart, are packed from one unpacking.
-static void pack_plain(const ggd_compute *compute, const ggd_matrix *w, size_t column, size_t n_panels, float scale,
+_Static_assert((int)ROWS_PIECE == (int)GGD_INT8_BLOCK, "an int8 block is packed from one piece");
+
+// op(W) = W: panel columns are columns of W. `n_panels` neighbouring panels, `bytes_panel` apart, are packed from one unpacking; as int8
+// blocks or in the element type.
+static void pack_plain(const ggd_compute *compute, const ggd_matrix *w, size_t column, size_t n_panels, float scale, int int8,
                        float *unpacked, uint8_t *panel, size_t bytes_panel) {
     size_t width = n_panels * GGD_PANEL_COLUMNS;
     size_t n = w->n_cols - column < width ? w->n_cols - column : width;
-    if (w->type == GGD_BF16 && compute->element == GGD_ELEMENT_BF16 && scale == 1.0f && n == width && n_panels == 1) {
+    if (w->type == GGD_BF16 && compute->element == GGD_ELEMENT_BF16 && scale == 1.0f && n == width && n_panels == 1 && !int8) {
         const uint16_t *source = (const uint16_t *)w->data + column;
         compute->kernels->pack_rows_from_bf16(source, w->bytes_row / sizeof *source, w->n_rows, panel);
         return;
@@ -68,8 +71,14 @@ static void pack_plain(const ggd_compute *compute, const ggd_matrix *w, size_t c
             compute->kernels->unpack[w->type](row + column / w->block * w->bytes_block, unpacked + i * width, n);
         }
         for (size_t p = 0; p < n_panels; p++) {
-            void *target = panel + p * bytes_panel + k * GGD_PANEL_COLUMNS * ggd_element_bytes(compute->element);
-            compute->kernels->pack_rows[compute->element](unpacked + p * GGD_PANEL_COLUMNS, width, rows, scale, target);
+            const float *source = unpacked + p * GGD_PANEL_COLUMNS;
+            uint8_t *target = panel + p * bytes_panel;
+            if (int8) {
+                compute->kernels->int8_pack(source, width, rows, (ggd_int8_panel_block *)target + k / GGD_INT8_BLOCK);
+            } else {
+                target += k * GGD_PANEL_COLUMNS * ggd_element_bytes(compute->element);
+                compute->kernels->pack_rows[compute->element](source, width, rows, scale, target);
+            }
         }
     }
 }
@@ -79,7 +88,7 @@ void ggd_pack_panel(const ggd_compute *compute, ggd_operation operation, const g
     if (operation == GGD_TIMES_TRANSPOSE) {
         pack_transposed(compute, w, column, scale, unpacked, panel);
     } else {
-        pack_plain(compute, w, column, 1, scale, unpacked, panel, 0);
+        pack_plain(compute, w, column, 1, scale, 0, unpacked, panel, 0);
     }
 }
 
@@ -102,7 +111,7 @@ typedef struct {
     size_t n_panels, group;       // panels in all; packed together
     size_t n_chunks, rows_chunk;  // pieces of the rows
     size_t k1, k2;                // rows of a panel from W and from W2
-    size_t bytes_panel;
+    size_t bytes_w, bytes_panel;  // of a panel's part from W, and of all of it
 } gemm_job;
 
 static void pack_group(const gemm_job *job, size_t first_panel, size_t n_panels, uint8_t *panels, float *unpacked) {
@@ -111,44 +120,88 @@ static void pack_group(const gemm_job *job, size_t first_panel, size_t n_panels,
     if (g->operation == GGD_TIMES_TRANSPOSE) {
         pack_transposed(job->compute, &g->w, column, g->scale, unpacked, panels);
     } else {
-        pack_plain(job->compute, &g->w, column, n_panels, g->scale, unpacked, panels, job->bytes_panel);
+        pack_plain(job->compute, &g->w, column, n_panels, g->scale, g->a_int8 != NULL, unpacked, panels, job->bytes_panel);
     }
-    if (job->k2 == 0) {
-        return;
-    }
-    size_t offset = job->k1 * GGD_PANEL_COLUMNS * ggd_element_bytes(job->compute->element);
-    for (size_t p = 0; p < n_panels; p++) {
+    for (size_t p = 0; job->k2 > 0 && p < n_panels; p++) {
         ggd_pack_panel(job->compute, g->operation, &g->w2, column + p * GGD_PANEL_COLUMNS, g->scale2, unpacked,
-                       panels + p * job->bytes_panel + offset);
+                       panels + p * job->bytes_panel + job->bytes_w);
     }
+}
+
+// All row tiles of one panel in int8; a second operand goes first, in the element type, by way of a small float32 tile.
+static void multiply_panel_int8(const gemm_job *job, size_t first_row, size_t rows, size_t column, const uint8_t *panel) {
+    const ggd_gemm *g = job->gemm;
+    const ggd_kernels *kernels = job->compute->kernels;
+    ggd_element element = job->compute->element;
+    float second[GGD_TILE_ROWS * GGD_PANEL_COLUMNS];
+    size_t n_blocks = job->k1 / GGD_INT8_BLOCK, ld_scales = g->a_int8->ld / GGD_INT8_BLOCK;
+    for (size_t row = first_row; row < first_row + rows; row += GGD_TILE_ROWS) {
+        size_t n_rows = first_row + rows - row < GGD_TILE_ROWS ? first_row + rows - row : GGD_TILE_ROWS;
+        const float *init = g->init != NULL ? g->init + row * g->ld_init + column : NULL;
+        if (job->k2 > 0) {
+            ggd_tile tile = {.n_rows = n_rows,
+                             .a1 = ggd_activation_at(g->a2, row, 0, element),
+                             .ld_a1 = g->a2.ld,
+                             .k1 = job->k2,
+                             .panel = panel + job->bytes_w,
+                             .init = init,
+                             .ld_init = g->ld_init,
+                             .c = second,
+                             .ld_c = GGD_PANEL_COLUMNS,
+                             .c_element = GGD_ELEMENT_F32};
+            kernels->tile[element](&tile);
+            init = second;
+        }
+        ggd_int8_tile tile = {.n_rows = n_rows,
+                              .n_blocks = n_blocks,
+                              .a = g->a_int8->quants + row * g->a_int8->ld,
+                              .ld_a = g->a_int8->ld,
+                              .a_scales = g->a_int8->scales + row * ld_scales,
+                              .ld_scales = ld_scales,
+                              .panel = (const ggd_int8_panel_block *)panel,
+                              .init = init,
+                              .ld_init = job->k2 > 0 ? GGD_PANEL_COLUMNS : g->ld_init,
+                              .c = (uint8_t *)g->c + (row * g->ld_c + column) * ggd_element_bytes(g->c_element),
+                              .ld_c = g->ld_c,
+                              .c_element = g->c_element};
+        kernels->int8_tile(&tile);
+    }
+}
+
+static void multiply_panel(const gemm_job *job, size_t first_row, size_t rows, size_t column, const uint8_t *panel) {
+    const ggd_gemm *g = job->gemm;
+    ggd_element element = job->compute->element;
+    ggd_tile tile = {
+        .a1 = ggd_activation_at(g->a, first_row, 0, element),
+        .ld_a1 = g->a.ld,
+        .k1 = job->k1,
+        .a2 = job->k2 > 0 ? ggd_activation_at(g->a2, first_row, 0, element) : NULL,
+        .ld_a2 = g->a2.ld,
+        .k2 = job->k2,
+        .panel = panel,
+        .init = g->init != NULL ? g->init + first_row * g->ld_init + column : NULL,
+        .ld_init = g->ld_init,
+        .c = (uint8_t *)g->c + (first_row * g->ld_c + column) * ggd_element_bytes(g->c_element),
+        .ld_c = g->ld_c,
+        .c_element = g->c_element,
+    };
+    ggd_multiply_panel(job->compute, rows, &tile);
 }
 
 static void gemm_item(void *context, size_t item, size_t thread) {
     const gemm_job *job = context;
-    const ggd_gemm *g = job->gemm;
-    ggd_element element = job->compute->element;
     size_t first_panel = item / job->n_chunks * job->group, first_row = item % job->n_chunks * job->rows_chunk;
     size_t n_panels = job->n_panels - first_panel < job->group ? job->n_panels - first_panel : job->group;
-    size_t rows = g->m - first_row < job->rows_chunk ? g->m - first_row : job->rows_chunk;
+    size_t rows = job->gemm->m - first_row < job->rows_chunk ? job->gemm->m - first_row : job->rows_chunk;
     uint8_t *panels = ggd_scratch(job->compute, thread) + GGD_UNPACKED_FLOATS * sizeof(float);
     pack_group(job, first_panel, n_panels, panels, (float *)ggd_scratch(job->compute, thread));
     for (size_t p = 0; p < n_panels; p++) {
         size_t column = (first_panel + p) * GGD_PANEL_COLUMNS;
-        ggd_tile tile = {
-            .a1 = ggd_activation_at(g->a, first_row, 0, element),
-            .ld_a1 = g->a.ld,
-            .k1 = job->k1,
-            .a2 = job->k2 > 0 ? ggd_activation_at(g->a2, first_row, 0, element) : NULL,
-            .ld_a2 = g->a2.ld,
-            .k2 = job->k2,
-            .panel = panels + p * job->bytes_panel,
-            .init = g->init != NULL ? g->init + first_row * g->ld_init + column : NULL,
-            .ld_init = g->ld_init,
-            .c = (uint8_t *)g->c + (first_row * g->ld_c + column) * ggd_element_bytes(g->c_element),
-            .ld_c = g->ld_c,
-            .c_element = g->c_element,
-        };
-        ggd_multiply_panel(job->compute, rows, &tile);
+        if (job->gemm->a_int8 != NULL) {
+            multiply_panel_int8(job, first_row, rows, column, panels + p * job->bytes_panel);
+        } else {
+            multiply_panel(job, first_row, rows, column, panels + p * job->bytes_panel);
+        }
     }
 }
 
@@ -170,10 +223,45 @@ void ggd_gemm_run(const ggd_compute *compute, const ggd_gemm *gemm) {
     gemm_job job = {.compute = compute, .gemm = gemm};
     job.n_panels = (result_columns(gemm) + GGD_PANEL_COLUMNS - 1) / GGD_PANEL_COLUMNS;
     job.group = panels_a_group(gemm);
-    job.k1 = ggd_panel_k(compute->element, reduction_of(gemm->operation, &gemm->w));
+    size_t reduction = reduction_of(gemm->operation, &gemm->w),
+           bytes_row = GGD_PANEL_COLUMNS * ggd_element_bytes(compute->element);
+    job.k1 = ggd_panel_k(compute->element, reduction);
     job.k2 = gemm->a2.data != NULL ? ggd_panel_k(compute->element, reduction_of(gemm->operation, &gemm->w2)) : 0;
-    job.bytes_panel = (job.k1 + job.k2) * GGD_PANEL_COLUMNS * ggd_element_bytes(compute->element);
+    job.bytes_w = job.k1 * bytes_row;
+    if (gemm->a_int8 != NULL) {
+        job.k1 = ggd_round_up(reduction, GGD_INT8_BLOCK);
+        job.bytes_w = job.k1 / GGD_INT8_BLOCK * sizeof(ggd_int8_panel_block);
+    }
+    job.bytes_panel = job.bytes_w + job.k2 * bytes_row;
     size_t n_groups = (job.n_panels + job.group - 1) / job.group;
     split_rows(&job, n_groups);
     ggd_parallel(compute->threads, gemm->part, n_groups * job.n_chunks, gemm_item, &job);
+}
+
+typedef struct {
+    const ggd_compute *compute;
+    size_t m, n;
+    ggd_activation x;
+    ggd_int8_rows rows;
+} quantise_job;
+
+static void quantise_item(void *context, size_t item, size_t thread) {
+    const quantise_job *job = context;
+    const ggd_kernels *kernels = job->compute->kernels;
+    float *buffer = (float *)ggd_scratch(job->compute, thread);
+    for (size_t column = 0; column < job->n; column += PIECE) {
+        size_t n = job->n - column < PIECE ? job->n - column : PIECE;
+        const void *source = ggd_activation_at(job->x, item, column, job->compute->element);
+        if (job->compute->element == GGD_ELEMENT_BF16) {
+            kernels->from_bf16(source, buffer, n);
+            source = buffer;
+        }
+        kernels->int8_quantise(source, n, job->rows.quants + item * job->rows.ld + column,
+                               job->rows.scales + (item * job->rows.ld + column) / GGD_INT8_BLOCK);
+    }
+}
+
+void ggd_int8_quantise_rows(const ggd_compute *compute, size_t m, size_t n, ggd_activation x, ggd_int8_rows rows) {
+    quantise_job job = {compute, m, n, x, rows};
+    ggd_parallel(compute->threads, "int8 activations", m, quantise_item, &job);
 }

@@ -14,6 +14,13 @@ typedef struct {
     size_t bytes_scratch;
 } ggd_compute;
 
+// Activations in int8: q + 128, blocks of GGD_INT8_BLOCK columns, each with its scale.
+typedef struct {
+    uint8_t *quants;  // (m, ld)
+    size_t ld;        // a multiple of GGD_INT8_BLOCK
+    float *scales;    // (m, ld / GGD_INT8_BLOCK)
+} ggd_int8_rows;
+
 typedef enum {
     GGD_TIMES_TRANSPOSE,  // op(W) = W^T: C (m, w.n_rows), reduction over w's columns. The forward of a linear layer.
     GGD_TIMES_PLAIN       // op(W) = W:   C (m, w.n_cols), reduction over w's rows. The backward of a linear layer.
@@ -22,8 +29,9 @@ typedef enum {
 typedef struct {
     const char *part;  // what its time counts as
     ggd_operation operation;
-    size_t m;          // rows of A and C
-    ggd_activation a;  // (m, k)
+    size_t m;                     // rows of A and C
+    ggd_activation a;             // (m, k)
+    const ggd_int8_rows *a_int8;  // A again in int8, to multiply by W in int8 (GGD_TIMES_PLAIN only); or NULL
     ggd_matrix w;
     ggd_activation a2;    // (m, k2), data NULL for none
     ggd_matrix w2;        // same shape as w across the result's columns
@@ -36,6 +44,8 @@ typedef struct {
 } ggd_gemm;
 
 void ggd_gemm_run(const ggd_compute *compute, const ggd_gemm *gemm);
+
+void ggd_int8_quantise_rows(const ggd_compute *compute, size_t m, size_t n, ggd_activation x, ggd_int8_rows rows);
 
 // Scratch bytes of one thread for a product with this many reduction rows in all over an operand with this block size.
 size_t ggd_gemm_bytes_scratch(ggd_element element, size_t reduction, size_t block);

@@ -158,6 +158,12 @@ void ggd_linear_backward_input(const ggd_compute *compute, const ggd_linear *lin
         gradient.w2 = lora_a(linear);
         gradient.scale2 = 1.0f;
     }
+    ggd_int8_rows dy_int8 = scratch->dy;
+    if (scratch->int8) {
+        dy_int8.ld = ggd_round_up(linear->weight->n_rows, GGD_INT8_BLOCK);
+        ggd_int8_quantise_rows(compute, m, linear->weight->n_rows, dy, dy_int8);
+        gradient.a_int8 = &dy_int8;
+    }
     ggd_gemm_run(compute, &gradient);
 }
 

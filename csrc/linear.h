@@ -13,6 +13,8 @@ typedef struct {
 
 // Scratch of the backward, shared by all layers.
 typedef struct {
+    int int8;                   // dX in int8
+    ggd_int8_rows dy;           // (M, largest out)
     ggd_activation q;           // (M, R): scale * dY B
     ggd_activation transposed;  // (R, M)
     float *product;             // (R, ld_product) float32

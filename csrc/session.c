@@ -82,6 +82,11 @@ static void lay_out_gradients(const ggd_session *s, arena *a, const ggd_capacity
     b->linear.transposed = take_activation(a, e, m > 0 ? ld_rank : 0, panel_multiple(m + 1));
     b->linear.product = take(a, m > 0 ? ld_rank * widest : 0, sizeof(float));
     b->linear.ld_product = widest;
+    size_t ld_int8 = ggd_round_up(widest, GGD_INT8_BLOCK), int8_rows = s->compute.kernels->int8_tile != NULL ? m : 0;
+    b->linear.dy.quants = take(a, int8_rows * ld_int8, 1);
+    b->linear.dy.scales = take(a, int8_rows * ld_int8 / GGD_INT8_BLOCK, sizeof(float));
+    b->linear.dy.ld = ld_int8;
+    b->linear.int8 = s->int8_backward;
 }
 
 static void lay_out_softmax(arena *a, size_t rows, size_t gradient_rows, size_t ld, ggd_online_softmax *softmax) {
@@ -283,3 +288,16 @@ const char *ggd_session_part(const ggd_session *session, int32_t index, double *
 }
 
 void ggd_session_reset_parts(ggd_session *session) { ggd_threads_reset_parts(session->compute.threads); }
+
+int ggd_session_set_int8_backward(ggd_session *session, int32_t on) {
+    if (on &&
+        (session->compute.kernels->int8_tile == NULL || session->compute.element != session->compute.kernels->fast_element ||
+         session->compute.element == GGD_ELEMENT_F32)) {
+        return ggd_fail("the %s kernels have no int8 products beside %s", session->compute.kernels->name,
+                        ggd_session_element(session));
+    }
+    session->int8_backward = session->buffers.linear.int8 = on != 0;
+    return 0;
+}
+
+int32_t ggd_session_int8_backward(const ggd_session *session) { return session->int8_backward; }

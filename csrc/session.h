@@ -47,6 +47,7 @@ typedef struct {
 struct ggd_session {
     const ggd_model *model;
     ggd_session_options options;
+    int int8_backward;
     ggd_compute compute;
     ggd_heads heads;
     size_t ld_hidden, ld_queries, ld_qkv, ld_ffn;  // row strides in elements

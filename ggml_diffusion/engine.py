@@ -202,6 +202,18 @@ class Q4Model:
         return str(ffi.string(lib.ggd_session_element(self._open())).decode())
 
     @property
+    def int8_backward(self) -> bool:
+        """Whether the input gradients of the frozen weights are multiplied in int8.
+
+        Setting it raises UserError where the kernels have no int8 products or the model computes in float32.
+        """
+        return bool(lib.ggd_session_int8_backward(self._open()))
+
+    @int8_backward.setter
+    def int8_backward(self, on: bool) -> None:
+        check(lib.ggd_session_set_int8_backward(self._open(), on))
+
+    @property
     def description(self) -> str:
         """One line for people."""
         return (

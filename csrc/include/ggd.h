@@ -126,6 +126,10 @@ void ggd_session_free(ggd_session *session);
 const char *ggd_session_kernels(const ggd_session *session);
 // Element type of its matrix products, "bfloat16" or "float32".
 const char *ggd_session_element(const ggd_session *session);
+// The input gradient of the frozen weights in int8, both operands in blocks of 64 with their own scales, or (0) in the session's element
+// type. Fails where the kernels have no int8 products or the session computes in float32.
+int ggd_session_set_int8_backward(ggd_session *session, int32_t on);
+int32_t ggd_session_int8_backward(const ggd_session *session);
 // Bytes that a call would take: n_rows of at most max_segment_rows, LoRA pairs of at most max_rank, with or without gradients.
 int ggd_session_plan(const ggd_session *session, int32_t n_rows, int32_t max_segment_rows, int32_t max_rank, int32_t gradients,
                      size_t *bytes);

@@ -31,7 +31,7 @@ size_t ggd_kernels_available(const ggd_kernels *sets[GGD_MAX_KERNEL_SETS]) {
     __builtin_cpu_init();
 #endif
 #ifdef GGD_HAVE_AVX512_BF16
-    if (has_avx512() && __builtin_cpu_supports("avx512bf16")) {
+    if (has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")) {
         sets[n++] = &ggd_kernels_avx512_bf16;
     }
 #endif

@@ -48,6 +48,32 @@ typedef struct {
     ggd_element c_element;
 } ggd_tile;
 
+// Products in int8: both operands in blocks of GGD_INT8_BLOCK along the reduction, each block with its own scale. The left one is kept
+// as q + 128, unsigned, as the dot-product instructions want it; the panel's correction takes 128 * sum(q of the column) out again.
+enum { GGD_INT8_BLOCK = 64, GGD_INT8_SIZE = 127 };
+
+// One block of a panel of 32 columns.
+typedef struct {
+    int8_t quants[GGD_INT8_BLOCK / 4][GGD_PANEL_COLUMNS][4];  // four neighbouring k lie in one 32-bit lane
+    int32_t corrections[GGD_PANEL_COLUMNS];
+    float scales[GGD_PANEL_COLUMNS];
+} ggd_int8_panel_block;
+
+// C (rows, 32) = init + sum over blocks of scale_a scale_b (A_block B_block)
+typedef struct {
+    size_t n_rows, n_blocks;
+    const uint8_t *a;  // (rows, ld_a)
+    size_t ld_a;
+    const float *a_scales;  // (rows, ld_scales), one a block
+    size_t ld_scales;
+    const ggd_int8_panel_block *panel;
+    const float *init;  // float32 or NULL
+    size_t ld_init;
+    void *c;
+    size_t ld_c;
+    ggd_element c_element;
+} ggd_int8_tile;
+
 typedef struct {
     const char *name;
     ggd_element fast_element;  // what GGD_COMPUTE_FAST uses with this set
@@ -64,6 +90,13 @@ typedef struct {
 
     // pack_rows of bfloat16 rows to a bfloat16 panel, without a detour.
     void (*pack_rows_from_bf16)(const uint16_t *source, size_t ld, size_t k, void *panel);
+
+    // The int8 kernels; int8_tile is NULL in a set that has no instructions for it.
+    void (*int8_tile)(const ggd_int8_tile *tile);
+    // 32 columns of `rows` <= GGD_INT8_BLOCK rows of float32, row stride ld; missing rows count as zero.
+    void (*int8_pack)(const float *source, size_t ld, size_t rows, ggd_int8_panel_block *block);
+    // n float32, padded by zeros to whole blocks, to q + 128 and a scale a block.
+    void (*int8_quantise)(const float *source, size_t n, uint8_t *quants, float *scales);
 
     void (*to_bf16)(const float *source, uint16_t *target, size_t n);
     void (*from_bf16)(const uint16_t *source, float *target, size_t n);

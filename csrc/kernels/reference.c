@@ -81,6 +81,60 @@ static void pack_rows_from_bf16(const uint16_t *source, size_t ld, size_t k, voi
     }
 }
 
+static int32_t quantise(float value, float inverse) { return (int32_t)rintf(value * inverse); }
+
+static void int8_quantise(const float *source, size_t n, uint8_t *quants, float *scales) {
+    for (size_t block = 0; block * GGD_INT8_BLOCK < n; block++) {
+        float largest = 0;
+        for (size_t i = block * GGD_INT8_BLOCK; i < n && i < (block + 1) * GGD_INT8_BLOCK; i++) {
+            largest = fmaxf(largest, fabsf(source[i]));
+        }
+        float inverse = largest > 0 ? GGD_INT8_SIZE / largest : 0;
+        for (size_t i = block * GGD_INT8_BLOCK; i < (block + 1) * GGD_INT8_BLOCK; i++) {
+            quants[i] = (uint8_t)(128 + (i < n ? quantise(source[i], inverse) : 0));
+        }
+        scales[block] = largest / GGD_INT8_SIZE;
+    }
+}
+
+static void int8_pack(const float *source, size_t ld, size_t rows, ggd_int8_panel_block *block) {
+    for (size_t column = 0; column < GGD_PANEL_COLUMNS; column++) {
+        float largest = 0;
+        int32_t sum = 0;
+        for (size_t row = 0; row < rows; row++) {
+            largest = fmaxf(largest, fabsf(source[row * ld + column]));
+        }
+        float inverse = largest > 0 ? GGD_INT8_SIZE / largest : 0;
+        for (size_t row = 0; row < GGD_INT8_BLOCK; row++) {
+            int32_t q = row < rows ? quantise(source[row * ld + column], inverse) : 0;
+            block->quants[row / 4][column][row % 4] = (int8_t)q;
+            sum += q;
+        }
+        block->corrections[column] = -128 * sum;
+        block->scales[column] = largest / GGD_INT8_SIZE;
+    }
+}
+
+static void int8_tile(const ggd_int8_tile *t) {
+    for (size_t row = 0; row < t->n_rows; row++) {
+        for (size_t column = 0; column < GGD_PANEL_COLUMNS; column++) {
+            float sum = t->init != NULL ? t->init[row * t->ld_init + column] : 0.0f;
+            for (size_t b = 0; b < t->n_blocks; b++) {
+                int32_t product = t->panel[b].corrections[column];
+                for (size_t k = 0; k < GGD_INT8_BLOCK; k++) {
+                    product += t->a[row * t->ld_a + b * GGD_INT8_BLOCK + k] * t->panel[b].quants[k / 4][column][k % 4];
+                }
+                sum += (float)product * t->panel[b].scales[column] * t->a_scales[row * t->ld_scales + b];
+            }
+            if (t->c_element == GGD_ELEMENT_BF16) {
+                ((uint16_t *)t->c)[row * t->ld_c + column] = ggd_bf16_from_float(sum);
+            } else {
+                ((float *)t->c)[row * t->ld_c + column] = sum;
+            }
+        }
+    }
+}
+
 static void to_bf16(const float *source, uint16_t *target, size_t n) {
     for (size_t i = 0; i < n; i++) {
         target[i] = ggd_bf16_from_float(source[i]);
@@ -221,6 +275,9 @@ const ggd_kernels ggd_kernels_reference = {
     .tile = {tile_f32, tile_bf16},
     .pack_columns = {pack_columns_f32, pack_columns_bf16},
     .pack_rows = {pack_rows_f32, pack_rows_bf16},
+    .int8_tile = int8_tile,
+    .int8_pack = int8_pack,
+    .int8_quantise = int8_quantise,
     .to_bf16 = to_bf16,
     .from_bf16 = from_bf16,
     .rmsnorm = rmsnorm,

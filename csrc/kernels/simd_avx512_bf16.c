@@ -173,6 +173,141 @@ static void pack_rows_bf16(const float *source, size_t ld, size_t k, float scale
     }
 }
 
+// ---- int8 ----
+
+static void int8_quantise(const float *source, size_t n, uint8_t *quants, float *scales) {
+    const __m512 size = _mm512_set1_ps(GGD_INT8_SIZE);
+    for (size_t begin = 0, block = 0; begin < n; begin += GGD_INT8_BLOCK, block++) {
+        __m512 values[4], largest = _mm512_setzero_ps();
+        for (size_t i = 0; i < 4; i++) {
+            size_t at = begin + 16 * i, left = at < n ? n - at : 0;
+            values[i] = _mm512_maskz_loadu_ps((__mmask16)(left >= 16 ? 0xffff : (1u << left) - 1), source + at);
+            largest = _mm512_max_ps(largest, _mm512_abs_ps(values[i]));
+        }
+        float top = _mm512_reduce_max_ps(largest);
+        __m512 inverse = top > 0 ? _mm512_div_ps(size, _mm512_set1_ps(top)) : _mm512_setzero_ps();
+        for (size_t i = 0; i < 4; i++) {
+            __m128i q = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(values[i], inverse)));
+            _mm_storeu_si128((__m128i *)(quants + begin + 16 * i), _mm_xor_si128(q, _mm_set1_epi8(-128)));
+        }
+        scales[block] = top / GGD_INT8_SIZE;
+    }
+}
+
+static void int8_pack_half(const float *source, size_t ld, size_t rows, size_t column, ggd_int8_panel_block *block) {
+    __m512 largest = _mm512_setzero_ps();
+    for (size_t row = 0; row < rows; row++) {
+        largest = _mm512_max_ps(largest, _mm512_abs_ps(_mm512_loadu_ps(source + row * ld + column)));
+    }
+    __mmask16 some = _mm512_cmp_ps_mask(largest, _mm512_setzero_ps(), _CMP_GT_OQ);
+    __m512 inverse = _mm512_maskz_div_ps(some, _mm512_set1_ps(GGD_INT8_SIZE), largest);
+    __m512i sum = _mm512_setzero_si512();
+    const __m512i byte = _mm512_set1_epi32(255);
+    for (size_t group = 0; group < GGD_INT8_BLOCK / 4; group++) {
+        __m512i four = _mm512_setzero_si512();
+        for (size_t i = 0; i < 4 && group * 4 + i < rows; i++) {
+            __m512 values = _mm512_loadu_ps(source + (group * 4 + i) * ld + column);
+            __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(values, inverse));
+            sum = _mm512_add_epi32(sum, q);
+            four = _mm512_or_si512(four, _mm512_sllv_epi32(_mm512_and_si512(q, byte), _mm512_set1_epi32((int)(8 * i))));
+        }
+        _mm512_storeu_si512(block->quants[group][column], four);
+    }
+    _mm512_storeu_si512(block->corrections + column, _mm512_mullo_epi32(sum, _mm512_set1_epi32(-128)));
+    _mm512_storeu_ps(block->scales + column, _mm512_div_ps(largest, _mm512_set1_ps(GGD_INT8_SIZE)));
+}
+
+static void int8_pack(const float *source, size_t ld, size_t rows, ggd_int8_panel_block *block) {
+    int8_pack_half(source, ld, rows, 0, block);
+    int8_pack_half(source, ld, rows, 16, block);
+}
+
+// 16 columns at a time: rows integer sums of the block and rows float sums fill the registers.
+static inline __attribute__((always_inline)) void int8_tile_of_rows(const int rows, const ggd_int8_tile *t, size_t column) {
+    __m512 sums[GGD_TILE_ROWS];
+#pragma GCC unroll 12
+    for (int row = 0; row < rows; row++) {
+        sums[row] = t->init != NULL ? _mm512_loadu_ps(t->init + (size_t)row * t->ld_init + column) : _mm512_setzero_ps();
+    }
+    for (size_t b = 0; b < t->n_blocks; b++) {
+        const ggd_int8_panel_block *block = t->panel + b;
+        const uint8_t *a = t->a + b * GGD_INT8_BLOCK;
+        __m512i products[GGD_TILE_ROWS];
+        __m512i corrections = _mm512_loadu_si512(block->corrections + column);
+#pragma GCC unroll 12
+        for (int row = 0; row < rows; row++) {
+            products[row] = corrections;
+        }
+        for (size_t group = 0; group < GGD_INT8_BLOCK / 4; group++) {
+            __m512i quants = _mm512_loadu_si512(block->quants[group][column]);
+#pragma GCC unroll 12
+            for (int row = 0; row < rows; row++) {
+                int32_t four;
+                memcpy(&four, a + (size_t)row * t->ld_a + 4 * group, sizeof four);
+                products[row] = _mm512_dpbusd_epi32(products[row], _mm512_set1_epi32(four), quants);
+            }
+        }
+        __m512 scales = _mm512_loadu_ps(block->scales + column);
+#pragma GCC unroll 12
+        for (int row = 0; row < rows; row++) {
+            __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(products[row]), scales);
+            sums[row] = _mm512_fmadd_ps(scaled, _mm512_set1_ps(t->a_scales[(size_t)row * t->ld_scales + b]), sums[row]);
+        }
+    }
+#pragma GCC unroll 12
+    for (int row = 0; row < rows; row++) {
+        size_t offset = (size_t)row * t->ld_c + column;
+        if (t->c_element == GGD_ELEMENT_BF16) {
+            _mm256_storeu_si256((__m256i *)((uint16_t *)t->c + offset), (__m256i)_mm512_cvtneps_pbh(sums[row]));
+        } else {
+            _mm512_storeu_ps((float *)t->c + offset, sums[row]);
+        }
+    }
+}
+
+static void int8_tile(const ggd_int8_tile *t) {
+    for (size_t column = 0; column < GGD_PANEL_COLUMNS; column += 16) {
+        switch (t->n_rows) {
+        case 12:
+            int8_tile_of_rows(12, t, column);
+            break;
+        case 11:
+            int8_tile_of_rows(11, t, column);
+            break;
+        case 10:
+            int8_tile_of_rows(10, t, column);
+            break;
+        case 9:
+            int8_tile_of_rows(9, t, column);
+            break;
+        case 8:
+            int8_tile_of_rows(8, t, column);
+            break;
+        case 7:
+            int8_tile_of_rows(7, t, column);
+            break;
+        case 6:
+            int8_tile_of_rows(6, t, column);
+            break;
+        case 5:
+            int8_tile_of_rows(5, t, column);
+            break;
+        case 4:
+            int8_tile_of_rows(4, t, column);
+            break;
+        case 3:
+            int8_tile_of_rows(3, t, column);
+            break;
+        case 2:
+            int8_tile_of_rows(2, t, column);
+            break;
+        default:
+            int8_tile_of_rows(1, t, column);
+            break;
+        }
+    }
+}
+
 extern const ggd_kernels ggd_kernels_avx512;
 static void tile_f32(const ggd_tile *t) { ggd_kernels_avx512.tile[GGD_ELEMENT_F32](t); }
 
@@ -183,5 +318,8 @@ const ggd_kernels ggd_kernels_avx512_bf16 = {
     .pack_columns = {rows_pack_columns_f32, pack_columns_bf16},
     .pack_rows = {rows_pack_rows_f32, pack_rows_bf16},
     .pack_rows_from_bf16 = pack_rows_from_bf16,
+    .int8_tile = int8_tile,
+    .int8_pack = int8_pack,
+    .int8_quantise = int8_quantise,
     GGD_ROW_KERNELS,
 };

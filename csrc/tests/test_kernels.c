@@ -97,6 +97,51 @@ static void test_unpacking(const ggd_kernels *set) {
     }
 }
 
+static void test_int8(const ggd_kernels *set, size_t n) {
+    static float source[GGD_TILE_ROWS * LD], weights[MAX_N * GGD_PANEL_COLUMNS], scales[2][GGD_TILE_ROWS * 10];
+    static uint8_t quants[2][GGD_TILE_ROWS * LD];
+    static ggd_int8_panel_block panel[2][10];
+    static float got[GGD_TILE_ROWS * GGD_PANEL_COLUMNS], expected[GGD_TILE_ROWS * GGD_PANEL_COLUMNS];
+    const ggd_kernels *both[2] = {set, reference};
+    size_t n_blocks = (n + GGD_INT8_BLOCK - 1) / GGD_INT8_BLOCK;
+    fill(source, GGD_TILE_ROWS * LD, 2.0f);
+    fill(weights, MAX_N * GGD_PANEL_COLUMNS, 0.1f);
+    memset(source, 0, GGD_INT8_BLOCK * sizeof *source);  // a block of zeros has no scale
+    for (int i = 0; i < 2; i++) {
+        for (size_t row = 0; row < GGD_TILE_ROWS; row++) {
+            both[i]->int8_quantise(source + row * LD, n, quants[i] + row * LD, scales[i] + row * 10);
+        }
+        for (size_t b = 0; b < n_blocks; b++) {
+            size_t rows = n - b * GGD_INT8_BLOCK < GGD_INT8_BLOCK ? n - b * GGD_INT8_BLOCK : GGD_INT8_BLOCK;
+            both[i]->int8_pack(weights + b * GGD_INT8_BLOCK * GGD_PANEL_COLUMNS, GGD_PANEL_COLUMNS, rows, &panel[i][b]);
+        }
+    }
+    for (size_t row = 0; row < GGD_TILE_ROWS; row++) {
+        expect_bytes(set->name, "int8_quantise", n, quants[0] + row * LD, quants[1] + row * LD, n_blocks * GGD_INT8_BLOCK);
+        expect_bytes(set->name, "int8_quantise's scales", n, scales[0] + row * 10, scales[1] + row * 10,
+                     n_blocks * sizeof(float));
+    }
+    expect_bytes(set->name, "int8_pack", n, panel[0], panel[1], n_blocks * sizeof panel[0][0]);
+    for (size_t rows = 1; rows <= GGD_TILE_ROWS; rows++) {
+        ggd_int8_tile tile = {.n_rows = rows,
+                              .n_blocks = n_blocks,
+                              .a = quants[1],
+                              .ld_a = LD,
+                              .a_scales = scales[1],
+                              .ld_scales = 10,
+                              .panel = panel[1],
+                              .init = rows % 2 != 0 ? source : NULL,
+                              .ld_init = LD,
+                              .c = got,
+                              .ld_c = GGD_PANEL_COLUMNS,
+                              .c_element = GGD_ELEMENT_F32};
+        set->int8_tile(&tile);
+        tile.c = expected;
+        reference->int8_tile(&tile);
+        expect(set->name, "int8_tile", rows, got, expected, rows * GGD_PANEL_COLUMNS, ROUNDING, 0.2 * (double)n + 2);
+    }
+}
+
 static void compare_tile(const ggd_kernels *set, ggd_element element, ggd_tile tile, size_t n_case) {
     static float got[GGD_TILE_ROWS * LD], expected[GGD_TILE_ROWS * LD];
     static uint16_t got_bf16[GGD_TILE_ROWS * LD], expected_bf16[GGD_TILE_ROWS * LD];
@@ -259,6 +304,9 @@ static void test_set(const ggd_kernels *set) {
         }
     }
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+        if (set->int8_tile != NULL) {
+            test_int8(set, sizes[i]);
+        }
         test_conversion(set, sizes[i]);
         test_norm_and_rope(set, sizes[i]);
         test_swiglu(set, sizes[i]);
