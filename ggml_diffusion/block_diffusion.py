@@ -31,35 +31,30 @@ def block_size_at(step: int, growth_steps: float, initial_size: int, final_size:
 
 
 def keep_one_block(
-    maskable: NDArray[np.bool_],
-    lengths: NDArray[np.int32],
-    block_size: int,
-    generator: np.random.Generator,
+    maskable: NDArray[np.bool_], block_size: int, generator: np.random.Generator
 ) -> tuple[NDArray[np.bool_], NDArray[np.int32]]:
-    """Choose a block of each sequence, and cut off what lies behind it.
+    """Choose a block of each sequence; what lies behind it is to be cut off.
 
     A block's chance is its share of the sequence's maskable tokens: each token is then equally likely to be
     in the noisy block, and the mean over a block's tokens estimates the mean over the sequence's.
 
     Args:
         maskable: (B, T), what may be masked in the whole sequences.
-        lengths: (B,), tokens that are no padding.
-        block_size: tokens; a sequence's last block may be shorter.
+        block_size: tokens; a sequence's last block may hold fewer.
         generator: the step's own; B numbers are drawn.
 
     Returns:
-        maskable (B, T), False outside of the block, and lengths (B,) up to the block's end. A sequence
-        without maskable tokens stays whole.
+        maskable (B, T), False outside of the block, and the block's end (B,) int32, which may lie behind the
+        sequence. A sequence without maskable tokens stays whole.
 
     """
-    result, cut_lengths = np.zeros_like(maskable), lengths.copy()
+    result, ends = np.zeros_like(maskable), np.full(len(maskable), maskable.shape[1], dtype=np.int32)
     for row, share in enumerate(generator.random(len(maskable))):
         places = np.flatnonzero(maskable[row])
         if len(places) == 0:
             continue
         first, chosen = places[0], places[int(share * len(places))]
         start = chosen - (chosen - first) % block_size
-        end = min(start + block_size, int(lengths[row]))
-        result[row, start:end] = maskable[row, start:end]
-        cut_lengths[row] = end
-    return result, cut_lengths
+        ends[row] = start + block_size
+        result[row, start : ends[row]] = maskable[row, start : ends[row]]
+    return result, ends

@@ -103,7 +103,8 @@ def denoise(
         predict: the network.
         mask_probability: the noise schedule p(t), which sets how many tokens each step reveals.
         config: `length` is not used here, the masks are counted; a `block_length` of None is 0 here.
-        stop_token: if set, no further block is begun once a finished block holds it; its masks are left.
+        stop_token: if set, it ends the text where nothing but masks to fill lies behind it: what follows is
+            out of sight, as it was in training, and is left as it is; no further block is begun.
         hide_later_blocks: cut off the masks behind the current block, as block diffusion was trained; text
             behind the last mask stays in sight, and with it all that lies between.
         on_step: called after every step.
@@ -113,7 +114,8 @@ def denoise(
 
     """
     tokens = tokens.copy()
-    holes = np.flatnonzero(tokens == mask_token_id)
+    was_hole = tokens == mask_token_id
+    holes = np.flatnonzero(was_hole)
     if len(holes) == 0:
         return tokens
     generator = np.random.Generator(np.random.Philox(key=config.seed))
@@ -122,28 +124,51 @@ def denoise(
     steps_of_blocks = block_steps([len(block) for block in blocks], config.steps)
     step = 0
     for block, n_steps in zip(blocks, steps_of_blocks, strict=True):
-        visible = tokens
-        if hide_later_blocks and (tokens[block[-1] + 1 :] == mask_token_id).all():
-            visible = tokens[: block[-1] + 1]  # a view: what is written shows in `tokens`
         surety = np.zeros(len(tokens))  # of each token written in this block, as it was when it was written
-        counts = reveal_counts(len(block), n_steps, mask_probability)
-        for index, count in enumerate(counts):
+        for index, count in enumerate(reveal_counts(len(block), n_steps, mask_probability)):
             is_last = index == n_steps - 1
             n_again = 0 if is_last else _mask_again(tokens, block, surety, mask_token_id, config.remasking)
-            if config.order is not RevealOrder.THRESHOLD:
-                n_least = n_most = int(count) + n_again
-            else:
-                n_most = int((tokens[block] == mask_token_id).sum())
-                n_least = n_most if is_last else n_again + 1
-            _reveal(visible, block, surety, mask_token_id, (n_least, n_most), predict, config, generator)
+            end = _end_of_sight(tokens, block, was_hole, stop_token, hide_later_blocks)
+            masks = _masks_before(end, tokens, block, mask_token_id)
+            # The order "threshold" adds what is sure; the last step leaves none, whatever was masked again.
+            least = 1 if config.order is RevealOrder.THRESHOLD else int(count)
+            n_least = len(masks) if is_last else min(least + n_again, len(masks))
+            # A slice is a view: what is written shows in `tokens`.
+            _reveal(tokens[:end], masks, block, surety, n_least, predict, config, generator)
             step += 1
             if on_step is not None:
                 on_step(DenoisingStep(step, sum(steps_of_blocks), tokens.copy()))
-            if config.order is RevealOrder.THRESHOLD and not (tokens[block] == mask_token_id).any():
+            end = _end_of_sight(tokens, block, was_hole, stop_token, hide_later_blocks)
+            is_done = len(_masks_before(end, tokens, block, mask_token_id)) == 0
+            if config.order is RevealOrder.THRESHOLD and is_done:
                 break
         if stop_token is not None and (tokens[block] == stop_token).any():
             break
     return tokens
+
+
+def _end_of_sight(
+    tokens: NDArray[np.int32],
+    block: NDArray[np.int64],
+    was_hole: NDArray[np.bool_],
+    stop_token: int | None,
+    hide_later_blocks: bool,
+) -> int:
+    """Tokens that the model sees: all, or up to the block's end, or up to the first stop token in it."""
+    cuts_here = hide_later_blocks and bool(was_hole[block[-1] :].all())
+    block_end = int(block[-1]) + 1 if cuts_here else len(tokens)
+    stops = block[tokens[block] == stop_token] if stop_token is not None else block[:0]
+    if len(stops) and was_hole[stops[0] :].all():
+        return min(block_end, int(stops[0]) + 1)
+    return block_end
+
+
+def _masks_before(
+    end: int, tokens: NDArray[np.int32], block: NDArray[np.int64], mask_token_id: int
+) -> NDArray[np.int64]:
+    """The masked positions (N,) of a block that lie before `end`."""
+    result: NDArray[np.int64] = block[(tokens[block] == mask_token_id) & (block < end)]
+    return result
 
 
 def _mask_again(
@@ -162,31 +187,28 @@ def _mask_again(
 
 def _reveal(
     tokens: NDArray[np.int32],
+    masks: NDArray[np.int64],
     block: NDArray[np.int64],
     surety: NDArray[np.float64],
-    mask_token_id: int,
-    counts: tuple[int, int],
+    n_least: int,
     predict: Predictor,
     config: GenerationConfig,
     generator: np.random.Generator,
 ) -> None:
-    """Write into the masks of a block, in place: the least count of tokens, and up to the most count of those
-    that are sure."""
-    n_least, n_most = counts
-    if n_most == 0:
+    """Write `n_least` tokens, or by the order "threshold" all sure ones, into masks of a block, in place."""
+    if n_least == 0:
         return
-    candidates = block[tokens[block] == mask_token_id]
     if config.order is RevealOrder.RANDOM:  # no need to look at positions that are not revealed
-        candidates = np.sort(generator.choice(candidates, size=n_least, replace=False))
+        masks = np.sort(generator.choice(masks, size=n_least, replace=False))
     drawn, scores = propose(
-        predict(tokens, candidates, block),
+        predict(tokens, masks, block[block < len(tokens)]),
         config.order,
         generator,
         temperature=config.temperature,
         top_k=config.top_k,
         top_p=config.top_p,
     )
-    n_sure = int((scores >= config.threshold).sum())
-    chosen = highest(scores, min(max(n_least, n_sure), n_most))
-    tokens[candidates[chosen]] = drawn[chosen]
-    surety[candidates[chosen]] = scores[chosen]
+    n_sure = int((scores >= config.threshold).sum()) if config.order is RevealOrder.THRESHOLD else 0
+    chosen = highest(scores, max(n_least, n_sure))
+    tokens[masks[chosen]] = drawn[chosen]
+    surety[masks[chosen]] = scores[chosen]

@@ -126,21 +126,27 @@ def draw_noise(
     """Draw times, block, masks, time dropout and the seed of the attention mask for an optimizer step.
 
     With complementary masks the result has every sequence twice: all of them as they are drawn, then all of
-    them with the masks turned around.
+    them with the masks turned around. A response whose end is masked has further masks behind it: nobody
+    knows where a text will end before it is written.
     """
     t = stratified_times(
         len(batch), generator, config.noise_schedule.num_timesteps, config.noise_schedule.min_time
     )
     may_mask = predictable(batch, config.qlora.prediction, bos_id, mask_token_id)
-    clean, lengths, document_ids = batch.tokens, batch.lengths, batch.document_ids
+    clean, document_ids = batch.tokens, batch.document_ids
+    ends = np.full(len(clean), clean.shape[1], dtype=np.int32)
     block_size = block_size_of_step(config, step)
     if block_size is not None:
-        may_mask, lengths = keep_one_block(may_mask, lengths, block_size, generator)
+        may_mask, ends = keep_one_block(may_mask, block_size, generator)
     sides = _draw_masks(clean, may_mask, t, config, schedule, generator, mask_token_id)
     masked = np.concatenate([side.masked for side in sides])
-    clean, may_mask, document_ids = (
-        np.concatenate([array] * len(sides)) for array in (clean, may_mask, document_ids)
+    lengths = np.minimum(batch.lengths, ends)
+    clean, may_mask, document_ids, lengths, ends = (
+        np.concatenate([array] * len(sides)) for array in (clean, may_mask, document_ids, lengths, ends)
     )
+    noisy = with_masks(clean, masked, mask_token_id)
+    if batch.maskable is not None:
+        noisy, lengths = _hide_ends(noisy, lengths, ends, block_size is not None, mask_token_id, generator)
     weights = loss_weights(
         masked,
         may_mask,
@@ -152,11 +158,11 @@ def draw_noise(
     mask_seed = int(generator.integers(2**64, dtype=np.uint64))
     return NoisyBatch(
         clean,
-        with_masks(clean, masked, mask_token_id),
+        noisy,
         weights,
         np.concatenate([side.t for side in sides]).astype(np.float32),
         keeps_time,
-        np.concatenate([lengths] * len(sides)),
+        lengths,
         document_ids,
         mask_seed if config.qlora.mask_annealing.mask == "bernoulli" else None,
     )
@@ -196,6 +202,38 @@ def _draw_masks(
     if noise.complementary:
         sides.append(_Masks(may_mask & ~masked, other_weight, _times_at(1.0 - share, schedule)))
     return sides
+
+
+def _hide_ends(
+    noisy: NDArray[np.int32],
+    lengths: NDArray[np.int32],
+    ends: NDArray[np.int32],
+    fill: bool,
+    mask_token_id: int,
+    generator: np.random.Generator,
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Put masks, which are no targets, behind sequences that are shorter than they could be and whose last
+    token is masked.
+
+    Args:
+        noisy: (B, T).
+        lengths: (B,).
+        ends: (B,), where the block, or the batch, ends; masks go up to there at most.
+        fill: up to there, as a block is always whole; False: any number of them, each with equal chance.
+        mask_token_id: what stands in a masked place.
+        generator: the step's own.
+
+    Returns:
+        noisy (B, T), a new array, and lengths (B,) with those masks.
+
+    """
+    room = np.minimum(ends, noisy.shape[1]) - lengths
+    n_more = room if fill else generator.integers(room, endpoint=True)
+    last_tokens = np.take_along_axis(noisy, lengths[:, None] - 1, axis=1)[:, 0]
+    new_lengths = np.where(last_tokens == mask_token_id, lengths + n_more, lengths).astype(np.int32)
+    places = np.arange(noisy.shape[1])
+    is_new = (places >= lengths[:, None]) & (places < new_lengths[:, None])
+    return with_masks(noisy, is_new, mask_token_id), new_lengths
 
 
 def _times_at(shares: NDArray[np.float64], schedule: NoiseSchedule) -> NDArray[np.float64]:

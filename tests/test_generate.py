@@ -212,10 +212,40 @@ def test_text_behind_the_hole_stays_in_sight_even_if_later_blocks_are_to_be_hidd
 
 
 def test_no_block_is_begun_after_one_that_holds_the_stop_token():
-    answer = [4, 5, END, 6, 7, 8, 9, 10, 11]
+    answer = [4, 5, 6, 7, END, 8, 9, 10, 11]
     predictor = KnownPredictor(answer)
     result, _ = run(predictor, [4, *[MASK] * 8], block_length=4, steps=4, temperature=0.0, stop_token=END)
-    assert result.tolist() == [4, 5, END, 6, 7, MASK, MASK, MASK, MASK]
+    assert result.tolist() == [4, 5, 6, 7, END, MASK, MASK, MASK, MASK]
+
+
+@pytest.mark.parametrize("order", ["confidence", "threshold"])
+def test_what_follows_the_stop_token_is_out_of_sight_and_is_not_written(order):
+    sureness = sureness_of(0.5, 0.6, 0.7, 0.95, 0.5, 0.5, 0.5, 0.5)
+    predictor = KnownPredictor([4, 5, 6, END, 8, 9, 10, 11], sureness)
+    result, _ = run(
+        predictor, [4, *[MASK] * 7], order=order, steps=7, temperature=0.0, stop_token=END, threshold=0.9
+    )
+    assert result.tolist() == [4, 5, 6, END, MASK, MASK, MASK, MASK]
+    assert [len(tokens) for tokens, _ in predictor.asked] == [8, 4, 4]
+
+
+def test_text_behind_the_hole_stays_in_sight_behind_a_stop_token():
+    predictor = KnownPredictor([4, 5, END, 7, 8, 9], sureness_of(0.5, 0.6, 0.95, 0.5, 0.5, 0.5))
+    result, _ = run(predictor, [4, MASK, MASK, MASK, MASK, 9], steps=4, temperature=0.0, stop_token=END)
+    assert result.tolist() == [4, 5, END, 7, 8, 9]
+    assert {len(tokens) for tokens, _ in predictor.asked} == {6}
+
+
+def test_a_stop_token_that_is_taken_back_leaves_no_mask_in_sight():
+    """Remasking takes the least sure token, which is the stop token, until the last step."""
+    sureness = sureness_of(0.5, 0.9, 0.9, 0.3, 0.9, 0.9, 0.9)
+    predictor = KnownPredictor([4, 5, 6, END, 8, 9, 10], sureness)
+    result, seen = run(
+        predictor, [4, *[MASK] * 6], order="random", steps=6, remasking=0.9, temperature=0.0, stop_token=END
+    )
+    first_end = result.tolist().index(END)
+    assert first_end == 3 and not (result[:first_end] == MASK).any()
+    assert len(seen) == 6
 
 
 def test_the_same_seed_writes_the_same_text_and_another_seed_another():

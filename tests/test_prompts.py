@@ -7,12 +7,20 @@ import numpy as np
 import pytest
 from test_chat_template import CHATML
 from test_data import ByteTokenizer, loader_of, tokens_of, write_jsonl
+from trainers import make_trainer
 
 from ggml_diffusion.chat_template import ChatTemplate
+from ggml_diffusion.config import load_config
+from ggml_diffusion.corruption import maskable
 from ggml_diffusion.data import TextDataLoader
+from ggml_diffusion.diffusion_model import DiffusionModel
+from ggml_diffusion.engine import Q4Model
 from ggml_diffusion.errors import UserError
+from ggml_diffusion.generate import GenerationConfig
+from ggml_diffusion.lora import TargetModule
 from ggml_diffusion.prompts import ExampleReader
 from ggml_diffusion.tokenizer import Tokenizer
+from ggml_diffusion.trainer import ConversionTrainer
 
 EOS = 0
 
@@ -144,8 +152,6 @@ def test_each_example_is_a_sequence_and_only_its_response_may_be_masked(tmp_path
 
 def test_padding_behind_a_response_is_never_a_target(tmp_path):
     """The end of the text is learned once: what `maskable` of the objective leaves is the response alone."""
-    from ggml_diffusion.corruption import maskable
-
     path = write_records(tmp_path / "a.jsonl", pair("ab", "cde"))
     batch = chat_loader(path, T=16).batch_at(0)
     targets = batch.maskable & maskable(batch.tokens, batch.document_ids, batch.lengths, "shifted", None)
@@ -228,3 +234,84 @@ def test_the_template_of_a_real_model_teaches_an_answer_and_its_end(tmp_path, sm
     assert given[0] == smollm2_tokenizer.bos_id  # a control token, not its letters
     assert smollm2_tokenizer.decode(learned) == "4, of course."
     assert (learned == smollm2_tokenizer.eos_id).tolist() == [False] * (len(learned) - 1) + [True]
+
+
+def drawn_masks(engine, path, n_steps=40, **changes):
+    """Masks of many steps on one batch of examples: (batch, noisy batch, which tokens are masks) each."""
+    batch = chat_loader(path, T=12, B=4).batch_at(0)
+    trainer = make_trainer(engine, training__batch_size=4, model__prediction="aligned", **changes)
+    for step in range(n_steps):
+        trainer.step_count = step
+        noisy = trainer.corrupt(batch)
+        in_sequence = np.arange(12) < noisy.lengths[:, None]
+        yield batch, noisy, (noisy.noisy == trainer.mask_token_id) & in_sequence
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model):
+    with Q4Model.from_gguf(tiny_model(L=1, C=32, H=2, G=1, F=32), 1) as opened:
+        yield opened
+
+
+def test_behind_a_masked_end_there_may_be_more_masks_which_are_no_targets(engine, tmp_path):
+    path = write_records(tmp_path / "a.jsonl", *[pair("ab", "cdefg"[:n]) for n in range(1, 5)])
+    seen = set()
+    for batch, noisy, masks in drawn_masks(engine, path, 100):
+        for b, length in enumerate(batch.lengths):
+            n_more = noisy.lengths[b] - length
+            seen.add((int(length), int(n_more)))
+            if masks[b, length - 1]:
+                assert masks[b, length : noisy.lengths[b]].all()
+            else:
+                assert n_more == 0
+            assert not noisy.weights[b, length:].any() and not masks[b, :2].any()
+    assert {n_more for length, n_more in seen if length == 4} == set(range(9))
+    assert {n_more for length, n_more in seen if length == 7} == set(range(6))
+
+
+def test_a_last_block_with_a_masked_end_is_filled_up_with_masks(engine, tmp_path):
+    path = write_records(tmp_path / "a.jsonl", *[pair("ab", "cdefg"[:n]) for n in range(1, 5)])
+    blocks = {"block_diffusion__enabled": True, "block_diffusion__growth_share": 0.0}
+    ends = set()
+    for batch, noisy, masks in drawn_masks(
+        engine, path, **blocks, block_diffusion__initial_size=4, block_diffusion__final_size=4
+    ):
+        for b, length in enumerate(batch.lengths):
+            is_end = noisy.lengths[b] >= length and masks[b, length - 1]
+            ends.add((int(noisy.lengths[b]), bool(is_end)))
+            # The response starts at 2: blocks end at 6 and 10.
+            assert noisy.lengths[b] in ((6, 10) if is_end else (6, length))
+    assert {(6, True), (10, True)} <= ends
+
+
+BLOCKS = {"block_diffusion.enabled": True, "block_diffusion.initial_size": 2, "block_diffusion.final_size": 4}
+
+
+@pytest.mark.parametrize("blocks", [{}, BLOCKS], ids=["whole", "blocks"])
+def test_responses_and_their_ends_are_learned_by_heart(tiny_model, tmp_path, blocks):
+    """Four prompts, whose responses have different lengths: each is written, and ends where it should."""
+    responses = {"the cat": " sat on the mat", "one and": " two", "in the": " house", "to be": " or not"}
+    path = write_records(tmp_path / "a.jsonl", *[pair(*item) for item in responses.items()])
+    n_steps = 500
+    overrides = {
+        "training.batch_size": 4,
+        "training.gradient_accumulation": 1,
+        "training.total_steps": n_steps,
+        "training.warmup_steps": 10,
+        "training.learning_rate": 3e-3,
+        "training.weight_decay": 0.0,
+        "model.target_modules": [module.value for module in TargetModule],
+        "mask_annealing.total_steps": n_steps // 5,
+        "noise_schedule.type": "linear",
+        **blocks,
+    }
+    base = tiny_model(L=2, C=64, H=4, G=2, F=128)
+    tokenizer = Tokenizer.from_gguf(base)
+    data = TextDataLoader(path, tokenizer, 24, 4)
+    with Q4Model.from_gguf(base, 1) as engine:
+        trainer = ConversionTrainer(engine, load_config(overrides=overrides))
+        for step in range(n_steps):
+            trainer.train_step(data.batch_at(step))
+        converted = DiffusionModel.from_checkpoint(engine, tokenizer, trainer.checkpoint())
+        settings = GenerationConfig(length=16, steps=16, temperature=0.0)
+        assert {prompt: converted.generate(prompt, settings) for prompt in responses} == responses
