@@ -2,6 +2,7 @@
 #   make VENV=/path        another environment (it is created where it is missing)
 #   make PYTHON=python3.12 the Python to create it with
 #   make test PYTEST_ARGUMENTS="-x tests/test_build.py"
+#   make bench BENCH_ARGUMENTS="--peer-python /path/to/python --json bench.json"
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -9,6 +10,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGUMENTS ?=
+BENCH_ARGUMENTS ?=
 # Options for the project's own installation, such as -Ccmake.define.GGD_WERROR=ON.
 PIP_SETTINGS ?=
 BUILD := $(VENV)/build
@@ -96,8 +98,8 @@ sanitize: ## the fast tests under the address and undefined-behaviour sanitizers
 	LD_PRELOAD="$$($${CC:-cc} -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 \
 		$(VENV)-sanitize/bin/python -m pytest -m "not slow and not peer" $(PYTEST_ARGUMENTS)
 
-bench: build ## training tokens per second
-	$(BIN)/python tools/bench.py
+bench: build ## speed and memory of training and generation, about 10 minutes; see tools/bench.py --help
+	$(BIN)/python tools/bench.py $(BENCH_ARGUMENTS)
 
 docs: build ## docs/cli.md from the command line's own help
 	$(BIN)/python tools/make_cli_docs.py

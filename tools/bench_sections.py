@@ -33,7 +33,8 @@ PRODUCT_TYPES = ("Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
 PEAK_TIME_S = 0.5
 FAST, F32 = "fast", "f32"
 
-# Kernel set (environment variable GGD_KERNELS) -> what holds PyTorch to the same instructions.
+# Kernel set (environment variable GGD_KERNELS) -> what holds PyTorch to the same instructions. MKL, which
+# multiplies its float32 matrices, obeys on Intel processors only.
 KERNEL_SETS: Mapping[str, Mapping[str, str]] = {
     "avx512": {
         "ONEDNN_MAX_CPU_ISA": "AVX512_CORE",
