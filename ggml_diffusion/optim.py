@@ -10,7 +10,7 @@ learning rate alone, as PyTorch has it.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
 import numpy as np
@@ -36,6 +36,7 @@ class AdamW:
         parameters: NDArray[np.float32],
         decayed: Iterable[slice],
         *,
+        rate_factors: Iterable[tuple[slice, float]] = (),
         weight_decay: float = 0.01,
         beta1: float = 0.9,
         beta2: float = 0.999,
@@ -46,6 +47,8 @@ class AdamW:
         Args:
             parameters: (n,) float32, contiguous, changed in place by every step.
             decayed: the parts of it that weight decay applies to; they do not overlap.
+            rate_factors: parts whose learning rate is a multiple of that of a step; they do not overlap each
+                other, and hold a decayed part whole or not at all.
             weight_decay: decoupled: a decayed parameter shrinks by learning_rate * weight_decay of itself a
                 step.
             beta1: memory of the first moment.
@@ -55,6 +58,7 @@ class AdamW:
         """
         self.parameters = parameters
         self.decayed = list(decayed)
+        self._parts = _cover(parameters.size, rate_factors)
         self.weight_decay = weight_decay
         self.beta1, self.beta2, self.epsilon = beta1, beta2, epsilon
         self.first_moment = np.zeros_like(parameters)
@@ -65,14 +69,14 @@ class AdamW:
         """Move the parameters by one step against the gradients (n,), which are left as they are."""
         self.step_count += 1
         for part in self.decayed:
-            self.parameters[part] *= np.float32(1.0 - learning_rate * self.weight_decay)
-        step_size = np.float32(learning_rate / (1.0 - self.beta1**self.step_count))
+            factor = next(factor for whole, factor in self._parts if part.start < whole.stop)
+            self.parameters[part] *= np.float32(1.0 - learning_rate * factor * self.weight_decay)
         root_correction = np.float32(1.0 / math.sqrt(1.0 - self.beta2**self.step_count))
         new_share1, new_share2 = np.float32(1.0 - self.beta1), np.float32(1.0 - self.beta2)
         scratch = np.empty(min(_CHUNK, self.parameters.size), dtype=np.float32)
-        for start in range(0, self.parameters.size, _CHUNK):
-            chunk = slice(start, min(start + _CHUNK, self.parameters.size))
-            gradient, work = gradients[chunk], scratch[: chunk.stop - start]
+        for chunk, factor in _chunks(self._parts):
+            step_size = np.float32(learning_rate * factor / (1.0 - self.beta1**self.step_count))
+            gradient, work = gradients[chunk], scratch[: chunk.stop - chunk.start]
             first, second = self.first_moment[chunk], self.second_moment[chunk]
             np.multiply(gradient, new_share1, out=work)
             first *= np.float32(self.beta1)
@@ -87,6 +91,22 @@ class AdamW:
             np.divide(first, work, out=work)
             work *= step_size
             self.parameters[chunk] -= work
+
+
+def _cover(size: int, rate_factors: Iterable[tuple[slice, float]]) -> list[tuple[slice, float]]:
+    """Parts that cover all parameters, in order, each with the factor of its learning rate."""
+    parts, end = [], 0
+    for part, factor in sorted(rate_factors, key=lambda item: int(item[0].start)):
+        parts += [(slice(end, part.start), 1.0), (part, factor)]
+        end = part.stop
+    return [*parts, (slice(end, size), 1.0)]
+
+
+def _chunks(parts: list[tuple[slice, float]]) -> Iterator[tuple[slice, float]]:
+    """The parts in pieces that fit the cache."""
+    for part, factor in parts:
+        for start in range(part.start, part.stop, _CHUNK):
+            yield slice(start, min(start + _CHUNK, part.stop)), factor
 
 
 def clip_by_global_norm(gradients: NDArray[np.float32], max_norm: float) -> float:

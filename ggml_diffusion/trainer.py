@@ -132,6 +132,11 @@ class ConversionTrainer:
         self.optimizer = AdamW(
             self.parameters.flat,
             decayed=[self.parameters.slices[name] for name, shape in shapes.items() if len(shape) == 2],
+            rate_factors=[
+                (self.parameters.slices[name], config.embedding_rate_factor)
+                for name in (MASK_EMBEDDING, WEIGHT_NAME, BIAS_NAME)
+                if name in shapes
+            ],
             weight_decay=config.weight_decay,
         )
 

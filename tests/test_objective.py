@@ -272,6 +272,21 @@ def test_without_a_trained_mask_embedding_it_stays_zero_and_the_rest_is_trained(
     assert with_it.parameters.views["mask_embedding"].any()
 
 
+def test_the_embeddings_may_have_a_learning_rate_of_their_own(model):
+    """The first step of AdamW is the learning rate, times the gradient's sign, for any gradient."""
+    found = {}
+    for factor in (1.0, 4.0):
+        trainer = make_trainer(model, training__embedding_rate_factor=factor, training__weight_decay=0.0)
+        start = trainer.parameters.flat.copy()
+        trainer.train_step(make_batch())
+        moved = trainer.parameters.flat - start
+        found[factor] = {name: moved[part] for name, part in trainer.parameters.slices.items()}
+    for name, moved in found[1.0].items():
+        is_embedding = name.startswith(("mask_embedding", "time_embedding"))
+        expected = moved * (4.0 if is_embedding else 1.0)
+        assert found[4.0][name] == pytest.approx(expected, rel=1e-4, abs=1e-7)
+
+
 # -- all together --------------------------------------------------------------------------------------
 
 ALL = {

@@ -50,6 +50,25 @@ def test_ten_steps_are_those_of_the_textbook(n, chunk, monkeypatch):
     assert np.abs(expected - start).max() > 1e-3
 
 
+@pytest.mark.parametrize("chunk", [3, 1 << 15])
+def test_parts_with_a_rate_of_their_own_take_the_textbooks_steps_at_that_rate(chunk, monkeypatch):
+    monkeypatch.setattr(optim, "_CHUNK", chunk)
+    start, gradients, rates = random_run(40, 5)
+    decays = np.zeros(40)
+    decays[:15] = decays[20:25] = 0.1
+    parameters = start.copy()
+    factors = [(slice(20, 25), 0.25), (slice(25, 30), 4.0)]
+    optimizer = AdamW(parameters, [slice(0, 15), slice(20, 25)], rate_factors=factors[::-1], weight_decay=0.1)
+    for gradient, rate in zip(gradients, rates, strict=True):
+        optimizer.step(gradient, rate)
+    expected = textbook_adamw(start, gradients, rates, decays)
+    for part, factor in factors:
+        own = [rate * factor for rate in rates]
+        expected[part] = textbook_adamw(start[part], [g[part] for g in gradients], own, decays[part])
+    # as above, with steps that add up to 0.1 at four times the rate
+    assert np.abs(parameters - expected).max() < 4e-6
+
+
 def test_only_the_named_parts_decay():
     parameters = np.ones(10, dtype=np.float32)
     optimizer = AdamW(parameters, [slice(1, 3), slice(7, 8)], weight_decay=0.5)
