@@ -161,8 +161,8 @@ def _weights(
 
     # a tied head reads rows of the embedding: the same rows of length 2 give logits with a spread of about 2
     embedding = matrix(V, C, 2.0)
-    # each block adds about half of the embedding's own root mean square to the residual stream; under a tied head
-    # much more, or the network would do no more than repeat its input token
+    # each block adds about half of the embedding's own root mean square to the residual stream; under a tied
+    # head much more, or the network would do no more than repeat its input token
     residual_gain = 0.5 if tied else 1.0 / np.sqrt(C)
     weights = {"token_embd": embedding, "output_norm": norm()}
     for layer in range(L):
