@@ -163,6 +163,21 @@ def test_parts_can_be_left_out(base, folder):
     assert "Infilling" not in printed(evaluation_tables(evaluation))
 
 
+def test_what_the_text_has_no_room_for_is_left_out_with_a_note(base, folder):
+    settings = SETTINGS.model_copy(update={"one_by_one": 0, "seeds": 1, "length": 5000})
+    inputs = EvaluationInputs(
+        base, folder / "adapter.safetensors", sequence_length=18, held_out_fraction=0.5, n_threads=1
+    )
+    listener = Recorder()
+    evaluation = run_evaluation(inputs, settings, listener)
+    assert evaluation.texts == []
+    assert [one.span_length for one in evaluation.infilling] == [1]
+    notes = " ".join(listener.notes)
+    assert "no texts are written: no held-out text has 4 tokens of prompt and 5000" in notes
+    assert "no held-out text has room for spans of 4" in notes
+    assert "no held-out text has room for spans of 8" in notes
+
+
 # -- the base ---------------------------------------------------------------------------------------------
 
 

@@ -201,7 +201,7 @@ def evaluate_conversion(
             future-context gain.
 
     Raises:
-        UserError: the held-out text has nothing that can be predicted, or does not fit the settings.
+        UserError: the held-out text has nothing that can be predicted.
 
     """
     started_s = time.perf_counter()
@@ -209,8 +209,8 @@ def evaluate_conversion(
     may_mask = predictable(held_out, model.tokenizer.bos_id, model.mask_token_id)
     if not may_mask.any():
         raise UserError("the held-out text has no token with another one to its left: give more text")
-    holes = _all_holes(model, held_out, settings)
-    prompts, truths = _prompts(model, held_out, settings)
+    holes = _all_holes(model, held_out, settings, listener)
+    prompts, truths = _prompts(model, held_out, settings, listener)
     listener.start(
         planned_tokens(held_out, may_mask, holes, prompts, settings, has_control=control is not None)
     )
@@ -332,30 +332,34 @@ def _likelihoods(
     return {name: likelihood(nats, n_tokens, n_bytes) for name, nats in by_name.items()}
 
 
-def _all_holes(model: DiffusionModel, held_out: TokenBatch, settings: EvaluationSettings) -> list[list[Hole]]:
-    """The holes of each length; lengths for which no text has room are left out."""
+def _all_holes(
+    model: DiffusionModel, held_out: TokenBatch, settings: EvaluationSettings, listener: Listener
+) -> list[list[Hole]]:
+    """The holes of each length; lengths for which no text has room are left out, with a note."""
     if settings.spans == 0:
         return []
-    cut = (
-        cut_holes(held_out, length, settings.spans, model.mask_token_id, settings.seed)
-        for length in SPAN_LENGTHS
-    )
-    return [holes for holes in cut if holes]
+    found = []
+    for length in SPAN_LENGTHS:
+        holes = cut_holes(held_out, length, settings.spans, model.mask_token_id, settings.seed)
+        if holes:
+            found.append(holes)
+        else:
+            listener.note(f"no held-out text has room for spans of {length}: they are left out")
+    return found
 
 
 def _prompts(
-    model: DiffusionModel, held_out: TokenBatch, settings: EvaluationSettings
+    model: DiffusionModel, held_out: TokenBatch, settings: EvaluationSettings, listener: Listener
 ) -> tuple[list[NDArray[np.int32]], list[NDArray[np.int32]]]:
+    """Prompts and how they went on; if no text has room for them none, with a note."""
     if settings.samples == 0:
         return [], []
-    return cut_prompts(
-        held_out,
-        model.tokenizer,
-        model.mask_token_id,
-        settings.samples,
-        settings.prompt_length,
-        settings.length,
-    )
+    prompts = settings.samples, settings.prompt_length, settings.length
+    try:
+        return cut_prompts(held_out, model.tokenizer, model.mask_token_id, *prompts)
+    except UserError as error:
+        listener.note(f"no texts are written: {error}")
+        return [], []
 
 
 def _generation_config(settings: EvaluationSettings) -> GenerationConfig:
