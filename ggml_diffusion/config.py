@@ -17,7 +17,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from ggml_diffusion.config_groups import (
     BlockDiffusionConfig,
@@ -122,6 +122,16 @@ class ConversionTrainingConfig(Settings):
     noise_schedule: NoiseScheduleConfig = Field(default_factory=NoiseScheduleConfig)
     block_diffusion: BlockDiffusionConfig = Field(default_factory=BlockDiffusionConfig)
     hardware: HardwareConfig = Field(default_factory=HardwareConfig)
+
+    @model_validator(mode="after")
+    def _check_blocks(self) -> "ConversionTrainingConfig":
+        blocks = self.block_diffusion
+        if blocks.enabled and blocks.initial_size >= self.sequence_length:
+            raise ValueError(
+                f"blocks of initial_size = {blocks.initial_size} are not shorter than the sequences, "
+                f"sequence_length = {self.sequence_length}: that is training without blocks"
+            )
+        return self
 
 
 @dataclass(frozen=True)
@@ -321,7 +331,7 @@ def _first_fault(error: ValidationError, origins: Mapping[str, str]) -> str:
                 f" = {_toml_value(fault['input'])}" if isinstance(fault["input"], str | int | float) else ""
             )
             return f"{origins.get(name, '')}[{setting.section}] {setting.key}{given}: {reason}"
-    section = _SECTION_OF_GROUP.get(place, place[-1])
+    section = _SECTION_OF_GROUP.get(place) or place[-1]
     origin = next((origins[name] for name in origins if name.startswith(f"{section}.")), "")
     return f"{origin}[{section}]: {reason}"
 

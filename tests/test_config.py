@@ -257,6 +257,18 @@ def test_values_out_of_their_limits_are_refused_in_one_line_that_names_the_key(n
     assert "\n" not in str(refusal.value)
 
 
+def test_blocks_that_are_no_shorter_than_the_sequences_are_refused():
+    with pytest.raises(UserError, match=r"initial_size = 64 are not shorter .* sequence_length = 64"):
+        load_config(
+            None,
+            {
+                "block_diffusion.enabled": True,
+                "block_diffusion.initial_size": 64,
+                "training.sequence_length": 64,
+            },
+        )
+
+
 @pytest.mark.parametrize("device", ["cuda", "metal"])
 def test_devices_that_are_not_supported_yet_are_refused_with_a_sentence(device, tmp_path):
     path = file_with(tmp_path, f'[hardware]\ndevice = "{device}"\n')
