@@ -100,6 +100,9 @@ class Q4Model:
         """
         if n_threads is not None and n_threads < 1:
             raise UserError(f"the number of threads must be at least 1, not {n_threads}")
+        for name, value, known in (("compute", compute, _COMPUTE), ("keep", keep, _KEEP)):
+            if value not in known:
+                raise UserError(f"{name} must be one of {', '.join(known)}, not {value!r}")
         return cls(read_model(path), n_threads or default_threads(), compute, use_simd, keep)
 
     def close(self) -> None:
