@@ -270,7 +270,10 @@ def test_tables_fit_80_columns_and_say_what_is_what(measured):
     evaluation, _ = measured
     text = printed(evaluation_tables(evaluation))
     assert max(len(line) for line in text.splitlines()) <= 80
-    assert "…" not in text  # nothing is cut off
+    assert "…" not in text
+    for figures in evaluation.likelihoods.values():  # the widest table is not cut off
+        assert f" {figures.nats_per_token.standard_error:.3f}" in text
+        assert f"[{figures.bits_per_byte.low:.3f}, {figures.bits_per_byte.high:.3f}]" in text
     for words in ("NELBO", "ln V", "unigram", "t = 0.85", "(a) causal ratio 1", "(c) causal control",
                   "AR base, best of n", "8 tokens", "distinct-2", "bit for bit"):  # fmt: skip
         assert words in text, words

@@ -34,9 +34,9 @@ INFILL_STYLES = {
     "left_only": ("AR base, left side only", BASE),
 }
 GAIN_STYLES = {
-    "a": ("(a) causal ratio 1", "#1d5fa6"),
-    "b": ("(b) right side masked", "#6fa3d8"),
-    "c": ("(c) causal control", CONTROL),
+    "a": ("(a) causal ratio", "#1d5fa6"),
+    "b": ("(b) right masked", "#6fa3d8"),
+    "c": ("(c) control", CONTROL),
 }
 _LOOK: dict[Any, Any] = {
     "font.size": 8.5,
@@ -239,7 +239,7 @@ def _gain_panel(axes: Any, evaluation: Evaluation) -> None:
     axes.axhline(0.0, color="#333333", linewidth=0.8)
     low, high = axes.get_ylim()
     axes.set_ylim(low, high + 0.22 * (high - low))
-    axes.legend(loc="upper left", ncols=len(forms), columnspacing=1.0, handlelength=1.2)
+    axes.legend(loc="upper left", ncols=len(forms), columnspacing=0.9, handlelength=1.0)
     axes.set_title("Future-context gain, nats")
 
 
@@ -290,7 +290,7 @@ def _writing_panels(panels: list[Any], evaluation: Evaluation) -> None:
     panels[0].set_ylim(low, high * (high / low) ** 0.7)  # room for the legend
     panels[0].set_title("Written text, by denoising steps")
     panels[0].set_ylabel("perplexity\nunder the base")
-    panels[0].legend(loc="upper right", ncols=3, columnspacing=1.0, handlelength=1.8)
+    panels[0].legend(loc="upper right", ncols=3, columnspacing=0.8, handlelength=1.4, borderaxespad=0.1)
     panels[1].set_ylabel("entropy, nats")
     panels[1].set_xticks(steps, [str(one) for one in steps])
     panels[1].minorticks_off()

@@ -38,7 +38,7 @@ class EvaluationSettings(BaseModel):
         default=1, ge=0, description="Spans of each length cut out of each sequence; 0 = no infilling."
     )
     candidates: int = Field(
-        default=8, ge=1, description="Samples of the base for the re-ranked arm of infilling."
+        default=4, ge=1, description="Samples of the base for the re-ranked arm of infilling."
     )
     samples: int = Field(default=4, ge=0, description="Texts to write for each number of steps; 0 = none.")
     length: int = Field(default=64, ge=1, description="Tokens of such a text.")

@@ -146,9 +146,8 @@ def evaluation_tables(evaluation: Evaluation) -> RenderableType:
     return Group(*parts)
 
 
-def with_interval(estimate: Estimate) -> Text:
+def with_interval(estimate: Estimate, digits: int = 3) -> Text:
     """A figure above its interval."""
-    digits = 3 if estimate.value < 100 else 0
     if np.isnan(estimate.value):
         return Text("-")
     text = Text(f"{estimate.value:.{digits}f}", style="bold")
@@ -157,16 +156,21 @@ def with_interval(estimate: Estimate) -> Text:
     return text
 
 
+def _perplexity(estimate: Estimate) -> Text:
+    return with_interval(estimate, 1 if estimate.value < 100 else 0)
+
+
 def _table(title: str, columns: list[str], caption: str = "") -> Table:
     table = Table(
         title=f"\n{title}",
         caption=caption or None,
         box=SIMPLE_HEAD,
+        pad_edge=False,
         title_style="bold",
         title_justify="left",
         caption_justify="left",
     )
-    table.add_column("", min_width=18)
+    table.add_column("")
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     return table
@@ -194,7 +198,7 @@ def _likelihood_table(evaluation: Evaluation) -> Table:
             LIKELIHOOD_NAMES[name],
             with_interval(figures.nats_per_token),
             with_interval(figures.bits_per_byte),
-            with_interval(figures.perplexity),
+            _perplexity(figures.perplexity),
             f"{figures.nats_per_token.standard_error:.3f}",
         )
     table.add_row("ln V", Text(f"{evaluation.ln_vocabulary:.3f}", style="bold"))
@@ -249,7 +253,7 @@ def _texts_table(evaluation: Evaluation) -> Table:
             steps += f", {text.forward_passes:.1f} taken"
         table.add_row(
             f"{ORIGIN_NAMES[text.origin]}{steps}",
-            with_interval(text.fluency.perplexity),
+            _perplexity(text.fluency.perplexity),
             f"{text.fluency.entropy.value:.2f}",
             f"{text.fluency.distinct_2.value:.3f}",
             f"{text.fluency.repetition.value:.3f}",
