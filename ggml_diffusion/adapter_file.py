@@ -61,6 +61,10 @@ class CheckpointMetadata(BaseModel):
     block_size: int | None = Field(
         default=None, ge=1, description="tokens of a block in generation; None = whole sequences"
     )
+    prompts: bool = Field(
+        default=False,
+        description="trained on prompts with responses: the time tells how much of these is masked",
+    )
     created_at: str = Field(description="ISO 8601, UTC")
     version: str = Field(description="of ggml-diffusion")
 

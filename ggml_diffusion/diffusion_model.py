@@ -38,6 +38,8 @@ class DiffusionModel:
         noise_schedule: p(t), the same one as in training.
         block_size: tokens of a block if the conversion writes in blocks, one after the other with nothing
             behind it; None = it was trained on whole sequences.
+        prompts: whether it was trained on prompts with responses: the time then tells how much of what is to
+            be written is masked, else how much of the whole text.
         time_offset: the time embedding as a function, or None if the conversion has none.
 
     """
@@ -52,6 +54,7 @@ class DiffusionModel:
         causal_ratio: float,
         noise_schedule: NoiseSchedule,
         block_size: int | None = None,
+        prompts: bool = False,
         time_offset: TimeOffset | None = None,
     ) -> None:
         if adapter.mask_token_id is None:
@@ -66,6 +69,7 @@ class DiffusionModel:
         self.causal_ratio = causal_ratio
         self.noise_schedule = noise_schedule
         self.block_size = block_size
+        self.prompts = prompts
         self.time_offset = time_offset
 
     @classmethod
@@ -122,6 +126,7 @@ class DiffusionModel:
             causal_ratio=metadata.final_causal_ratio,
             noise_schedule=schedule,
             block_size=metadata.block_size,
+            prompts=metadata.prompts,
             time_offset=time_offset,
         )
 
@@ -228,10 +233,22 @@ class DiffusionModel:
             )
         if config.block_length is None:
             config = config.model_copy(update={"block_length": self.block_size or 0})
+        n_not_masked = 1 if self.prediction == "shifted" else 0
+        if self.prompts:
+            n_not_masked = int((tokens != self.mask_token_id).sum())
+
+        def predict(
+            seen: NDArray[np.int32], positions: NDArray[np.int64], block: NDArray[np.int64]
+        ) -> NDArray[np.float32]:
+            # What was masked in training, and may be here: a block, or the text.
+            n_maskable = len(seen) - n_not_masked if self.block_size is None else len(block)
+            is_mask = (seen if self.block_size is None else seen[block]) == self.mask_token_id
+            return self._predict(seen, positions, float(is_mask.sum()) / n_maskable)
+
         return denoise(
             tokens,
             self.mask_token_id,
-            self._predict,
+            predict,
             self.noise_schedule.mask_probability,
             config,
             stop_token=stop_token,
@@ -240,10 +257,10 @@ class DiffusionModel:
         )
 
     def _predict(
-        self, tokens: NDArray[np.int32], positions: NDArray[np.int64], block: NDArray[np.int64]
+        self, tokens: NDArray[np.int32], positions: NDArray[np.int64], share_masked: float
     ) -> NDArray[np.float32]:
         """Logits (N, V) of the tokens at `positions`, computing the head for no other row."""
-        t = time_at_share(self._share_masked(tokens, block), self.noise_schedule.mask_probability)
+        t = time_at_share(share_masked, self.noise_schedule.mask_probability)
         select = np.zeros((1, len(tokens)), dtype=bool)
         select[0, rows_of_positions(positions, self.prediction)] = True
         logits = self.engine.logits(
@@ -255,10 +272,3 @@ class DiffusionModel:
         )
         logits[:, self.mask_token_id] = -np.inf
         return logits
-
-    def _share_masked(self, tokens: NDArray[np.int32], block: NDArray[np.int64]) -> float:
-        """How much is masked, in what was masked in training: the whole sequence, or the block."""
-        if self.block_size is not None:
-            return float((tokens[block] == self.mask_token_id).mean())
-        n_maskable = len(tokens) - (1 if self.prediction == "shifted" else 0)
-        return float((tokens == self.mask_token_id).sum()) / n_maskable

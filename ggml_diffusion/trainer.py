@@ -108,6 +108,7 @@ class ConversionTrainer:
         self.data_fingerprint = data_fingerprint
         self._warn = warn
         self._skipped_in_a_row = 0
+        self._has_prompts = False
 
         qlora = config.qlora
         self.noise_schedule = NoiseSchedule(config.noise_schedule.type)
@@ -171,6 +172,7 @@ class ConversionTrainer:
         self.annealer.step()
         n_tokens = noisy_batch.n_tokens
         self.tokens_seen += n_tokens
+        self._has_prompts |= batch.maskable is not None
         return TrainMetrics(
             step=self.step_count,
             loss=masked.loss,
@@ -381,6 +383,7 @@ class ConversionTrainer:
                 mask_token_id=self.mask_token_id,
                 alpha=config.qlora.alpha,
                 block_size=block_size_of_step(config, self.step_count),
+                prompts=self._has_prompts,
                 time_max_timesteps=self.time_embedding.max_timesteps if self.time_embedding else None,
                 created_at=_created_at(),
                 version=version("ggml-diffusion"),
@@ -408,6 +411,7 @@ class ConversionTrainer:
                 "optimizer_steps": self.optimizer.step_count,
                 "skipped_in_a_row": self._skipped_in_a_row,
                 "mask_token_id": self.mask_token_id,
+                "has_prompts": self._has_prompts,
             },
         )
         return save_state(folder, state, self.checkpoint())
@@ -436,6 +440,7 @@ class ConversionTrainer:
         self.optimizer.second_moment[...] = state.second_moment
         self.optimizer.step_count = int(state.extra["optimizer_steps"])
         self._skipped_in_a_row = int(state.extra["skipped_in_a_row"])
+        self._has_prompts = bool(state.extra.get("has_prompts", False))
         self.step_count = self.annealer.current_step = state.step
         self.tokens_seen = state.tokens_seen
         return True

@@ -331,6 +331,11 @@ def test_the_time_embedding_is_added_at_the_time_that_fits_the_share_of_masks(en
     model.fill([30, *[MASK] * 4, 31, 32, 33, 34], GenerationConfig(steps=4))
     # a linear schedule; of 8 tokens that may be masked, 4, 3, 2, 1 are
     assert seen == pytest.approx([4 / 8, 3 / 8, 2 / 8, 1 / 8], abs=1e-6)
+    # After training on prompts it is the share of what is to be written.
+    seen.clear()
+    model.prompts = True
+    model.fill([30, *[MASK] * 4, 31, 32, 33, 34], GenerationConfig(steps=4))
+    assert seen == pytest.approx([1, 3 / 4, 2 / 4, 1 / 4], abs=1e-6)
 
 
 def test_a_conversion_that_was_trained_in_blocks_writes_in_blocks(engine):
@@ -343,9 +348,9 @@ def test_a_conversion_that_was_trained_in_blocks_writes_in_blocks(engine):
     lengths = []
 
     class Watched(DiffusionModel):
-        def _predict(self, tokens, positions, block):
+        def _predict(self, tokens, positions, share_masked):
             lengths.append(len(tokens))
-            return super()._predict(tokens, positions, block)
+            return super()._predict(tokens, positions, share_masked)
 
     model = converted(engine, time_offset=offset)
     model.__class__, model.block_size = Watched, 4
@@ -414,7 +419,7 @@ class Scripted(DiffusionModel):
 
     script = ()
 
-    def _predict(self, tokens, positions, block):
+    def _predict(self, tokens, positions, share_masked):
         logits = np.zeros((len(positions), self.engine.V), dtype=np.float32)
         logits[np.arange(len(positions)), np.array(self.script)[positions]] = 50.0
         return logits

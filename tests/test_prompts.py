@@ -284,6 +284,20 @@ def test_a_last_block_with_a_masked_end_is_filled_up_with_masks(engine, tmp_path
     assert {(6, True), (10, True)} <= ends
 
 
+@pytest.mark.parametrize("suffix", ["safetensors", "gguf"])
+def test_a_conversion_says_whether_it_was_trained_on_prompts_also_after_a_resume(engine, tmp_path, suffix):
+    path = write_records(tmp_path / "a.jsonl", pair("ab", "cde"))
+    trainer = make_trainer(engine)
+    trainer.export(tmp_path)
+    assert not DiffusionModel.load(engine.path, tmp_path / f"adapter.{suffix}").prompts
+    trainer.train_step(chat_loader(path).batch_at(0))
+    trainer.save_checkpoint(tmp_path / "checkpoints")
+    resumed = make_trainer(engine)
+    assert resumed.resume(tmp_path / "checkpoints")
+    resumed.export(tmp_path)
+    assert DiffusionModel.load(engine.path, tmp_path / f"adapter.{suffix}").prompts
+
+
 BLOCKS = {"block_diffusion.enabled": True, "block_diffusion.initial_size": 2, "block_diffusion.final_size": 4}
 
 
