@@ -199,6 +199,10 @@ class HardwareConfig(Settings):
         default=None, ge=1, le=1024, description="Threads; left out, as many as the process may use."
     )
     use_simd: bool = Field(default=True, description="Vector instructions; false is slow and for comparison.")
+    int8: bool = Field(
+        default=True,
+        description="Input gradients in int8, if the processor can and a check on the first batch allows it.",
+    )
     compute: Arithmetic = Field(
         default="fast",
         description="Arithmetic of the matrix products: fast, or f32 = exact products in float32.",

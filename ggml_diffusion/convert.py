@@ -33,6 +33,7 @@ from ggml_diffusion.engine import Q4Model
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.evaluate import MaskedScore, Score, as_rows, base_score, masked_scores
 from ggml_diffusion.identity import check_identity
+from ggml_diffusion.int8_gate import choose_int8
 from ggml_diffusion.lora import LoraAdapter
 from ggml_diffusion.metrics import MetricsWriter, TrainMetrics
 from ggml_diffusion.model_file import ModelFile, read_model
@@ -140,7 +141,8 @@ def run_conversion(
             listener.note(str(check_identity(model, tokenizer)))
             if fresh:
                 _delete_run(output)
-            _resume(trainer, output, listener)
+            if not _resume(trainer, output, listener) and hardware.int8:
+                listener.note(str(choose_int8(trainer, data.batch_at(0))))
             _write_text(output / CONFIG, to_toml(config))
             before = None
             if held_out is not None:
@@ -274,7 +276,7 @@ def _delete_run(output: Path) -> None:
         raise UserError(f"{output}: the earlier run cannot be deleted: {error.strerror or error}") from None
 
 
-def _resume(trainer: ConversionTrainer, output: Path, listener: Listener) -> None:
+def _resume(trainer: ConversionTrainer, output: Path, listener: Listener) -> bool:
     try:
         resumed = trainer.resume(output / CHECKPOINTS)
     except UserError as error:
@@ -283,6 +285,7 @@ def _resume(trainer: ConversionTrainer, output: Path, listener: Listener) -> Non
         listener.note(
             f"going on at step {trainer.step_count} of {trainer.config.total_steps}; --fresh would start anew"
         )
+    return resumed
 
 
 # -- the loop ----------------------------------------------------------------------------------------

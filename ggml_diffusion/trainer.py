@@ -186,6 +186,13 @@ class ConversionTrainer:
             distillation_loss=masked.distillation_loss,
         )
 
+    def first_gradient(self, batch: TokenBatch) -> NDArray[np.float64]:
+        """The flat gradient of the next step's first micro-batch; changes nothing."""
+        gradients = ParameterStore({name: view.shape for name, view in self.parameters.views.items()})
+        part = self.corrupt(batch).part(slice(0, self.config.batch_size))
+        self._accumulate(part, self.annealer.causal_ratio_at(self.step_count), gradients)
+        return gradients.flat.astype(np.float64)
+
     def corrupt(self, batch: TokenBatch) -> NoisyBatch:
         """The noise that the next step adds to a batch: a function of (seed, step) and the batch."""
         return draw_noise(
@@ -412,6 +419,7 @@ class ConversionTrainer:
                 "skipped_in_a_row": self._skipped_in_a_row,
                 "mask_token_id": self.mask_token_id,
                 "has_prompts": self._has_prompts,
+                "int8_backward": self.model.int8_backward,
             },
         )
         return save_state(folder, state, self.checkpoint())
@@ -441,6 +449,7 @@ class ConversionTrainer:
         self.optimizer.step_count = int(state.extra["optimizer_steps"])
         self._skipped_in_a_row = int(state.extra["skipped_in_a_row"])
         self._has_prompts = bool(state.extra.get("has_prompts", False))
+        self.model.int8_backward = bool(state.extra.get("int8_backward", False))
         self.step_count = self.annealer.current_step = state.step
         self.tokens_seen = state.tokens_seen
         return True

@@ -77,6 +77,7 @@ OTHER_VALUES = {
     "hardware.device": "cpu",
     "hardware.num_threads": 3,
     "hardware.use_simd": False,
+    "hardware.int8": False,
     "hardware.compute": "f32",
 }
 

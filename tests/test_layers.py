@@ -27,7 +27,7 @@ PYTHON_LAYERS = (
     {"convert", "evaluation.suite"},
     {"evaluate", "evaluation.results"},
     {"evaluation", *MEASURES},
-    {"trainer", "generate", "identity", "diffusion_model", "inspect"},
+    {"trainer", "generate", "identity", "int8_gate", "diffusion_model", "inspect"},
     {"noisy_batch"},
     {"config"},
     {"config_groups"},

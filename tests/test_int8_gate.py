@@ -1,0 +1,82 @@
+"""The int8 gate: it decides by the gradients of the first batch, and the run keeps the decision."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import TinyModel
+from numpy.typing import NDArray
+
+from ggml_diffusion.config import ConversionTrainingConfig
+from ggml_diffusion.data import TokenBatch
+from ggml_diffusion.engine import Q4Model
+from ggml_diffusion.errors import UserError
+from ggml_diffusion.int8_gate import MIN_COSINE, choose_int8
+from ggml_diffusion.trainer import ConversionTrainer
+
+
+def batch(B: int = 4, T: int = 24) -> TokenBatch:
+    tokens = np.random.default_rng(0).integers(20, 200, (B, T)).astype(np.int32)
+    return TokenBatch(tokens, np.full(B, T, np.int32), np.zeros((B, T), np.int32))
+
+
+@pytest.fixture
+def model(tiny_model: TinyModel) -> Q4Model:
+    opened = Q4Model.from_gguf(tiny_model(type="Q4_1"), 1)
+    try:
+        opened.int8_backward = True
+    except UserError:
+        pytest.skip("this processor has no int8 products")
+    opened.int8_backward = False
+    return opened
+
+
+def trainer_of(model: Q4Model) -> ConversionTrainer:
+    return ConversionTrainer(model, ConversionTrainingConfig(batch_size=4, gradient_accumulation=1))
+
+
+def test_int8_is_used_where_the_gradient_agrees(model: Q4Model) -> None:
+    trainer = trainer_of(model)
+    fine = trainer.first_gradient(batch())
+    report = choose_int8(trainer, batch())
+    coarse = trainer.first_gradient(batch())
+    assert model.int8_backward
+    assert report.is_used
+    assert report.cosine is not None
+    expected = coarse @ fine / np.linalg.norm(coarse) / np.linalg.norm(fine)
+    assert report.cosine == pytest.approx(expected, abs=1e-12)
+    assert MIN_COSINE < report.cosine < 1.0
+
+
+def test_int8_is_not_used_where_the_gradient_differs(model: Q4Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = trainer_of(model)
+    true_gradient = trainer.first_gradient
+
+    def first_gradient(tokens: TokenBatch) -> NDArray[np.float64]:
+        gradient = true_gradient(tokens)
+        if model.int8_backward:
+            gradient[: len(gradient) // 2] = 0.0
+        return gradient
+
+    monkeypatch.setattr(trainer, "first_gradient", first_gradient)
+    report = choose_int8(trainer, batch())
+    assert not report.is_used
+    assert not model.int8_backward
+    assert "not used" in str(report)
+
+
+def test_a_model_that_computes_in_float32_goes_without(tiny_model: TinyModel) -> None:
+    with Q4Model.from_gguf(tiny_model(type="F32"), 1) as model:
+        report = choose_int8(trainer_of(model), batch())
+        assert report.cosine is None
+        assert not model.int8_backward
+
+
+def test_a_resumed_run_keeps_the_decision(model: Q4Model, tmp_path: Path) -> None:
+    trainer = trainer_of(model)
+    choose_int8(trainer, batch())
+    trainer.train_step(batch())
+    trainer.save_checkpoint(tmp_path)
+    model.int8_backward = False
+    assert trainer_of(model).resume(tmp_path)
+    assert model.int8_backward
