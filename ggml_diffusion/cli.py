@@ -204,6 +204,7 @@ def generate(
     top_p: Annotated[float | None, _generation("top_p", "--top-p")] = None,
     length: Annotated[int | None, _generation("length", "--length")] = None,
     seed: Annotated[int | None, _generation("seed", "--seed")] = None,
+    threshold: Annotated[float | None, _generation("threshold", "--threshold")] = None,
     block_length: Annotated[int | None, _generation("block_length", "--block-length")] = None,
     remasking: Annotated[float | None, _generation("remasking", "--remasking")] = None,
     threads: Threads = None,
@@ -221,6 +222,7 @@ def generate(
         "top_p": top_p,
         "length": length,
         "seed": seed,
+        "threshold": threshold,
         "block_length": block_length,
         "remasking": remasking,
     }

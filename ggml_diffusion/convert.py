@@ -224,6 +224,8 @@ def _training_data(
     )
     if data.n_skipped:
         listener.warn(f"{data.n_skipped} documents without text were left out")
+    if data.n_too_long:
+        listener.warn(f"{data.n_too_long} examples whose prompt alone fills a sequence were left out")
     return data
 
 
