@@ -84,7 +84,7 @@ class TimeEmbeddingConfig(Settings):
     enabled: bool = Field(default=True, description="Whether the model is told the diffusion time.")
     dim: int = Field(default=256, ge=2, multiple_of=2, description="Sinusoidal features of the time; even.")
     max_timesteps: int = Field(
-        default=1000, ge=1, description="Rows of the table that times are interpolated from."
+        default=1000, ge=2, description="Rows of the table that times are interpolated from."
     )
     dropout: Ratio = Field(
         default=0.0,

@@ -27,6 +27,13 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
+def _umask() -> int:
+    """The process's file mode mask, which can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
 def replace_file(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary file beside `path`, then put it in the place of `path`.
 
@@ -37,6 +44,7 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> None:
     temporary = path.with_name(f".{path.name}.tmp")  # what a killed process left is overwritten by the next
     try:
         write(temporary)
+        os.chmod(temporary, 0o666 & ~_umask())  # some writers make private files; these are for everyone
         fsync_path(temporary)
         os.replace(temporary, path)
         fsync_path(path.parent)

@@ -81,3 +81,10 @@ def test_hostile_safetensors_are_refused_in_one_line(tmp_path: Path, name: str):
     assert message.startswith(f"{path}: ")
     assert fault in message
     assert peak_bytes < 20 << 20
+
+
+def test_a_file_gets_the_mode_that_others_get(tmp_path: Path) -> None:
+    plain, written = tmp_path / "plain", tmp_path / "adapter.safetensors"
+    plain.write_text("", encoding="utf-8")
+    write_safetensors(written, {"x": np.zeros(2, np.float32)}, {})
+    assert written.stat().st_mode == plain.stat().st_mode
