@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import sys
+from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,11 @@ import numpy as np
 import pytest
 from bench_arms import Arm, ArmFailed, alternate
 from bench_projection import SEED_STEP_S, StepCost, cost_of_layers, cost_of_step, project, scaling
+from bench_report import show
 from bench_sections import ProductShape, Settings, Work, our_arm
 from conftest import TinyModel
 from make_large_gguf import make_large_gguf
+from rich.console import Console
 
 from ggml_diffusion.engine import Q4Model
 from ggml_diffusion.model_file import read_model
@@ -95,6 +99,27 @@ def test_the_benchmark_of_a_tiny_model_gives_tables_and_json(
     assert parallel + ours["serial_share"] == pytest.approx(1.0, abs=1e-9)
     assert 0.0 < ours["optimizer_share"] <= ours["serial_share"]
     assert [row["steps"] for row in figures["generation"]] == [1, 3]
+
+
+def test_a_section_with_nothing_to_measure_says_so(
+    tmp_path: Path, tiny_model: TinyModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--model", str(tiny_model()), "--folder", str(tmp_path)]
+    assert bench.main(["--step", "--work", "no such work", *options]) == 0
+    assert "step: nothing of that to measure here" in capsys.readouterr().out
+
+
+def test_threads_are_compared_and_projected(
+    tmp_path: Path, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_sections, "SHAPE_7B", SMALL)
+    for n_threads, scalings in ((1, ["ideal"]), (2, ["ideal", "as measured"])):
+        settings = replace(settings_for(tmp_path, tiny_model(V=600)), n_threads=n_threads)
+        result = bench_sections.threads(settings)
+        show(Console(file=StringIO()), "threads", result)
+        assert [len(work["arms"]) for work in result["works"]] == [n_threads, n_threads + 1]
+        assert [row["scaling"] for row in result["projection"]] == scalings * 2
+        assert result["projection"][0]["speedup"] == 16 / n_threads
 
 
 def test_products_are_rated_by_their_own_operations(tmp_path: Path, tiny_model: TinyModel) -> None:

@@ -7,10 +7,12 @@ import struct
 import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conversions import refusal
 
 from ggml_diffusion.adapter_file import load_adapter
+from ggml_diffusion.safetensors_file import write_safetensors
 
 
 def raw_safetensors(header: object, data: bytes) -> bytes:
