@@ -181,5 +181,8 @@ TABLES: Mapping[str, Callable[[Any], list[Table]]] = {
 
 def show(console: Console, section: str, result: Any) -> None:
     """Print a section's tables."""
+    if not result:
+        console.print(f"{section}: nothing of that to measure here")
+        return
     for table in TABLES[section](result):
         console.print(table)

@@ -395,11 +395,12 @@ def threads(settings: Settings) -> Row:
                 for name, model, count in arms_wanted
             ]
             rows.append({"work": work.name, "arms": compare_steps(settings, arms)})
-    first, *_, one, two = (cost_of_step(arm) for arm in rows[1]["arms"])
+    costs = [cost_of_step(arm) for arm in rows[1]["arms"]]
+    one, two = costs[-2:]
     cost = cost_of_layers(one, two, SHAPE_7B["L"])
     speedups = {"ideal": SEED_CORES / counts[-1]}
     if len(counts) > 1:
-        measured = first.parallel_s / one.parallel_s
+        measured = costs[0].parallel_s / one.parallel_s
         speedups["as measured"] = scaling(measured, counts[-1], SEED_CORES)
     return {
         "n_threads": counts[-1],
