@@ -83,7 +83,9 @@ static int prepare(ggd_session *s, const ggd_batch *batch, const ggd_adapter *ad
         (objective != NULL && check_objective(s, batch, objective))) {
         return -1;
     }
+    // Without gradients nothing is kept: any layout of the arena will do.
     ggd_capacity wanted = {.n_rows = (size_t)batch->n_rows, .gradients = gradients};
+    wanted.keep = gradients ? s->options.keep : s->capacity.keep;
     wanted.teacher = objective != NULL && objective->teacher_tokens != NULL;
     for (int32_t i = 0; i < batch->n_segments; i++) {
         size_t n = (size_t)batch->segments[i].n_rows;

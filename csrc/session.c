@@ -32,7 +32,7 @@ static size_t panel_multiple(size_t n) { return ggd_round_up(n, GGD_PANEL_COLUMN
 static void lay_out_layers(const ggd_session *s, arena *a, const ggd_capacity *c, ggd_buffers *b) {
     const ggd_shape *shape = &s->model->shape;
     size_t m = c->n_rows, n_layers = (size_t)shape->n_layers, ld_rank = panel_multiple(c->max_rank);
-    int keep = c->gradients ? s->options.keep : GGD_KEEP_BOUNDARIES;
+    int keep = c->gradients ? c->keep : GGD_KEEP_BOUNDARIES;
     ggd_element e = s->compute.element;
     ggd_layer_activations shared = {0};
     for (size_t l = 0; l < n_layers; l++) {
@@ -143,7 +143,7 @@ static size_t lay_out(const ggd_session *s, void *base, const ggd_capacity *c, g
     b->pairs = take(&a, n_layers * GGD_N_TARGETS, sizeof *b->pairs);
     b->x = take(&a, c->n_rows * s->ld_hidden, sizeof(float));
     b->normed = take_activation(&a, s->compute.element, c->n_rows, s->ld_hidden);
-    if (c->gradients && s->options.keep == GGD_KEEP_BOUNDARIES) {
+    if (c->gradients && c->keep == GGD_KEEP_BOUNDARIES) {
         b->boundaries = take(&a, n_layers, sizeof *b->boundaries);
         for (size_t l = 0; l < n_layers; l++) {
             float *boundary = take(&a, c->n_rows * s->ld_hidden, sizeof(float));
@@ -182,12 +182,16 @@ static size_t larger(size_t a, size_t b) { return a > b ? a : b; }
 int ggd_session_reserve(ggd_session *s, const ggd_capacity *wanted) {
     const ggd_capacity *have = &s->capacity;
     if (s->arena != NULL && wanted->n_rows <= have->n_rows && wanted->max_segment_rows <= have->max_segment_rows &&
-        wanted->max_rank <= have->max_rank && wanted->gradients <= have->gradients && wanted->teacher <= have->teacher) {
+        wanted->max_rank <= have->max_rank && wanted->gradients <= have->gradients && wanted->teacher <= have->teacher &&
+        wanted->keep == have->keep) {
         return 0;
     }
-    ggd_capacity grown = {larger(wanted->n_rows, have->n_rows), larger(wanted->max_segment_rows, have->max_segment_rows),
-                          larger(wanted->max_rank, have->max_rank), wanted->gradients || have->gradients,
-                          wanted->teacher || have->teacher};
+    ggd_capacity grown = {.n_rows = larger(wanted->n_rows, have->n_rows),
+                          .max_segment_rows = larger(wanted->max_segment_rows, have->max_segment_rows),
+                          .max_rank = larger(wanted->max_rank, have->max_rank),
+                          .gradients = wanted->gradients || have->gradients,
+                          .teacher = wanted->teacher || have->teacher,
+                          .keep = wanted->keep};
     free(s->arena);
     s->arena = NULL;
     s->capacity = (ggd_capacity){0};
@@ -270,16 +274,23 @@ const char *ggd_session_element(const ggd_session *session) {
 }
 
 int ggd_session_plan(const ggd_session *session, int32_t n_rows, int32_t max_segment_rows, int32_t max_rank, int32_t gradients,
-                     size_t *bytes) {
+                     int32_t teacher, int32_t keep, size_t *bytes) {
     if (n_rows < 1 || max_segment_rows < 1 || max_rank < 0) {
         return ggd_fail("cannot plan %d rows in segments of %d at rank %d", n_rows, max_segment_rows, max_rank);
     }
-    ggd_capacity wanted = {(size_t)n_rows, (size_t)max_segment_rows, (size_t)max_rank, gradients != 0, 0};
+    ggd_capacity wanted = {.n_rows = (size_t)n_rows,
+                           .max_segment_rows = (size_t)max_segment_rows,
+                           .max_rank = (size_t)max_rank,
+                           .gradients = gradients != 0,
+                           .teacher = teacher != 0,
+                           .keep = keep};
     ggd_buffers buffers;
     size_t bytes_thread;
     *bytes = lay_out(session, NULL, &wanted, &buffers, &bytes_thread);
     return 0;
 }
+
+void ggd_session_set_keep(ggd_session *session, int32_t keep) { session->options.keep = keep; }
 
 size_t ggd_session_bytes(const ggd_session *session) { return session->bytes_arena; }
 

@@ -24,6 +24,7 @@ typedef struct {
 typedef struct {
     size_t n_rows, max_segment_rows, max_rank;
     int gradients, teacher;
+    int keep;  // GGD_KEEP_*, of a call with gradients
 } ggd_capacity;
 
 typedef struct {

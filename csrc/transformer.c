@@ -135,7 +135,7 @@ static void recompute_layer(ggd_session *s, const ggd_batch *batch, size_t l) {
         attention_block_forward(s, batch, l);
         ffn_norm_forward(s, m, l);
     }
-    if (s->options.keep != GGD_KEEP_ALL) {
+    if (s->capacity.keep != GGD_KEEP_ALL) {
         ffn_inner_forward(s, m, l);
     }
     if (b->boundaries != NULL) {

@@ -20,15 +20,24 @@ from numpy.typing import ArrayLike, NDArray
 from ggml_diffusion._native import ffi, lib
 from ggml_diffusion.adapter_file import load_adapter
 from ggml_diffusion.errors import UserError
-from ggml_diffusion.lora import LoraAdapter
+from ggml_diffusion.lora import LoraAdapter, lora_ranks
+from ggml_diffusion.memory_plan import Keep, StepPlan, plan_step
 from ggml_diffusion.model_file import ModelFile, file_sha256, read_model
-from ggml_diffusion.native_structs import LossResult, NativeAdapter, Objective, Rows, Teacher, check, pointer
+from ggml_diffusion.native_structs import (
+    LossResult,
+    NativeAdapter,
+    Objective,
+    Rows,
+    Teacher,
+    check,
+    cut,
+    pointer,
+)
 from ggml_diffusion.segments import token_array
 
 __all__ = ["Compute", "Keep", "LossResult", "Q4Model", "Teacher", "default_threads"]
 
 Compute = Literal["fast", "f32"]
-Keep = Literal["all", "without-ffn", "boundaries"]
 
 _COMPUTE = {"fast": lib.GGD_COMPUTE_FAST, "f32": lib.GGD_COMPUTE_F32}
 _KEEP = {
@@ -50,8 +59,18 @@ class Q4Model:
     gives the same bits for any number of threads.
     """
 
-    def __init__(self, file: ModelFile, n_threads: int, compute: Compute, use_simd: bool, keep: Keep) -> None:
+    def __init__(
+        self,
+        file: ModelFile,
+        n_threads: int,
+        compute: Compute,
+        use_simd: bool,
+        keep: Keep | Literal["auto"],
+        memory_budget: int | None,
+    ) -> None:
         """Use `from_gguf`."""
+        self._keep = keep
+        self._memory_budget = memory_budget
         self._file = file
         self._n_threads = n_threads
         self._compute = compute
@@ -64,7 +83,6 @@ class Q4Model:
         options.n_threads = n_threads
         options.compute = _COMPUTE[compute]
         options.use_simd = use_simd
-        options.keep = _KEEP[keep]
         session = ffi.new("ggd_session **")
         try:
             check(lib.ggd_session_create(self._model, options, session))
@@ -81,7 +99,8 @@ class Q4Model:
         *,
         compute: Compute = "fast",
         use_simd: bool = True,
-        keep: Keep = "all",
+        keep: Keep | Literal["auto"] = "auto",
+        memory_budget: int | None = None,
     ) -> "Q4Model":
         """Open a model.
 
@@ -92,7 +111,9 @@ class Q4Model:
                 and the residual stream are float32), "f32" always in float32.
             use_simd: False selects the naive reference kernels.
             keep: what a training step keeps for its backward: "all", "without-ffn" (gate and up are computed
-                again) or "boundaries" (each layer is). The gradients are the same.
+                again) or "boundaries" (each layer is). The gradients are the same. "auto" takes what fits
+                the budget, in parts of whole sequences if need be.
+            memory_budget: bytes that a training step should take beside the mapped file; None = no limit.
 
         Raises:
             UserError: the file is missing, damaged or not supported; the message says why in one line.
@@ -100,10 +121,10 @@ class Q4Model:
         """
         if n_threads is not None and n_threads < 1:
             raise UserError(f"the number of threads must be at least 1, not {n_threads}")
-        for name, value, known in (("compute", compute, _COMPUTE), ("keep", keep, _KEEP)):
+        for name, value, known in (("compute", compute, _COMPUTE), ("keep", keep, ("auto", *_KEEP))):
             if value not in known:
                 raise UserError(f"{name} must be one of {', '.join(known)}, not {value!r}")
-        return cls(read_model(path), n_threads or default_threads(), compute, use_simd, keep)
+        return cls(read_model(path), n_threads or default_threads(), compute, use_simd, keep, memory_budget)
 
     def close(self) -> None:
         """Free the model's memory; every other call is an error afterwards."""
@@ -225,7 +246,16 @@ class Q4Model:
             f"{self.n_threads} threads"
         )
 
-    def memory_bytes(self, n_rows: int, longest: int, rank: int = 0, gradients: bool = True) -> int:
+    def memory_bytes(
+        self,
+        n_rows: int,
+        longest: int,
+        rank: int = 0,
+        gradients: bool = True,
+        *,
+        keep: Keep = "all",
+        teacher: bool = False,
+    ) -> int:
         """Bytes that a call takes beside the mapped file.
 
         Args:
@@ -233,11 +263,27 @@ class Q4Model:
             longest: tokens of its longest document.
             rank: largest R of the adapter.
             gradients: for `loss_and_gradients` or for the other calls.
+            keep: what is kept for the backward.
+            teacher: whether there is one.
 
         """
         n_bytes = ffi.new("size_t *")
-        check(lib.ggd_session_plan(self._open(), n_rows, longest, rank, gradients, n_bytes))
+        check(
+            lib.ggd_session_plan(
+                self._open(), n_rows, longest, rank, gradients, teacher, _KEEP[keep], n_bytes
+            )
+        )
         return int(n_bytes[0])
+
+    def step_plan(self, n_sequences: int, n_tokens: int, rank: int, teacher: bool = False) -> StepPlan:
+        """What a training step of n_sequences of n_tokens each keeps, and how many go together."""
+        if self._keep != "auto":
+            return StepPlan(self._keep, n_sequences)
+
+        def planned_bytes(keep: Keep, sequences: int) -> int:
+            return self.memory_bytes(sequences * n_tokens, n_tokens, rank, keep=keep, teacher=teacher)
+
+        return plan_step(n_sequences, n_tokens, self._memory_budget, planned_bytes)
 
     def reset_profile(self) -> None:
         """Start counting `profile` from zero."""
@@ -375,17 +421,34 @@ class Q4Model:
 
         """
         self._open()
-        rows = Rows(self.C, tokens, causal_ratio, embedding_offset, lengths, document_ids, bernoulli_seed)
-        objective = Objective(rows, targets, weights, teacher)
         native = self._native_adapter(adapter, gradients)
-        offset_gradient = np.zeros((rows.valid.shape[0], self.C), dtype=np.float32)
-        offset_pointer = pointer("float *", offset_gradient)
-        check(
-            lib.ggd_loss_and_gradients(
-                self._session, rows.batch, native.struct, objective.struct, offset_pointer
+        n_sequences, n_tokens = token_array(tokens).shape
+        rank = max(lora_ranks(adapter.tensors).values(), default=0)
+        plan = self.step_plan(n_sequences, n_tokens, rank, teacher is not None)
+        lib.ggd_session_set_keep(self._session, _KEEP[plan.keep])
+        results = []
+        for start in range(0, n_sequences, plan.sequences):
+            part = slice(start, start + plan.sequences)
+            rows = Rows(
+                self.C,
+                cut(tokens, part),
+                causal_ratio,
+                cut(embedding_offset, part),
+                cut(lengths, part),
+                cut(document_ids, part),
+                bernoulli_seed,
             )
-        )
-        return objective.result(offset_gradient)
+            taught = None if teacher is None else teacher.part(part)
+            objective = Objective(rows, cut(targets, part), cut(weights, part), taught)
+            offset_gradient = np.zeros((len(rows.valid), self.C), dtype=np.float32)
+            offset_pointer = pointer("float *", offset_gradient)
+            check(
+                lib.ggd_loss_and_gradients(
+                    self._session, rows.batch, native.struct, objective.struct, offset_pointer
+                )
+            )
+            results.append(objective.result(offset_gradient))
+        return LossResult.joined(results)
 
     def _open(self) -> Any:
         if self._session == ffi.NULL:

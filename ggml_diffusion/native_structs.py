@@ -7,7 +7,7 @@ Letters: B sequences, T tokens a sequence, M rows (all tokens that are no paddin
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -41,6 +41,20 @@ class LossResult:
     offset_gradient: NDArray[np.float32] | None = None
     distillation_loss: float = 0.0
 
+    @staticmethod
+    def joined(parts: list["LossResult"]) -> "LossResult":
+        """The result of a batch from those of its parts, in order."""
+        if len(parts) == 1:
+            return parts[0]
+        gradients = [part.offset_gradient for part in parts if part.offset_gradient is not None]
+        return LossResult(
+            sum(part.loss for part in parts),
+            np.concatenate([part.row_loss for part in parts]),
+            np.concatenate([part.row_correct for part in parts]),
+            np.concatenate(gradients) if gradients else None,
+            sum(part.distillation_loss for part in parts),
+        )
+
 
 def check(status: int) -> None:
     """Raise the core's message as a UserError unless a call succeeded."""
@@ -68,6 +82,21 @@ class Teacher:
     tokens: ArrayLike
     weights: ArrayLike
     rows_back: int = 0
+
+    def part(self, sequences: slice) -> "Teacher":
+        """The same for some of the sequences."""
+        return Teacher(
+            np.asarray(self.tokens)[sequences], np.asarray(self.weights)[sequences], self.rows_back
+        )
+
+
+@overload
+def cut(array: ArrayLike, sequences: slice) -> NDArray[Any]: ...
+@overload
+def cut(array: None, sequences: slice) -> None: ...
+def cut(array: ArrayLike | None, sequences: slice) -> NDArray[Any] | None:
+    """Some of the sequences of an array (B, ...)."""
+    return None if array is None else np.asarray(array)[sequences]
 
 
 class Rows:

@@ -1,5 +1,7 @@
 """What the engine promises beside its arithmetic: memory policies, bits, plans, profiles."""
 
+from typing import Literal
+
 import numpy as np
 import oracle
 import pytest
@@ -9,12 +11,19 @@ from numpy.typing import NDArray
 
 from ggml_diffusion.engine import Compute, Keep, LossResult, Q4Model
 from ggml_diffusion.errors import UserError
+from ggml_diffusion.memory_plan import plan_step
 
 POLICIES: tuple[Keep, ...] = ("all", "without-ffn", "boundaries")
 
 
 def step(
-    path: str, keep: Keep, n_threads: int = 2, *, compute: Compute = "fast", int8: bool = False
+    path: str,
+    keep: Keep | Literal["auto"],
+    n_threads: int = 2,
+    *,
+    compute: Compute = "fast",
+    int8: bool = False,
+    memory_budget: int | None = None,
 ) -> tuple[LossResult, dict[str, NDArray[np.float32]]]:
     reference = oracle.load_model(path)
     batch = packed_batch(reference.V, B=3, T=21)
@@ -23,7 +32,7 @@ def step(
     assert lora.mask_embedding is not None
     arrays = {**lora.tensors, "mask_embedding": lora.mask_embedding}
     gradients = {name: np.zeros_like(value) for name, value in arrays.items()}
-    with Q4Model.from_gguf(path, n_threads, keep=keep, compute=compute) as model:
+    with Q4Model.from_gguf(path, n_threads, keep=keep, compute=compute, memory_budget=memory_budget) as model:
         if int8:
             model.int8_backward = True
         result = model.loss_and_gradients(
@@ -56,12 +65,46 @@ def test_what_is_kept_for_the_backward_changes_no_bit(
 
 
 def test_keeping_less_plans_less_memory(tiny_model: TinyModel) -> None:
-    planned = []
-    for keep in POLICIES:
-        with Q4Model.from_gguf(tiny_model(type="Q4_1", L=3), 1, keep=keep) as model:
-            planned.append(model.memory_bytes(512, 128, rank=8))
-            assert model.memory_bytes(512, 128, rank=8, gradients=False) < planned[-1]
-    assert planned[0] > planned[1] > planned[2]
+    with Q4Model.from_gguf(tiny_model(type="Q4_1", L=3), 1) as model:
+        planned = [model.memory_bytes(512, 128, rank=8, keep=keep) for keep in POLICIES]
+        assert planned[0] > planned[1] > planned[2]
+        assert model.memory_bytes(512, 128, rank=8, gradients=False) < planned[2]
+
+
+def test_the_plan_keeps_what_fits_and_goes_in_parts_before_it_computes_again() -> None:
+    def planned_bytes(keep: Keep, sequences: int) -> int:
+        return {"all": 100, "without-ffn": 60, "boundaries": 10}[keep] * sequences
+
+    def plan(budget: int | None, rows: int = 256) -> tuple[str, int]:
+        found = plan_step(8, rows, budget, planned_bytes)
+        return found.keep, found.sequences
+
+    assert plan(None) == ("all", 8)
+    assert plan(800) == ("all", 8)
+    assert plan(799) == ("all", 4)
+    assert plan(250) == ("all", 2)
+    assert plan(65) == ("without-ffn", 1)
+    # of 16 rows a sequence, unpacking for few of them costs more than computing layers again for all
+    assert plan(100, rows=16) == ("boundaries", 8)
+    assert plan(5) == ("boundaries", 1)  # nothing fits: the least there is
+
+
+def test_a_batch_in_parts_has_the_gradients_of_the_whole_one(tiny_model: TinyModel) -> None:
+    path = str(tiny_model(type="Q4_1", L=3))
+    expected, expected_gradients = step(path, "auto")
+    with Q4Model.from_gguf(path, 1) as model:
+        budget = model.memory_bytes(21, 21, rank=3)
+    result, gradients = step(path, "auto", memory_budget=budget)
+    # the same sums in another order, in float32
+    assert result.loss == pytest.approx(expected.loss, rel=1e-6)
+    np.testing.assert_array_equal(result.row_loss, expected.row_loss)
+    np.testing.assert_array_equal(result.row_correct, expected.row_correct)
+    np.testing.assert_array_equal(result.offset_gradient, expected.offset_gradient)
+    errors = relative_errors(
+        gradients, {name: value.astype(np.float64) for name, value in expected_gradients.items()}
+    )
+    assert max(errors.values()) < 1e-5
+    assert any((gradients[name] != value).any() for name, value in expected_gradients.items())
 
 
 def test_the_profile_counts_parts_of_the_work(tiny_model: TinyModel) -> None:

@@ -36,7 +36,7 @@ PYTHON_LAYERS = (
     {"prompts"},
     {"lora", "_native", "model_file", "gguf_reader", "safetensors_file", "tokenizer"},
     {"chat_template"},
-    {"durable", "output_rows", "segments"},
+    {"durable", "output_rows", "segments", "memory_plan"},
     {"errors", "_core"},
 )
 C_LAYERS = (

@@ -130,9 +130,12 @@ const char *ggd_session_element(const ggd_session *session);
 // type. Fails where the kernels have no int8 products or the session computes in float32.
 int ggd_session_set_int8_backward(ggd_session *session, int32_t on);
 int32_t ggd_session_int8_backward(const ggd_session *session);
-// Bytes that a call would take: n_rows of at most max_segment_rows, LoRA pairs of at most max_rank, with or without gradients.
+// Bytes that a call would take: n_rows of at most max_segment_rows, LoRA pairs of at most max_rank, with or without gradients and
+// teacher, under a policy GGD_KEEP_*.
 int ggd_session_plan(const ggd_session *session, int32_t n_rows, int32_t max_segment_rows, int32_t max_rank, int32_t gradients,
-                     size_t *bytes);
+                     int32_t teacher, int32_t keep, size_t *bytes);
+// Policy of the calls that follow; the arena is laid out anew when it changes.
+void ggd_session_set_keep(ggd_session *session, int32_t keep);
 // Seconds that the session's calls spent in a part of the work since it was created or reset; NULL past the last part. The rest of a
 // call's time is not parallel.
 const char *ggd_session_part(const ggd_session *session, int32_t index, double *time_s);
