@@ -414,6 +414,7 @@ _FREE_SETTINGS = {
     "training.output",
     "training.checkpoint_every",
     "hardware.num_threads",
+    "hardware.memory_mib",  # in parts, sums are rounded in another order
 }
 
 

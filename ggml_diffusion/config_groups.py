@@ -199,6 +199,11 @@ class HardwareConfig(Settings):
         default=None, ge=1, le=1024, description="Threads; left out, as many as the process may use."
     )
     use_simd: bool = Field(default=True, description="Vector instructions; false is slow and for comparison.")
+    memory_mib: int | None = Field(
+        default=None,
+        ge=1,
+        description="MiB that a training step may take beside the mapped model; left out, half of all.",
+    )
     int8: bool = Field(
         default=True,
         description="Input gradients in int8, if the processor can and a check on the first batch allows it.",

@@ -133,11 +133,16 @@ def run_conversion(
         held_out = _held_out(config, tokenizer, evaluate_on)
         hardware = config.hardware
         with Q4Model.from_gguf(
-            base_path, hardware.num_threads, compute=hardware.compute, use_simd=hardware.use_simd
+            base_path,
+            hardware.num_threads,
+            compute=hardware.compute,
+            use_simd=hardware.use_simd,
+            memory_budget=_memory_budget(hardware.memory_mib),
         ) as model:
             _describe(model, base, config, listener)
             trainer = ConversionTrainer(model, config, data_fingerprint=data.fingerprint, warn=listener.warn)
             listener.note(f"mask token {trainer.mask_token_id}: {trainer.mask_token_reason}")
+            listener.note(_memory_line(trainer))
             listener.note(str(check_identity(model, tokenizer)))
             if fresh:
                 _delete_run(output)
@@ -244,6 +249,28 @@ def _held_out(config: ConversionTrainingConfig, tokenizer: Tokenizer, n_sequence
         held_out_fraction=config.held_out_fraction,
     )
     return held_out.batch_at(0)
+
+
+def _memory_budget(memory_mib: int | None) -> int:
+    """Bytes for a training step: as set, else half of the machine's memory."""
+    if memory_mib is not None:
+        return memory_mib << 20
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def _memory_line(trainer: ConversionTrainer) -> str:
+    """What a training step will take, before the first one takes it."""
+    config, model = trainer.config, trainer.model
+    n_tokens, teacher = config.sequence_length, config.distillation_weight > 0.0
+    plan = model.step_plan(config.batch_size, n_tokens, config.qlora.rank, teacher)
+    planned = model.memory_bytes(
+        plan.sequences * n_tokens, n_tokens, config.qlora.rank, keep=plan.keep, teacher=teacher
+    )
+    how = {"all": "", "without-ffn": ", gate and up computed again", "boundaries": ", layers computed again"}
+    return (
+        f"a step takes {planned >> 20} MiB beside the model: {plan.sequences} of {config.batch_size} "
+        f"sequences at a time{how[plan.keep]}"
+    )
 
 
 def _describe(model: Q4Model, base: ModelFile, config: ConversionTrainingConfig, listener: Listener) -> None:

@@ -78,6 +78,7 @@ OTHER_VALUES = {
     "hardware.num_threads": 3,
     "hardware.use_simd": False,
     "hardware.int8": False,
+    "hardware.memory_mib": 512,
     "hardware.compute": "f32",
 }
 
