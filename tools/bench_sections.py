@@ -121,7 +121,9 @@ class Work:
         sequence_length: T.
         layer_type: one layer of 7B shape of this type; None = the settings' model.
         targets: projections with LoRA pairs.
-        keep: activations kept for the backward.
+        keep: activations kept for the backward; auto = what fits the budget.
+        memory_mib: budget of a step beside the mapped model; None = no limit.
+        int8: whether int8 input gradients may be used, as a run decides it on its first batch.
         has_peer: whether PyTorch takes the same step.
 
     """
@@ -131,7 +133,9 @@ class Work:
     sequence_length: int
     layer_type: str | None = None
     targets: tuple[str, ...] = ATTENTION
-    keep: str = "all"
+    keep: str = "auto"
+    memory_mib: int | None = None
+    int8: bool = True
     has_peer: bool = True
 
     @property
@@ -142,6 +146,8 @@ class Work:
 
 WORKS = (
     Work("q,k,v,o 8x256", 8, 256),
+    Work("q,k,v,o 8x256, 400 MiB", 8, 256, memory_mib=400),
+    Work("q,k,v,o 8x256, no int8", 8, 256, int8=False, has_peer=False),
     Work("q,k,v,o 8x256, keep without-ffn", 8, 256, keep="without-ffn", has_peer=False),
     Work("q,k,v,o 8x256, keep boundaries", 8, 256, keep="boundaries", has_peer=False),
     Work("all seven 8x256", 8, 256, targets=ALL_TARGETS),
@@ -187,6 +193,8 @@ def our_arm(
         "n_threads": n_threads or settings.n_threads,
         "compute": compute,
         "keep": work.keep,
+        "memory_mib": work.memory_mib,
+        "int8": work.int8,
         "batch_size": work.batch_size,
         "sequence_length": work.sequence_length,
         "rank": RANK,

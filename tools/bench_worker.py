@@ -3,7 +3,8 @@
 A training step is `ConversionTrainer.train_step`, all of it: drawing the noise, loss and gradients, clipping,
 AdamW. What is measured with what is the business of bench_sections.py.
 
-The job (argv[1], JSON): model, n_threads, compute, keep, batch_size, sequence_length, rank, targets, train.
+The job (argv[1], JSON): model, n_threads, compute, keep, memory_mib, int8, batch_size, sequence_length, rank,
+targets, train.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from ggml_diffusion.data import TokenBatch
 from ggml_diffusion.diffusion_model import DiffusionModel
 from ggml_diffusion.engine import LossResult, Q4Model
 from ggml_diffusion.generate import GenerationConfig
+from ggml_diffusion.int8_gate import choose_int8
 from ggml_diffusion.lora import LoraAdapter, TargetModule
 from ggml_diffusion.output_rows import to_output_rows
 from ggml_diffusion.tokenizer import Tokenizer
@@ -71,11 +73,16 @@ class Worker:
 
     def __init__(self, job: Reply) -> None:
         self.job = job
-        model = TimedModel.from_gguf(job["model"], job["n_threads"], compute=job["compute"], keep=job["keep"])
+        budget = None if job["memory_mib"] is None else job["memory_mib"] << 20
+        model = TimedModel.from_gguf(
+            job["model"], job["n_threads"], compute=job["compute"], keep=job["keep"], memory_budget=budget
+        )
         assert isinstance(model, TimedModel)
         self.model = model
         self.tokenizer = Tokenizer.from_gguf(job["model"])
         self.trainer = ConversionTrainer(self.model, training_config(job)) if job["train"] else None
+        if self.trainer is not None and job["int8"]:
+            choose_int8(self.trainer, self._batch(job["batch_size"], job["sequence_length"]))
 
     def describe(self) -> Reply:
         """What is being measured."""
@@ -84,7 +91,7 @@ class Worker:
             "model": model.description,
             "n_threads": model.n_threads,
             "kernels": model.kernels,
-            "element": model.element,
+            "element": model.element + (" and int8" if model.int8_backward else ""),
         }
 
     def peak(self, time_s: float) -> Reply:
