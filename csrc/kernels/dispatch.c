@@ -6,12 +6,14 @@
 
 #if defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
-enum { HWCAP2_BIT_BF16 = 14 };
-static int has_neon_bf16(void) { return getauxval(AT_HWCAP2) >> HWCAP2_BIT_BF16 & 1; }
+enum { HWCAP_BIT_DOT = 20, HWCAP2_BIT_BF16 = 14 };
+static int has_neon_bf16(void) {
+    return (getauxval(AT_HWCAP) >> HWCAP_BIT_DOT & 1) && (getauxval(AT_HWCAP2) >> HWCAP2_BIT_BF16 & 1);
+}
 #elif defined(__aarch64__) && defined(__APPLE__)
 #include <sys/sysctl.h>
 static int has_neon_bf16(void) {
-    int has = 0;
+    int has = 0;  // every Apple processor with bfloat16 has the dot product
     size_t size = sizeof has;
     return sysctlbyname("hw.optional.arm.FEAT_BF16", &has, &size, NULL, 0) == 0 && has;
 }

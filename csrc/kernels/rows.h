@@ -211,6 +211,48 @@ static inline void rows_pack_rows_from_bf16(const uint16_t *restrict source, siz
     }
 }
 
+static inline void rows_int8_quantise(const float *restrict source, size_t n, uint8_t *restrict quants, float *restrict scales) {
+    for (size_t begin = 0, block = 0; begin < n; begin += GGD_INT8_BLOCK, block++) {
+        size_t length = n - begin < GGD_INT8_BLOCK ? n - begin : GGD_INT8_BLOCK;
+        float values[GGD_INT8_BLOCK] = {0}, largest = 0;
+        memcpy(values, source + begin, length * sizeof *values);
+        for (size_t i = 0; i < GGD_INT8_BLOCK; i++) {
+            largest = fabsf(values[i]) > largest ? fabsf(values[i]) : largest;
+        }
+        float inverse = largest > 0 ? GGD_INT8_SIZE / largest : 0;
+        for (size_t i = 0; i < GGD_INT8_BLOCK; i++) {
+            quants[begin + i] = (uint8_t)(128 + (int32_t)rintf(values[i] * inverse));
+        }
+        scales[block] = largest / GGD_INT8_SIZE;
+    }
+}
+
+static inline void rows_int8_pack(const float *restrict source, size_t ld, size_t rows, ggd_int8_panel_block *restrict block) {
+    float inverse[GGD_PANEL_COLUMNS], largest[GGD_PANEL_COLUMNS] = {0};
+    int32_t sums[GGD_PANEL_COLUMNS] = {0};
+    for (size_t row = 0; row < rows; row++) {
+        for (size_t column = 0; column < GGD_PANEL_COLUMNS; column++) {
+            float size = fabsf(source[row * ld + column]);
+            largest[column] = size > largest[column] ? size : largest[column];
+        }
+    }
+    for (size_t column = 0; column < GGD_PANEL_COLUMNS; column++) {
+        inverse[column] = largest[column] > 0 ? GGD_INT8_SIZE / largest[column] : 0;
+        block->scales[column] = largest[column] / GGD_INT8_SIZE;
+    }
+    memset(block->quants, 0, sizeof block->quants);
+    for (size_t row = 0; row < rows; row++) {
+        for (size_t column = 0; column < GGD_PANEL_COLUMNS; column++) {
+            int32_t q = (int32_t)rintf(source[row * ld + column] * inverse[column]);
+            block->quants[row / 4][column][row % 4] = (int8_t)q;
+            sums[column] += q;
+        }
+    }
+    for (size_t column = 0; column < GGD_PANEL_COLUMNS; column++) {
+        block->corrections[column] = -128 * sums[column];
+    }
+}
+
 // The row kernels of a table; the includer adds name, fast_element, tiles and the bfloat16 packers.
 #define GGD_ROW_KERNELS                                                                                                          \
     GGD_UNPACK_KERNELS, .to_bf16 = rows_to_bf16, .from_bf16 = rows_from_bf16, .rmsnorm = rows_rmsnorm,                           \

@@ -1,5 +1,6 @@
 // simd_neon_bf16.c - kernels for 64-bit Arm with BFDOT, which multiplies two pairs of bfloat16 in each 32-bit lane and adds both to a
-// float32. BFDOT rounds its sums in its own way, within the tolerance of a float32 sum of bfloat16 products.
+// float32, and SDOT, the same for four signed bytes and an int32. BFDOT rounds its sums in its own way, within the tolerance of a float32
+// sum of bfloat16 products.
 #include <arm_neon.h>
 
 #include "rows.h"
@@ -24,6 +25,20 @@ static inline __attribute__((always_inline)) void accumulate(const int rows, flo
     }
 }
 
+static inline __attribute__((always_inline)) void store_rows(const int rows, float32x4_t sums[][VECTORS], void *c, size_t ld_c,
+                                                             ggd_element element, size_t first_row, size_t column) {
+    for (int row = 0; row < rows; row++) {
+        size_t offset = (first_row + (size_t)row) * ld_c + column;
+        for (int v = 0; v < VECTORS; v++) {
+            if (element == GGD_ELEMENT_BF16) {
+                vst1_u16((uint16_t *)c + offset + 4 * v, vreinterpret_u16_bf16(vcvt_bf16_f32(sums[row][v])));
+            } else {
+                vst1q_f32((float *)c + offset + 4 * v, sums[row][v]);
+            }
+        }
+    }
+}
+
 static inline __attribute__((always_inline)) void block_of_rows(const int rows, const ggd_tile *t, size_t first_row,
                                                                 size_t column) {
     float32x4_t sums[BLOCK_ROWS][VECTORS];
@@ -39,16 +54,7 @@ static inline __attribute__((always_inline)) void block_of_rows(const int rows, 
         accumulate(rows, sums, (const uint16_t *)t->a2 + first_row * t->ld_a2, t->ld_a2, t->k2,
                    panel + t->k1 * GGD_PANEL_COLUMNS);
     }
-    for (int row = 0; row < rows; row++) {
-        size_t offset = (first_row + (size_t)row) * t->ld_c + column;
-        for (int v = 0; v < VECTORS; v++) {
-            if (t->c_element == GGD_ELEMENT_BF16) {
-                vst1_u16((uint16_t *)t->c + offset + 4 * v, vreinterpret_u16_bf16(vcvt_bf16_f32(sums[row][v])));
-            } else {
-                vst1q_f32((float *)t->c + offset + 4 * v, sums[row][v]);
-            }
-        }
-    }
+    store_rows(rows, sums, t->c, t->ld_c, t->c_element, first_row, column);
 }
 
 static void tile_bf16(const ggd_tile *t) {
@@ -99,6 +105,73 @@ static void pack_rows_bf16(const float *source, size_t ld, size_t k, float scale
     }
 }
 
+// ---- int8: SDOT multiplies signed bytes, so the left operand's offset of 128 is taken off first and needs no correction ----
+
+static inline __attribute__((always_inline)) void int8_block_of_rows(const int rows, const ggd_int8_tile *t, size_t first_row,
+                                                                     size_t column) {
+    float32x4_t sums[BLOCK_ROWS][VECTORS];
+    for (int row = 0; row < rows; row++) {
+        size_t offset = (first_row + (size_t)row) * t->ld_init + column;
+        for (int v = 0; v < VECTORS; v++) {
+            sums[row][v] = t->init != NULL ? vld1q_f32(t->init + offset + 4 * v) : vdupq_n_f32(0.0f);
+        }
+    }
+    for (size_t b = 0; b < t->n_blocks; b++) {
+        const ggd_int8_panel_block *block = t->panel + b;
+        int32x4_t products[BLOCK_ROWS][VECTORS];
+        for (int row = 0; row < rows; row++) {
+            for (int v = 0; v < VECTORS; v++) {
+                products[row][v] = vdupq_n_s32(0);
+            }
+        }
+        for (size_t group = 0; group < GGD_INT8_BLOCK / 4; group++) {
+            int8x16_t columns[VECTORS];
+            for (int v = 0; v < VECTORS; v++) {
+                columns[v] = vld1q_s8(block->quants[group][column + 4 * (size_t)v]);
+            }
+            for (int row = 0; row < rows; row++) {
+                uint32_t four;
+                memcpy(&four, t->a + (first_row + (size_t)row) * t->ld_a + b * GGD_INT8_BLOCK + 4 * group, sizeof four);
+                int8x16_t value = vreinterpretq_s8_u32(vdupq_n_u32(four ^ 0x80808080u));
+                for (int v = 0; v < VECTORS; v++) {
+                    products[row][v] = vdotq_s32(products[row][v], value, columns[v]);
+                }
+            }
+        }
+        for (int row = 0; row < rows; row++) {
+            float scale = t->a_scales[(first_row + (size_t)row) * t->ld_scales + b];
+            for (int v = 0; v < VECTORS; v++) {
+                float32x4_t scaled =
+                    vmulq_f32(vcvtq_f32_s32(products[row][v]), vld1q_f32(block->scales + column + 4 * (size_t)v));
+                sums[row][v] = vfmaq_n_f32(sums[row][v], scaled, scale);
+            }
+        }
+    }
+    store_rows(rows, sums, t->c, t->ld_c, t->c_element, first_row, column);
+}
+
+static void int8_tile(const ggd_int8_tile *t) {
+    for (size_t row = 0; row < t->n_rows; row += BLOCK_ROWS) {
+        size_t rows = t->n_rows - row < BLOCK_ROWS ? t->n_rows - row : BLOCK_ROWS;
+        for (size_t column = 0; column < GGD_PANEL_COLUMNS; column += BLOCK_COLUMNS) {
+            switch (rows) {
+            case 4:
+                int8_block_of_rows(4, t, row, column);
+                break;
+            case 3:
+                int8_block_of_rows(3, t, row, column);
+                break;
+            case 2:
+                int8_block_of_rows(2, t, row, column);
+                break;
+            default:
+                int8_block_of_rows(1, t, row, column);
+                break;
+            }
+        }
+    }
+}
+
 extern const ggd_kernels ggd_kernels_neon;
 static void tile_f32(const ggd_tile *t) { ggd_kernels_neon.tile[GGD_ELEMENT_F32](t); }
 
@@ -109,5 +182,8 @@ const ggd_kernels ggd_kernels_neon_bf16 = {
     .pack_columns = {rows_pack_columns_f32, pack_columns_bf16},
     .pack_rows = {rows_pack_rows_f32, pack_rows_bf16},
     .pack_rows_from_bf16 = rows_pack_rows_from_bf16,
+    .int8_tile = int8_tile,
+    .int8_pack = rows_int8_pack,
+    .int8_quantise = rows_int8_quantise,
     GGD_ROW_KERNELS,
 };
