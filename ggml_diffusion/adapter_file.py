@@ -9,9 +9,11 @@ rank.
 """
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
@@ -167,6 +169,13 @@ class DiffusionCheckpoint:
         """
         path = Path(path)
         return _from_gguf(path) if is_gguf(path) else _from_safetensors(path)
+
+
+def creation_time() -> str:
+    """Now, in UTC; SOURCE_DATE_EPOCH overrides it, so that equal runs can write equal files."""
+    fixed = os.environ.get("SOURCE_DATE_EPOCH")
+    now = datetime.now(timezone.utc) if fixed is None else datetime.fromtimestamp(int(fixed), timezone.utc)
+    return now.isoformat(timespec="seconds")
 
 
 def load_adapter(path: str | Path, arch: str | None = None) -> LoraAdapter:

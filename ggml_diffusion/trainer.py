@@ -16,18 +16,21 @@ Letters: B sequences, T tokens, C hidden size.
 
 import logging
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ggml_diffusion.adapter_file import MASK_EMBEDDING, CheckpointMetadata, DiffusionCheckpoint
+from ggml_diffusion.adapter_file import (
+    MASK_EMBEDDING,
+    CheckpointMetadata,
+    DiffusionCheckpoint,
+    creation_time,
+)
 from ggml_diffusion.annealing import AttentionMaskAnnealer
 from ggml_diffusion.checkpoint import TrainingState, load_latest, save_state
 from ggml_diffusion.config import ConversionTrainingConfig, settings_that_differ
@@ -392,7 +395,7 @@ class ConversionTrainer:
                 block_size=block_size_of_step(config, self.step_count),
                 prompts=self._has_prompts,
                 time_max_timesteps=self.time_embedding.max_timesteps if self.time_embedding else None,
-                created_at=_created_at(),
+                created_at=creation_time(),
                 version=version("ggml-diffusion"),
             ),
             noise_schedule=config.noise_schedule.model_dump(mode="json"),
@@ -489,13 +492,6 @@ class ConversionTrainer:
         checkpoint.save(safetensors)
         checkpoint.save_gguf(gguf, self.model.file)
         return safetensors, gguf
-
-
-def _created_at() -> str:
-    """Now, in UTC; SOURCE_DATE_EPOCH overrides it, so that equal runs can write equal files."""
-    fixed = os.environ.get("SOURCE_DATE_EPOCH")
-    now = datetime.now(timezone.utc) if fixed is None else datetime.fromtimestamp(int(fixed), timezone.utc)
-    return now.isoformat(timespec="seconds")
 
 
 def _lora_views(store: ParameterStore) -> dict[str, NDArray[np.float32]]:

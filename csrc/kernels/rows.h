@@ -10,6 +10,58 @@
 #include "kernels.h"
 #include "unpack.h"
 
+// Calls a tile function with its number of rows as a constant, so that the compiler keeps the sums of each case in registers:
+// CALL(rows) for rows in 1 .. 4, 6 or 12.
+#define GGD_ROWS_4(n, CALL)                                                                                                      \
+    switch (n) {                                                                                                                 \
+    case 4:                                                                                                                      \
+        CALL(4);                                                                                                                 \
+        break;                                                                                                                   \
+    case 3:                                                                                                                      \
+        CALL(3);                                                                                                                 \
+        break;                                                                                                                   \
+    case 2:                                                                                                                      \
+        CALL(2);                                                                                                                 \
+        break;                                                                                                                   \
+    default:                                                                                                                     \
+        CALL(1);                                                                                                                 \
+        break;                                                                                                                   \
+    }
+#define GGD_ROWS_6(n, CALL)                                                                                                      \
+    switch (n) {                                                                                                                 \
+    case 6:                                                                                                                      \
+        CALL(6);                                                                                                                 \
+        break;                                                                                                                   \
+    case 5:                                                                                                                      \
+        CALL(5);                                                                                                                 \
+        break;                                                                                                                   \
+    default:                                                                                                                     \
+        GGD_ROWS_4(n, CALL)                                                                                                      \
+    }
+#define GGD_ROWS_12(n, CALL)                                                                                                     \
+    switch (n) {                                                                                                                 \
+    case 12:                                                                                                                     \
+        CALL(12);                                                                                                                \
+        break;                                                                                                                   \
+    case 11:                                                                                                                     \
+        CALL(11);                                                                                                                \
+        break;                                                                                                                   \
+    case 10:                                                                                                                     \
+        CALL(10);                                                                                                                \
+        break;                                                                                                                   \
+    case 9:                                                                                                                      \
+        CALL(9);                                                                                                                 \
+        break;                                                                                                                   \
+    case 8:                                                                                                                      \
+        CALL(8);                                                                                                                 \
+        break;                                                                                                                   \
+    case 7:                                                                                                                      \
+        CALL(7);                                                                                                                 \
+        break;                                                                                                                   \
+    default:                                                                                                                     \
+        GGD_ROWS_6(n, CALL)                                                                                                      \
+    }
+
 // exp(x) to about 1 ulp: x = n ln 2 + r, |r| <= ln 2 / 2, a degree-6 Taylor polynomial with its last coefficients fitted by the
 // remainder's bound (r^7 / 5040 < 1.2e-7), scaled by 2^n through the exponent bits. Below -87 the result is 0, so that exp(-inf) is; a NaN stays one.
 static inline float fast_exp(float x) {

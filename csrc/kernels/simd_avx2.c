@@ -42,30 +42,12 @@ static inline __attribute__((always_inline)) void block_of_rows(const int rows, 
     }
 }
 
+#define BLOCK_OF_ROWS(rows) block_of_rows(rows, t, row, column)
 static void tile_f32(const ggd_tile *t) {
     for (size_t row = 0; row < t->n_rows; row += BLOCK_ROWS) {
         size_t rows = t->n_rows - row < BLOCK_ROWS ? t->n_rows - row : BLOCK_ROWS;
         for (size_t column = 0; column < GGD_PANEL_COLUMNS; column += BLOCK_COLUMNS) {
-            switch (rows) {
-            case 6:
-                block_of_rows(6, t, row, column);
-                break;
-            case 5:
-                block_of_rows(5, t, row, column);
-                break;
-            case 4:
-                block_of_rows(4, t, row, column);
-                break;
-            case 3:
-                block_of_rows(3, t, row, column);
-                break;
-            case 2:
-                block_of_rows(2, t, row, column);
-                break;
-            default:
-                block_of_rows(1, t, row, column);
-                break;
-            }
+            GGD_ROWS_6(rows, BLOCK_OF_ROWS)
         }
     }
 }

@@ -40,46 +40,8 @@ static inline __attribute__((always_inline)) void tile_of_rows(const int rows, c
     }
 }
 
-static void tile_f32(const ggd_tile *t) {
-    switch (t->n_rows) {
-    case 12:
-        tile_of_rows(12, t);
-        break;
-    case 11:
-        tile_of_rows(11, t);
-        break;
-    case 10:
-        tile_of_rows(10, t);
-        break;
-    case 9:
-        tile_of_rows(9, t);
-        break;
-    case 8:
-        tile_of_rows(8, t);
-        break;
-    case 7:
-        tile_of_rows(7, t);
-        break;
-    case 6:
-        tile_of_rows(6, t);
-        break;
-    case 5:
-        tile_of_rows(5, t);
-        break;
-    case 4:
-        tile_of_rows(4, t);
-        break;
-    case 3:
-        tile_of_rows(3, t);
-        break;
-    case 2:
-        tile_of_rows(2, t);
-        break;
-    default:
-        tile_of_rows(1, t);
-        break;
-    }
-}
+#define TILE_OF_ROWS(rows) tile_of_rows(rows, t)
+static void tile_f32(const ggd_tile *t) { GGD_ROWS_12(t->n_rows, TILE_OF_ROWS) }
 
 const ggd_kernels ggd_kernels_avx512 = {
     .name = "avx512",

@@ -51,46 +51,8 @@ static inline __attribute__((always_inline)) void tile_of_rows(const int rows, c
     }
 }
 
-static void tile_bf16(const ggd_tile *t) {
-    switch (t->n_rows) {
-    case 12:
-        tile_of_rows(12, t);
-        break;
-    case 11:
-        tile_of_rows(11, t);
-        break;
-    case 10:
-        tile_of_rows(10, t);
-        break;
-    case 9:
-        tile_of_rows(9, t);
-        break;
-    case 8:
-        tile_of_rows(8, t);
-        break;
-    case 7:
-        tile_of_rows(7, t);
-        break;
-    case 6:
-        tile_of_rows(6, t);
-        break;
-    case 5:
-        tile_of_rows(5, t);
-        break;
-    case 4:
-        tile_of_rows(4, t);
-        break;
-    case 3:
-        tile_of_rows(3, t);
-        break;
-    case 2:
-        tile_of_rows(2, t);
-        break;
-    default:
-        tile_of_rows(1, t);
-        break;
-    }
-}
+#define TILE_OF_ROWS(rows) tile_of_rows(rows, t)
+static void tile_bf16(const ggd_tile *t) { GGD_ROWS_12(t->n_rows, TILE_OF_ROWS) }
 
 // Transposes a 16 x 16 block of 32-bit lanes: first within 128-bit quarters, then the quarters among each other.
 static inline void transpose_lanes(__m512i rows[16]) {
@@ -265,46 +227,10 @@ static inline __attribute__((always_inline)) void int8_tile_of_rows(const int ro
     }
 }
 
+#define INT8_TILE_OF_ROWS(rows) int8_tile_of_rows(rows, t, column)
 static void int8_tile(const ggd_int8_tile *t) {
     for (size_t column = 0; column < GGD_PANEL_COLUMNS; column += 16) {
-        switch (t->n_rows) {
-        case 12:
-            int8_tile_of_rows(12, t, column);
-            break;
-        case 11:
-            int8_tile_of_rows(11, t, column);
-            break;
-        case 10:
-            int8_tile_of_rows(10, t, column);
-            break;
-        case 9:
-            int8_tile_of_rows(9, t, column);
-            break;
-        case 8:
-            int8_tile_of_rows(8, t, column);
-            break;
-        case 7:
-            int8_tile_of_rows(7, t, column);
-            break;
-        case 6:
-            int8_tile_of_rows(6, t, column);
-            break;
-        case 5:
-            int8_tile_of_rows(5, t, column);
-            break;
-        case 4:
-            int8_tile_of_rows(4, t, column);
-            break;
-        case 3:
-            int8_tile_of_rows(3, t, column);
-            break;
-        case 2:
-            int8_tile_of_rows(2, t, column);
-            break;
-        default:
-            int8_tile_of_rows(1, t, column);
-            break;
-        }
+        GGD_ROWS_12(t->n_rows, INT8_TILE_OF_ROWS)
     }
 }
 

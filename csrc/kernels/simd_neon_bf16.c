@@ -57,24 +57,12 @@ static inline __attribute__((always_inline)) void block_of_rows(const int rows, 
     store_rows(rows, sums, t->c, t->ld_c, t->c_element, first_row, column);
 }
 
+#define BLOCK_OF_ROWS(rows) block_of_rows(rows, t, row, column)
 static void tile_bf16(const ggd_tile *t) {
     for (size_t row = 0; row < t->n_rows; row += BLOCK_ROWS) {
         size_t rows = t->n_rows - row < BLOCK_ROWS ? t->n_rows - row : BLOCK_ROWS;
         for (size_t column = 0; column < GGD_PANEL_COLUMNS; column += BLOCK_COLUMNS) {
-            switch (rows) {
-            case 4:
-                block_of_rows(4, t, row, column);
-                break;
-            case 3:
-                block_of_rows(3, t, row, column);
-                break;
-            case 2:
-                block_of_rows(2, t, row, column);
-                break;
-            default:
-                block_of_rows(1, t, row, column);
-                break;
-            }
+            GGD_ROWS_4(rows, BLOCK_OF_ROWS)
         }
     }
 }
@@ -150,24 +138,12 @@ static inline __attribute__((always_inline)) void int8_block_of_rows(const int r
     store_rows(rows, sums, t->c, t->ld_c, t->c_element, first_row, column);
 }
 
+#define INT8_BLOCK_OF_ROWS(rows) int8_block_of_rows(rows, t, row, column)
 static void int8_tile(const ggd_int8_tile *t) {
     for (size_t row = 0; row < t->n_rows; row += BLOCK_ROWS) {
         size_t rows = t->n_rows - row < BLOCK_ROWS ? t->n_rows - row : BLOCK_ROWS;
         for (size_t column = 0; column < GGD_PANEL_COLUMNS; column += BLOCK_COLUMNS) {
-            switch (rows) {
-            case 4:
-                int8_block_of_rows(4, t, row, column);
-                break;
-            case 3:
-                int8_block_of_rows(3, t, row, column);
-                break;
-            case 2:
-                int8_block_of_rows(2, t, row, column);
-                break;
-            default:
-                int8_block_of_rows(1, t, row, column);
-                break;
-            }
+            GGD_ROWS_4(rows, INT8_BLOCK_OF_ROWS)
         }
     }
 }
