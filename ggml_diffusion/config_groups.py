@@ -86,6 +86,11 @@ class TimeEmbeddingConfig(Settings):
     max_timesteps: int = Field(
         default=1000, ge=2, description="Rows of the table that times are interpolated from."
     )
+    rate_factor: float | None = Field(
+        default=None,
+        gt=0.0,
+        description="Learning rate of the projection's matrix, relative to its bias; left out, 1 / dim.",
+    )
     dropout: Ratio = Field(
         default=0.0,
         description="Chance that a training sequence goes without it: the model learns to do without.",

@@ -137,12 +137,25 @@ class ConversionTrainer:
             self.parameters.flat,
             decayed=[self.parameters.slices[name] for name, shape in shapes.items() if len(shape) == 2],
             rate_factors=[
-                (self.parameters.slices[name], config.embedding_rate_factor)
-                for name in (MASK_EMBEDDING, WEIGHT_NAME, BIAS_NAME)
+                (self.parameters.slices[name], config.embedding_rate_factor * factor)
+                for name, factor in self._embedding_factors().items()
                 if name in shapes
             ],
             weight_decay=config.weight_decay,
         )
+
+    def _embedding_factors(self) -> dict[str, float]:
+        """Learning rates of the embeddings relative to each other.
+
+        The projection adds up `dim` features of size one, and AdamW moves each of its entries by about the
+        learning rate: at the full rate its output outgrows the token embeddings within a few dozen steps.
+        """
+        time_embedding = self.config.qlora.time_embedding
+        return {
+            MASK_EMBEDDING: 1.0,
+            WEIGHT_NAME: time_embedding.rate_factor or 1.0 / time_embedding.dim,
+            BIAS_NAME: 1.0,
+        }
 
     # -- one optimizer step ----------------------------------------------------------------------
 

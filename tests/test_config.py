@@ -74,6 +74,7 @@ OTHER_VALUES = {
     "time_embedding.dim": 64,
     "time_embedding.max_timesteps": 100,
     "time_embedding.dropout": 0.1,
+    "time_embedding.rate_factor": 0.5,
     "hardware.device": "cpu",
     "hardware.num_threads": 3,
     "hardware.use_simd": False,

@@ -352,7 +352,8 @@ def make_trainer(
             rank=4,
             alpha=adapter.alpha,
             target_modules=tuple(TargetModule),
-            time_embedding=TimeEmbeddingConfig(dim=16, max_timesteps=100),
+            # one learning rate for all, as the oracle's AdamW has
+            time_embedding=TimeEmbeddingConfig(dim=16, max_timesteps=100, rate_factor=1.0),
             prediction=prediction,  # type: ignore[arg-type]
             mask_token_id=MASK,
         ),

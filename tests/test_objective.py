@@ -287,6 +287,18 @@ def test_the_embeddings_may_have_a_learning_rate_of_their_own(model):
         assert found[4.0][name] == pytest.approx(expected, rel=1e-4, abs=1e-7)
 
 
+def test_the_time_projection_moves_its_output_at_the_rate_of_a_vector(model):
+    """Its matrix goes at 1 / dim of the rate unless another factor is set; its bias at the full rate."""
+    for setting, factor in ((None, 1.0 / 16), (0.25, 0.25)):
+        settings = {"time_embedding__dim": 16, "time_embedding__rate_factor": setting}
+        trainer = make_trainer(model, **settings, training__weight_decay=0.0)
+        metrics = trainer.train_step(make_batch())
+        for name, rate in (("weight", factor), ("bias", 1.0)):
+            moved = np.abs(trainer.parameters.views[f"time_embedding.{name}"])
+            # the first step of AdamW is the rate, but for entries whose gradient is of the size of epsilon
+            assert np.median(moved) == pytest.approx(metrics.learning_rate * rate, rel=1e-3)
+
+
 # -- all together --------------------------------------------------------------------------------------
 
 ALL = {
