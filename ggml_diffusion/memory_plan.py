@@ -8,6 +8,7 @@ more products. The plan takes the cheapest that fits. Pure arithmetic: the engin
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 Keep = Literal["all", "without-ffn", "boundaries"]
@@ -43,10 +44,21 @@ def plan_step(
         return StepPlan("all", n_sequences)
     best, best_cost = StepPlan("boundaries", 1), float("inf")
     for keep, work in RELATIVE_WORK.items():
-        sequences = n_sequences
-        while sequences and planned_bytes(keep, sequences) > budget:
-            sequences = 0 if sequences == 1 else (sequences + 1) // 2  # halves keep the parts equal
+        sequences = _largest_part(n_sequences, partial(_fits, planned_bytes, keep, budget))
         cost = work * (1.0 + ROWS_OF_UNPACKING / (sequences * rows_a_sequence)) if sequences else float("inf")
         if cost < best_cost:
             best, best_cost = StepPlan(keep, sequences), cost
     return best
+
+
+def _fits(planned_bytes: Callable[[Keep, int], int], keep: Keep, budget: int, sequences: int) -> bool:
+    return planned_bytes(keep, sequences) <= budget
+
+
+def _largest_part(n_sequences: int, fits: Callable[[int], bool]) -> int:
+    """Sequences a part when a batch is cut into as few nearly equal parts as fit; 0 if not even one does."""
+    for n_parts in range(1, n_sequences + 1):
+        sequences = -(-n_sequences // n_parts)
+        if fits(sequences):
+            return sequences
+    return 0

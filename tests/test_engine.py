@@ -82,6 +82,7 @@ def test_the_plan_keeps_what_fits_and_goes_in_parts_before_it_computes_again() -
     assert plan(None) == ("all", 8)
     assert plan(800) == ("all", 8)
     assert plan(799) == ("all", 4)
+    assert plan(399) == ("all", 3)  # 3 + 3 + 2
     assert plan(250) == ("all", 2)
     assert plan(65) == ("without-ffn", 1)
     # of 16 rows a sequence, unpacking for few of them costs more than computing layers again for all
