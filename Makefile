@@ -67,7 +67,7 @@ arm: $(BIN)/python ## the Arm kernels under an emulator, where Debian's gcc-aarc
 	qemu-aarch64 -cpu max $(ARM_BUILD)/test_kernels; \
 	qemu-aarch64 -cpu cortex-a72 $(ARM_BUILD)/test_kernels
 
-demo: build ## convert SmolLM2-135M on the text of Python's own manual, about 15 minutes
+demo: build ## convert SmolLM2-135M on the text of Python's own manual, about 8 minutes on two cores
 	$(BIN)/ggml-diffusion demo
 
 test: kernels ## the fast tests

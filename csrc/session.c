@@ -198,12 +198,10 @@ int ggd_session_reserve(ggd_session *s, const ggd_capacity *wanted) {
     size_t bytes = lay_out(s, NULL, &grown, &s->buffers, &s->compute.bytes_scratch);
     s->arena = aligned_alloc(4096, ggd_round_up(bytes, 4096));
     if (s->arena == NULL) {
-        s->bytes_arena = 0;
         return ggd_fail("out of memory: a call of %zu rows needs %zu MiB", grown.n_rows, bytes >> 20);
     }
     // Pad columns of activations are read as parts of pairs; they must be zero, not leftovers.
     memset(s->arena, 0, bytes);
-    s->bytes_arena = bytes;
     lay_out(s, s->arena, &grown, &s->buffers, &s->compute.bytes_scratch);
     s->compute.scratch = s->buffers.thread_scratch;
     s->capacity = grown;
@@ -291,8 +289,6 @@ int ggd_session_plan(const ggd_session *session, int32_t n_rows, int32_t max_seg
 }
 
 void ggd_session_set_keep(ggd_session *session, int32_t keep) { session->options.keep = keep; }
-
-size_t ggd_session_bytes(const ggd_session *session) { return session->bytes_arena; }
 
 const char *ggd_session_part(const ggd_session *session, int32_t index, double *time_s) {
     return index < 0 ? NULL : ggd_threads_part(session->compute.threads, (size_t)index, time_s);

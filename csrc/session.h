@@ -55,7 +55,6 @@ struct ggd_session {
     ggd_capacity capacity;
     ggd_buffers buffers;
     void *arena;
-    size_t bytes_arena;
 };
 
 // Makes sure that the buffers hold a call of this size; allocates only if they do not.

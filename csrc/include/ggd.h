@@ -143,8 +143,6 @@ void ggd_session_reset_parts(ggd_session *session);
 // Billions of operations a second of the tile kernel on operands that stay in the first-level cache, all threads: what a matrix product
 // could reach at most.
 double ggd_session_peak(ggd_session *session, double time_s);
-// Bytes that the session holds now.
-size_t ggd_session_bytes(const ggd_session *session);
 
 // Raw logits of chosen rows, (n_select, V).
 int ggd_logits(ggd_session *session, const ggd_batch *batch, const ggd_adapter *adapter, int32_t n_select, const int32_t *rows,
