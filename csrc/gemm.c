@@ -6,9 +6,10 @@
 #include <string.h>
 
 enum {
-    PIECE = 256,         // elements unpacked at a time along a row; a multiple of every block
-    ROWS_PIECE = 64,     // rows unpacked at a time across; an int8 block
-    MIN_CHUNK_ROWS = 96  // below this, packing would cost more than the product
+    PIECE = 256,          // elements unpacked at a time along a row; a multiple of every block
+    ROWS_PIECE = 64,      // rows unpacked at a time across; an int8 block
+    MIN_CHUNK_ROWS = 96,  // below this, packing would cost more than the product
+    QUANTISE_ROWS = 16    // activations brought to int8 at a time
 };
 
 static size_t result_columns(const ggd_gemm *g) { return g->operation == GGD_TIMES_TRANSPOSE ? g->w.n_rows : g->w.n_cols; }
@@ -48,13 +49,32 @@ static void pack_transposed(const ggd_compute *compute, const ggd_matrix *w, siz
     }
 }
 
-_Static_assert((int)ROWS_PIECE == (int)GGD_INT8_BLOCK, "an int8 block is packed from one piece");
+// The same in int8, in W's own blocks.
+static void pack_transposed_int8(const ggd_compute *compute, const ggd_matrix *w, size_t column, const ggd_int8_format *format,
+                                 float *unpacked, uint8_t *panel) {
+    enum { BLOCKS = PIECE / GGD_INT8_MIN_BLOCK };
+    size_t n = w->n_rows - column < GGD_PANEL_COLUMNS ? w->n_rows - column : GGD_PANEL_COLUMNS;
+    float *scales = unpacked, *minima = scales + GGD_PANEL_COLUMNS * BLOCKS;
+    int8_t *quants = (int8_t *)(minima + GGD_PANEL_COLUMNS * BLOCKS);
+    if (n < GGD_PANEL_COLUMNS) {
+        memset(unpacked, 0, GGD_PANEL_COLUMNS * (2 * BLOCKS * sizeof *scales + PIECE));
+    }
+    for (size_t k = 0; k < w->n_cols; k += PIECE) {
+        size_t length = w->n_cols - k < PIECE ? w->n_cols - k : PIECE;
+        for (size_t i = 0; i < n; i++) {
+            const uint8_t *source = w->data + (column + i) * w->bytes_row + k / w->block * w->bytes_block;
+            compute->kernels->int8_unpack[w->type](source, length, quants + i * PIECE, scales + i * BLOCKS, minima + i * BLOCKS);
+        }
+        uint8_t *target = panel + k / format->block * ggd_int8_block_bytes(format);
+        compute->kernels->int8_pack_columns(format, quants, PIECE, scales, minima, BLOCKS, length, target);
+    }
+}
 
 // op(W) = W: panel columns are columns of W. `n_panels` neighbouring panels, `bytes_panel` apart, are packed from one unpacking; as int8
 // blocks or in the element type.
 static void pack_plain(const ggd_compute *compute, const ggd_matrix *w, size_t column, size_t n_panels, float scale, int int8,
                        float *unpacked, uint8_t *panel, size_t bytes_panel) {
-    size_t width = n_panels * GGD_PANEL_COLUMNS;
+    size_t width = n_panels * GGD_PANEL_COLUMNS, bytes_int8 = ggd_int8_block_bytes(&ggd_int8_backward_format);
     size_t n = w->n_cols - column < width ? w->n_cols - column : width;
     if (w->type == GGD_BF16 && compute->element == GGD_ELEMENT_BF16 && scale == 1.0f && n == width && n_panels == 1 && !int8) {
         const uint16_t *source = (const uint16_t *)w->data + column;
@@ -74,7 +94,7 @@ static void pack_plain(const ggd_compute *compute, const ggd_matrix *w, size_t c
             const float *source = unpacked + p * GGD_PANEL_COLUMNS;
             uint8_t *target = panel + p * bytes_panel;
             if (int8) {
-                compute->kernels->int8_pack(source, width, rows, (ggd_int8_panel_block *)target + k / GGD_INT8_BLOCK);
+                compute->kernels->int8_pack(source, width, rows, target + k / ROWS_PIECE * bytes_int8);
             } else {
                 target += k * GGD_PANEL_COLUMNS * ggd_element_bytes(compute->element);
                 compute->kernels->pack_rows[compute->element](source, width, rows, scale, target);
@@ -112,12 +132,15 @@ typedef struct {
     size_t n_chunks, rows_chunk;  // pieces of the rows
     size_t k1, k2;                // rows of a panel from W and from W2
     size_t bytes_w, bytes_panel;  // of a panel's part from W, and of all of it
+    ggd_int8_format format;       // of the part from W, where that is in int8
 } gemm_job;
 
 static void pack_group(const gemm_job *job, size_t first_panel, size_t n_panels, uint8_t *panels, float *unpacked) {
     const ggd_gemm *g = job->gemm;
     size_t column = first_panel * GGD_PANEL_COLUMNS;
-    if (g->operation == GGD_TIMES_TRANSPOSE) {
+    if (g->operation == GGD_TIMES_TRANSPOSE && g->a_int8 != NULL) {
+        pack_transposed_int8(job->compute, &g->w, column, &job->format, unpacked, panels);
+    } else if (g->operation == GGD_TIMES_TRANSPOSE) {
         pack_transposed(job->compute, &g->w, column, g->scale, unpacked, panels);
     } else {
         pack_plain(job->compute, &g->w, column, n_panels, g->scale, g->a_int8 != NULL, unpacked, panels, job->bytes_panel);
@@ -134,7 +157,6 @@ static void multiply_panel_int8(const gemm_job *job, size_t first_row, size_t ro
     const ggd_kernels *kernels = job->compute->kernels;
     ggd_element element = job->compute->element;
     float second[GGD_TILE_ROWS * GGD_PANEL_COLUMNS];
-    size_t n_blocks = job->k1 / GGD_INT8_BLOCK, ld_scales = g->a_int8->ld / GGD_INT8_BLOCK;
     for (size_t row = first_row; row < first_row + rows; row += GGD_TILE_ROWS) {
         size_t n_rows = first_row + rows - row < GGD_TILE_ROWS ? first_row + rows - row : GGD_TILE_ROWS;
         const float *init = g->init != NULL ? g->init + row * g->ld_init + column : NULL;
@@ -152,13 +174,15 @@ static void multiply_panel_int8(const gemm_job *job, size_t first_row, size_t ro
             kernels->tile[element](&tile);
             init = second;
         }
-        ggd_int8_tile tile = {.n_rows = n_rows,
-                              .n_blocks = n_blocks,
-                              .a = g->a_int8->quants + row * g->a_int8->ld,
-                              .ld_a = g->a_int8->ld,
-                              .a_scales = g->a_int8->scales + row * ld_scales,
-                              .ld_scales = ld_scales,
-                              .panel = (const ggd_int8_panel_block *)panel,
+        ggd_int8_rows a = *g->a_int8;
+        a.quants += row * a.ld;
+        a.scales += row * a.ld_scales;
+        a.sums += row * a.ld_scales;
+        ggd_int8_tile tile = {.format = job->format,
+                              .n_rows = n_rows,
+                              .n_blocks = job->k1 / job->format.block,
+                              .a = a,
+                              .panel = panel,
                               .init = init,
                               .ld_init = job->k2 > 0 ? GGD_PANEL_COLUMNS : g->ld_init,
                               .c = (uint8_t *)g->c + (row * g->ld_c + column) * ggd_element_bytes(g->c_element),
@@ -229,8 +253,9 @@ void ggd_gemm_run(const ggd_compute *compute, const ggd_gemm *gemm) {
     job.k2 = gemm->a2.data != NULL ? ggd_panel_k(compute->element, reduction_of(gemm->operation, &gemm->w2)) : 0;
     job.bytes_w = job.k1 * bytes_row;
     if (gemm->a_int8 != NULL) {
-        job.k1 = ggd_round_up(reduction, GGD_INT8_BLOCK);
-        job.bytes_w = job.k1 / GGD_INT8_BLOCK * sizeof(ggd_int8_panel_block);
+        job.format = ggd_gemm_int8_format(gemm->operation, &gemm->w);
+        job.k1 = ggd_round_up(reduction, job.format.block);
+        job.bytes_w = job.k1 / job.format.block * ggd_int8_block_bytes(&job.format);
     }
     job.bytes_panel = job.bytes_w + job.k2 * bytes_row;
     size_t n_groups = (job.n_panels + job.group - 1) / job.group;
@@ -238,30 +263,37 @@ void ggd_gemm_run(const ggd_compute *compute, const ggd_gemm *gemm) {
     ggd_parallel(compute->threads, gemm->part, n_groups * job.n_chunks, gemm_item, &job);
 }
 
+ggd_int8_format ggd_gemm_int8_format(ggd_operation operation, const ggd_matrix *w) {
+    return operation == GGD_TIMES_TRANSPOSE ? ggd_int8_format_of(w->type) : ggd_int8_backward_format;
+}
+
 typedef struct {
     const ggd_compute *compute;
-    size_t m, n;
+    size_t m, n, block;
     ggd_activation x;
-    ggd_int8_rows rows;
+    const ggd_int8_rows *rows;
 } quantise_job;
 
 static void quantise_item(void *context, size_t item, size_t thread) {
+    (void)thread;
     const quantise_job *job = context;
-    const ggd_kernels *kernels = job->compute->kernels;
-    float *buffer = (float *)ggd_scratch(job->compute, thread);
-    for (size_t column = 0; column < job->n; column += PIECE) {
-        size_t n = job->n - column < PIECE ? job->n - column : PIECE;
-        const void *source = ggd_activation_at(job->x, item, column, job->compute->element);
-        if (job->compute->element == GGD_ELEMENT_BF16) {
-            kernels->from_bf16(source, buffer, n);
-            source = buffer;
-        }
-        kernels->int8_quantise(source, n, job->rows.quants + item * job->rows.ld + column,
-                               job->rows.scales + (item * job->rows.ld + column) / GGD_INT8_BLOCK);
+    ggd_element element = job->compute->element;
+    size_t end = (item + 1) * QUANTISE_ROWS < job->m ? (item + 1) * QUANTISE_ROWS : job->m;
+    for (size_t row = item * QUANTISE_ROWS; row < end; row++) {
+        const void *x = ggd_activation_at(job->x, row, 0, element);
+        ggd_int8_quantise_row(job->compute, x, element, job->n, job->block, job->rows, row, 0);
     }
 }
 
-void ggd_int8_quantise_rows(const ggd_compute *compute, size_t m, size_t n, ggd_activation x, ggd_int8_rows rows) {
-    quantise_job job = {compute, m, n, x, rows};
-    ggd_parallel(compute->threads, "int8 activations", m, quantise_item, &job);
+void ggd_int8_quantise_row(const ggd_compute *compute, const void *x, ggd_element element, size_t n, size_t block,
+                           const ggd_int8_rows *rows, size_t row, size_t column) {
+    size_t first_block = row * rows->ld_scales + column / block;
+    compute->kernels->int8_quantise(x, element, n, block, rows->quants + row * rows->ld + column, rows->scales + first_block,
+                                    rows->sums + first_block);
+}
+
+void ggd_int8_quantise_rows(const ggd_compute *compute, size_t m, size_t n, ggd_activation x, size_t block, ggd_int8_rows *rows) {
+    ggd_int8_set_strides(rows, n, block);
+    quantise_job job = {compute, m, n, block, x, rows};
+    ggd_parallel(compute->threads, "int8 activations", (m + QUANTISE_ROWS - 1) / QUANTISE_ROWS, quantise_item, &job);
 }

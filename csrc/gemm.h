@@ -14,13 +14,6 @@ typedef struct {
     size_t bytes_scratch;
 } ggd_compute;
 
-// Activations in int8: q + 128, blocks of GGD_INT8_BLOCK columns, each with its scale.
-typedef struct {
-    uint8_t *quants;  // (m, ld)
-    size_t ld;        // a multiple of GGD_INT8_BLOCK
-    float *scales;    // (m, ld / GGD_INT8_BLOCK)
-} ggd_int8_rows;
-
 typedef enum {
     GGD_TIMES_TRANSPOSE,  // op(W) = W^T: C (m, w.n_rows), reduction over w's columns. The forward of a linear layer.
     GGD_TIMES_PLAIN       // op(W) = W:   C (m, w.n_cols), reduction over w's rows. The backward of a linear layer.
@@ -31,7 +24,7 @@ typedef struct {
     ggd_operation operation;
     size_t m;                     // rows of A and C
     ggd_activation a;             // (m, k)
-    const ggd_int8_rows *a_int8;  // A again in int8, to multiply by W in int8 (GGD_TIMES_PLAIN only); or NULL
+    const ggd_int8_rows *a_int8;  // A again in int8, in the blocks of ggd_gemm_int8_format, to multiply by W in int8; or NULL
     ggd_matrix w;
     ggd_activation a2;    // (m, k2), data NULL for none
     ggd_matrix w2;        // same shape as w across the result's columns
@@ -45,7 +38,24 @@ typedef struct {
 
 void ggd_gemm_run(const ggd_compute *compute, const ggd_gemm *gemm);
 
-void ggd_int8_quantise_rows(const ggd_compute *compute, size_t m, size_t n, ggd_activation x, ggd_int8_rows rows);
+// How W is multiplied in int8; block = 0 where it cannot be.
+ggd_int8_format ggd_gemm_int8_format(ggd_operation operation, const ggd_matrix *w);
+
+// X (m, n) to int8 in blocks of `block` columns; sets the strides of `rows`, whose memory holds ggd_int8_ld(n) columns.
+void ggd_int8_quantise_rows(const ggd_compute *compute, size_t m, size_t n, ggd_activation x, size_t block, ggd_int8_rows *rows);
+// n columns of one row, from a multiple of `block` on; the strides are set.
+void ggd_int8_quantise_row(const ggd_compute *compute, const void *x, ggd_element element, size_t n, size_t block,
+                           const ggd_int8_rows *rows, size_t row, size_t column);
+
+// Row stride of n columns: whole blocks, and not a multiple of the span that falls into one set of the first-level cache.
+static inline size_t ggd_int8_ld(size_t n) {
+    size_t ld = ggd_round_up(n, GGD_INT8_MAX_BLOCK);
+    return ld % 1024 == 0 ? ld + GGD_INT8_MAX_BLOCK : ld;
+}
+static inline void ggd_int8_set_strides(ggd_int8_rows *rows, size_t n, size_t block) {
+    rows->ld = ggd_int8_ld(n);
+    rows->ld_scales = rows->ld / block;
+}
 
 // Scratch bytes of one thread for a product with this many reduction rows in all over an operand with this block size.
 size_t ggd_gemm_bytes_scratch(ggd_element element, size_t reduction, size_t block);

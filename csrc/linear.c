@@ -29,12 +29,14 @@ void ggd_linear_forward_lora(const ggd_compute *compute, const ggd_linear *linea
     }
 }
 
-void ggd_linear_forward(const ggd_compute *compute, const ggd_linear *linear, size_t m, ggd_activation x, const float *init,
-                        size_t ld_init, void *c, size_t ld_c, ggd_element c_element) {
+void ggd_linear_forward(const ggd_compute *compute, const ggd_linear *linear, size_t m, ggd_activation x,
+                        const ggd_int8_rows *x_int8, const float *init, size_t ld_init, void *c, size_t ld_c,
+                        ggd_element c_element) {
     ggd_gemm y = {.part = "frozen forward",
                   .operation = GGD_TIMES_TRANSPOSE,
                   .m = m,
                   .a = x,
+                  .a_int8 = x_int8,
                   .w = *linear->weight,
                   .scale = 1.0f,
                   .init = init,
@@ -158,11 +160,9 @@ void ggd_linear_backward_input(const ggd_compute *compute, const ggd_linear *lin
         gradient.w2 = lora_a(linear);
         gradient.scale2 = 1.0f;
     }
-    ggd_int8_rows dy_int8 = scratch->dy;
-    if (scratch->int8) {
-        dy_int8.ld = ggd_round_up(linear->weight->n_rows, GGD_INT8_BLOCK);
-        ggd_int8_quantise_rows(compute, m, linear->weight->n_rows, dy, dy_int8);
-        gradient.a_int8 = &dy_int8;
+    if (scratch->dy_int8 != NULL) {
+        ggd_int8_quantise_rows(compute, m, linear->weight->n_rows, dy, ggd_int8_backward_format.a_block, scratch->dy_int8);
+        gradient.a_int8 = scratch->dy_int8;
     }
     ggd_gemm_run(compute, &gradient);
 }

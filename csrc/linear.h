@@ -13,17 +13,17 @@ typedef struct {
 
 // Scratch of the backward, shared by all layers.
 typedef struct {
-    int int8;                   // dX in int8
-    ggd_int8_rows dy;           // (M, largest out)
+    ggd_int8_rows *dy_int8;     // room for dY (M, out) in int8, to multiply it in int8; or NULL
     ggd_activation q;           // (M, R): scale * dY B
     ggd_activation transposed;  // (R, M)
     float *product;             // (R, ld_product) float32
     size_t ld_product;          // at least the largest of in and out, a multiple of GGD_PANEL_COLUMNS
 } ggd_linear_scratch;
 
-// C (M, out) = init + X W^T + scale * (X A^T) B^T
-void ggd_linear_forward(const ggd_compute *compute, const ggd_linear *linear, size_t m, ggd_activation x, const float *init,
-                        size_t ld_init, void *c, size_t ld_c, ggd_element c_element);
+// C (M, out) = init + X W^T + scale * (X A^T) B^T; X W^T in int8 where X is given in int8 too.
+void ggd_linear_forward(const ggd_compute *compute, const ggd_linear *linear, size_t m, ggd_activation x,
+                        const ggd_int8_rows *x_int8, const float *init, size_t ld_init, void *c, size_t ld_c,
+                        ggd_element c_element);
 
 // P = X A^T alone, where the layer has a LoRA pair.
 void ggd_linear_forward_lora(const ggd_compute *compute, const ggd_linear *linear, size_t m, ggd_activation x);

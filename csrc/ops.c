@@ -111,8 +111,17 @@ typedef struct {
     const float *x, *weight, *dy;
     float eps;
     ggd_activation y, saved;
+    const ggd_int8_rows *y_int8;
     float *scales, *dx;
 } norm_job;
+
+// A piece of a row to its place in int8, if that is wanted.
+static void store_int8(const ggd_compute *compute, const float *values, const ggd_int8_rows *rows, size_t row, size_t column,
+                       size_t n) {
+    if (rows != NULL) {
+        ggd_int8_quantise_row(compute, values, GGD_ELEMENT_F32, n, GGD_INT8_FORWARD_BLOCK, rows, row, column);
+    }
+}
 
 static void rmsnorm_forward_item(void *context, size_t item, size_t thread) {
     const norm_job *job = context;
@@ -121,6 +130,7 @@ static void rmsnorm_forward_item(void *context, size_t item, size_t thread) {
         const float *x = job->x + row * job->ld;
         job->scales[row] = job->compute->kernels->rmsnorm(x, job->weight, job->eps, buffer, job->n);
         ggd_store_row(job->compute, buffer, job->y, row, 0, job->n);
+        store_int8(job->compute, buffer, job->y_int8, row, 0, job->n);
         if (job->saved.data != NULL) {
             ggd_store_row(job->compute, x, job->saved, row, 0, job->n);
         }
@@ -128,7 +138,7 @@ static void rmsnorm_forward_item(void *context, size_t item, size_t thread) {
 }
 
 void ggd_rmsnorm_forward(const ggd_compute *compute, size_t m, size_t n, const float *x, size_t ld, const float *weight,
-                         float eps, ggd_activation y, float *scales, ggd_activation saved) {
+                         float eps, ggd_activation y, const ggd_int8_rows *y_int8, float *scales, ggd_activation saved) {
     norm_job job = {.compute = compute,
                     .m = m,
                     .n = n,
@@ -138,6 +148,7 @@ void ggd_rmsnorm_forward(const ggd_compute *compute, size_t m, size_t n, const f
                     .eps = eps,
                     .y = y,
                     .saved = saved,
+                    .y_int8 = y_int8,
                     .scales = scales};
     ggd_parallel(compute->threads, "norm", n_blocks(m), rmsnorm_forward_item, &job);
 }
@@ -224,6 +235,7 @@ typedef struct {
     const ggd_compute *compute;
     size_t m, n;
     ggd_activation gate, up, h, dh, dup;
+    const ggd_int8_rows *h_int8;
 } swiglu_job;
 
 static void swiglu_forward_item(void *context, size_t item, size_t thread) {
@@ -236,13 +248,14 @@ static void swiglu_forward_item(void *context, size_t item, size_t thread) {
             const float *up = ggd_load_row(job->compute, job->up, row, column, n, buffer + PIECE);
             job->compute->kernels->swiglu(gate, up, buffer + 2 * PIECE, n);
             ggd_store_row(job->compute, buffer + 2 * PIECE, job->h, row, column, n);
+            store_int8(job->compute, buffer + 2 * PIECE, job->h_int8, row, column, n);
         }
     }
 }
 
-void ggd_swiglu_forward(const ggd_compute *compute, size_t m, size_t n, ggd_activation gate, ggd_activation up,
-                        ggd_activation h) {
-    swiglu_job job = {.compute = compute, .m = m, .n = n, .gate = gate, .up = up, .h = h};
+void ggd_swiglu_forward(const ggd_compute *compute, size_t m, size_t n, ggd_activation gate, ggd_activation up, ggd_activation h,
+                        const ggd_int8_rows *h_int8) {
+    swiglu_job job = {.compute = compute, .m = m, .n = n, .gate = gate, .up = up, .h = h, .h_int8 = h_int8};
     ggd_parallel(compute->threads, "swiglu", n_blocks(m), swiglu_forward_item, &job);
 }
 

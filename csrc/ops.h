@@ -19,9 +19,10 @@ void ggd_embedding_forward(const ggd_compute *compute, const ggd_matrix *embeddi
 void ggd_embedding_backward(const ggd_compute *compute, const ggd_batch *batch, const ggd_adapter *adapter, size_t hidden,
                             const float *dx, size_t ld, float *grad_offset);
 
-// y_j = x_j r w_j, r = 1 / sqrt(mean(x^2) + eps) kept in `scales` (M), and x itself as activation in `saved` if that has memory.
+// y_j = x_j r w_j, r = 1 / sqrt(mean(x^2) + eps) kept in `scales` (M), and x itself as activation in `saved` if that has memory. y goes
+// to y_int8 too, in blocks of the forward, unless that is NULL.
 void ggd_rmsnorm_forward(const ggd_compute *compute, size_t m, size_t n, const float *x, size_t ld, const float *weight,
-                         float eps, ggd_activation y, float *scales, ggd_activation saved);
+                         float eps, ggd_activation y, const ggd_int8_rows *y_int8, float *scales, ggd_activation saved);
 // y again from the saved x.
 void ggd_rmsnorm_repeat(const ggd_compute *compute, size_t m, size_t n, ggd_activation saved, const float *weight, float eps,
                         ggd_activation y);
@@ -33,8 +34,9 @@ void ggd_rmsnorm_backward(const ggd_compute *compute, size_t m, size_t n, const 
 void ggd_rope_forward(const ggd_compute *compute, const ggd_batch *batch, const ggd_heads *heads, const float *qkv, size_t ld,
                       ggd_activation rotated);
 
-// h = silu(gate) * up
-void ggd_swiglu_forward(const ggd_compute *compute, size_t m, size_t n, ggd_activation gate, ggd_activation up, ggd_activation h);
+// h = silu(gate) * up; to h_int8 too, in blocks of the forward, unless that is NULL.
+void ggd_swiglu_forward(const ggd_compute *compute, size_t m, size_t n, ggd_activation gate, ggd_activation up, ggd_activation h,
+                        const ggd_int8_rows *h_int8);
 // dh becomes d gate in place; d up and h are written.
 void ggd_swiglu_backward(const ggd_compute *compute, size_t m, size_t n, ggd_activation gate, ggd_activation up,
                          ggd_activation dh, ggd_activation dup, ggd_activation h);

@@ -28,6 +28,18 @@ static ggd_activation take_activation(arena *a, ggd_element element, size_t rows
 
 static size_t panel_multiple(size_t n) { return ggd_round_up(n, GGD_PANEL_COLUMNS); }
 
+// Row stride of activations with n columns. Rows whole 2 KiB apart would fall into a few sets of the first-level cache and push each
+// other out of it, in the midst of a tile.
+static size_t row_stride(size_t n) {
+    size_t ld = panel_multiple(n);
+    return ld % 512 == 0 ? ld + GGD_PANEL_COLUMNS : ld;
+}
+
+static int has_int8(const ggd_session *s) {
+    const ggd_kernels *kernels = s->compute.kernels;
+    return kernels->int8_tile != NULL && s->compute.element == kernels->fast_element && s->compute.element != GGD_ELEMENT_F32;
+}
+
 // The parts of a layer that a policy computes again share one buffer among the layers.
 static void lay_out_layers(const ggd_session *s, arena *a, const ggd_capacity *c, ggd_buffers *b) {
     const ggd_shape *shape = &s->model->shape;
@@ -66,11 +78,22 @@ static void lay_out_layers(const ggd_session *s, arena *a, const ggd_capacity *c
     }
 }
 
+static size_t widest_operand(const ggd_session *s) {
+    size_t widest = s->ld_ffn > s->ld_hidden ? s->ld_ffn : s->ld_hidden;
+    return s->ld_queries > widest ? s->ld_queries : widest;
+}
+
+static ggd_int8_rows take_int8(const ggd_session *s, arena *a, size_t rows, size_t n) {
+    size_t count = has_int8(s) ? rows * ggd_int8_ld(n) : 0;
+    ggd_int8_rows taken = {.quants = take(a, count, 1)};
+    taken.scales = take(a, count / GGD_INT8_FORWARD_BLOCK, sizeof(float));
+    taken.sums = take(a, count / GGD_INT8_FORWARD_BLOCK, sizeof(float));
+    return taken;
+}
+
 static void lay_out_gradients(const ggd_session *s, arena *a, const ggd_capacity *c, ggd_buffers *b) {
-    size_t m = c->gradients ? c->n_rows : 0, ld_rank = panel_multiple(c->max_rank), widest = s->ld_ffn;
+    size_t m = c->gradients ? c->n_rows : 0, ld_rank = panel_multiple(c->max_rank), widest = widest_operand(s);
     ggd_element e = s->compute.element;
-    widest = s->ld_hidden > widest ? s->ld_hidden : widest;
-    widest = s->ld_queries > widest ? s->ld_queries : widest;
     b->dx = take(a, m * s->ld_hidden, sizeof(float));
     b->dnormed = take(a, m * s->ld_hidden, sizeof(float));
     b->dx_activation = take_activation(a, e, m, s->ld_hidden);
@@ -82,11 +105,6 @@ static void lay_out_gradients(const ggd_session *s, arena *a, const ggd_capacity
     b->linear.transposed = take_activation(a, e, m > 0 ? ld_rank : 0, panel_multiple(m + 1));
     b->linear.product = take(a, m > 0 ? ld_rank * widest : 0, sizeof(float));
     b->linear.ld_product = widest;
-    size_t ld_int8 = ggd_round_up(widest, GGD_INT8_BLOCK), int8_rows = s->compute.kernels->int8_tile != NULL ? m : 0;
-    b->linear.dy.quants = take(a, int8_rows * ld_int8, 1);
-    b->linear.dy.scales = take(a, int8_rows * ld_int8 / GGD_INT8_BLOCK, sizeof(float));
-    b->linear.dy.ld = ld_int8;
-    b->linear.int8 = s->int8_backward;
 }
 
 static void lay_out_softmax(arena *a, size_t rows, size_t gradient_rows, size_t ld, ggd_online_softmax *softmax) {
@@ -108,6 +126,9 @@ static void lay_out_loss(const ggd_session *s, arena *a, const ggd_capacity *c, 
     b->loss.ld = s->ld_hidden;
     lay_out_softmax(a, rows, gradient_rows, s->ld_hidden, &b->loss.own);
     b->loss.teacher_normed = take_activation(a, e, teacher * c->n_rows, s->ld_hidden);
+    b->loss.normed_int8 = take_int8(s, a, rows, s->ld_hidden);
+    b->loss.weights_int8 = take_int8(s, a, gradient_rows, GGD_LOSS_TOKENS);
+    b->loss.teacher_int8 = take_int8(s, a, teacher * rows, s->ld_hidden);
     b->loss.teacher_chunk = take_activation(a, e, teacher * rows, s->ld_hidden);
     b->loss.cross = take(a, teacher * rows, sizeof(double));
     b->loss.teacher_loss = take(a, teacher * c->n_rows, sizeof(double));
@@ -157,6 +178,7 @@ static size_t lay_out(const ggd_session *s, void *base, const ggd_capacity *c, g
     b->h = take_activation(&a, s->compute.element, c->n_rows, s->ld_ffn);
     b->cosine = take(&a, c->max_segment_rows * (size_t)shape->head_size / 2, sizeof(float));
     b->sine = take(&a, c->max_segment_rows * (size_t)shape->head_size / 2, sizeof(float));
+    b->int8 = take_int8(s, &a, c->n_rows, widest_operand(s));
     lay_out_gradients(s, &a, c, b);
     lay_out_loss(s, &a, c, b);
     *bytes_thread = thread_scratch_bytes(s, c);
@@ -176,6 +198,8 @@ static void fill_rope_table(ggd_session *s, size_t n_positions) {
     s->heads.cosine = s->buffers.cosine;
     s->heads.sine = s->buffers.sine;
 }
+
+static void bind_int8(ggd_session *s) { s->buffers.linear.dy_int8 = s->int8 >= GGD_INT8_BACKWARD ? &s->buffers.int8 : NULL; }
 
 static size_t larger(size_t a, size_t b) { return a > b ? a : b; }
 
@@ -204,6 +228,7 @@ int ggd_session_reserve(ggd_session *s, const ggd_capacity *wanted) {
     memset(s->arena, 0, bytes);
     lay_out(s, s->arena, &grown, &s->buffers, &s->compute.bytes_scratch);
     s->compute.scratch = s->buffers.thread_scratch;
+    bind_int8(s);
     s->capacity = grown;
     fill_rope_table(s, grown.max_segment_rows);
     return 0;
@@ -237,16 +262,17 @@ int ggd_session_create(const ggd_model *model, const ggd_session_options *option
     s->compute.kernels = ggd_kernels_choose(options->use_simd);
     int fast = options->compute == GGD_COMPUTE_FAST && !has_float_weights(model);
     s->compute.element = fast ? s->compute.kernels->fast_element : GGD_ELEMENT_F32;
-    s->ld_hidden = panel_multiple((size_t)shape->hidden_size);
-    s->ld_ffn = panel_multiple((size_t)shape->feed_forward_size);
-    s->ld_queries = panel_multiple((size_t)shape->n_heads * head_size);
-    size_t ld_keys = panel_multiple((size_t)shape->n_kv_heads * head_size);
-    s->ld_qkv = s->ld_queries + 2 * ld_keys;
+    size_t queries = panel_multiple((size_t)shape->n_heads * head_size),
+           keys = panel_multiple((size_t)shape->n_kv_heads * head_size);
+    s->ld_hidden = row_stride((size_t)shape->hidden_size);
+    s->ld_ffn = row_stride((size_t)shape->feed_forward_size);
+    s->ld_queries = row_stride(queries);
+    s->ld_qkv = row_stride(queries + 2 * keys);
     s->heads = (ggd_heads){.n_heads = (size_t)shape->n_heads,
                            .n_kv_heads = (size_t)shape->n_kv_heads,
                            .head_size = head_size,
-                           .k_column = s->ld_queries,
-                           .v_column = s->ld_queries + ld_keys};
+                           .k_column = queries,
+                           .v_column = queries + keys};
     s->compute.threads = ggd_threads_create((size_t)options->n_threads);
     if (s->compute.threads == NULL) {
         free(s);
@@ -296,15 +322,17 @@ const char *ggd_session_part(const ggd_session *session, int32_t index, double *
 
 void ggd_session_reset_parts(ggd_session *session) { ggd_threads_reset_parts(session->compute.threads); }
 
-int ggd_session_set_int8_backward(ggd_session *session, int32_t on) {
-    if (on &&
-        (session->compute.kernels->int8_tile == NULL || session->compute.element != session->compute.kernels->fast_element ||
-         session->compute.element == GGD_ELEMENT_F32)) {
+int ggd_session_set_int8(ggd_session *session, int32_t products) {
+    if (products < GGD_INT8_NONE || products > GGD_INT8_BOTH) {
+        return ggd_fail("no int8 products %d", products);
+    }
+    if (products != GGD_INT8_NONE && !has_int8(session)) {
         return ggd_fail("the %s kernels have no int8 products beside %s", session->compute.kernels->name,
                         ggd_session_element(session));
     }
-    session->int8_backward = session->buffers.linear.int8 = on != 0;
+    session->int8 = products;
+    bind_int8(session);
     return 0;
 }
 
-int32_t ggd_session_int8_backward(const ggd_session *session) { return session->int8_backward; }
+int32_t ggd_session_int8(const ggd_session *session) { return session->int8; }

@@ -40,6 +40,7 @@ typedef struct {
     ggd_activation dx_activation;    // (M, C)
     ggd_activation dgate, dup;       // (M, F)
     ggd_activation dattn_out, dqkv;  // (M, H D), (M, [dQ | dK | dV])
+    ggd_int8_rows int8;              // (M, the widest operand): what a product in int8 reads
     ggd_linear_scratch linear;
     ggd_loss_scratch loss;
     uint8_t *thread_scratch;
@@ -48,7 +49,7 @@ typedef struct {
 struct ggd_session {
     const ggd_model *model;
     ggd_session_options options;
-    int int8_backward;
+    int32_t int8;  // GGD_INT8_*
     ggd_compute compute;
     ggd_heads heads;
     size_t ld_hidden, ld_queries, ld_qkv, ld_ffn;  // row strides in elements

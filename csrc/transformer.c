@@ -25,37 +25,60 @@ static size_t qkv_column(const ggd_session *s, int target) {
     return target == GGD_ATTN_Q ? 0 : target == GGD_ATTN_K ? s->heads.k_column : s->heads.v_column;
 }
 
+// Room for an operand of the forward's frozen products in int8, (M, n); NULL where they are not in int8.
+static ggd_int8_rows *int8_room(ggd_session *s, int32_t n) {
+    if (s->int8 != GGD_INT8_BOTH) {
+        return NULL;
+    }
+    ggd_int8_set_strides(&s->buffers.int8, (size_t)n, GGD_INT8_FORWARD_BLOCK);
+    return &s->buffers.int8;
+}
+
+// An operand that was stored as activation only.
+static const ggd_int8_rows *in_int8(ggd_session *s, size_t m, int32_t n, ggd_activation x) {
+    ggd_int8_rows *room = int8_room(s, n);
+    if (room != NULL) {
+        ggd_int8_quantise_rows(&s->compute, m, (size_t)n, x, GGD_INT8_FORWARD_BLOCK, room);
+    }
+    return room;
+}
+
 // x -> x + attention block
 static void attention_block_forward(ggd_session *s, const ggd_batch *batch, size_t l) {
     const ggd_compute *compute = &s->compute;
     ggd_buffers *b = &s->buffers;
     ggd_layer_activations *act = &b->layers[l];
-    size_t m = (size_t)batch->n_rows, hidden = (size_t)s->model->shape.hidden_size, ld = s->ld_hidden;
-    ggd_rmsnorm_forward(compute, m, hidden, b->x, ld, s->model->layers[l].attn_norm, s->model->rms_eps, b->normed,
+    const ggd_shape *shape = &s->model->shape;
+    size_t m = (size_t)batch->n_rows, hidden = (size_t)shape->hidden_size, ld = s->ld_hidden;
+    const ggd_int8_rows *normed_int8 = int8_room(s, shape->hidden_size);
+    ggd_rmsnorm_forward(compute, m, hidden, b->x, ld, s->model->layers[l].attn_norm, s->model->rms_eps, b->normed, normed_int8,
                         act->attn_scales, act->x);
     for (int target = GGD_ATTN_Q; target <= GGD_ATTN_V; target++) {
         ggd_linear linear = linear_of(s, l, target);
-        ggd_linear_forward(compute, &linear, m, b->normed, NULL, 0, b->qkv + qkv_column(s, target), s->ld_qkv, GGD_ELEMENT_F32);
+        ggd_linear_forward(compute, &linear, m, b->normed, normed_int8, NULL, 0, b->qkv + qkv_column(s, target), s->ld_qkv,
+                           GGD_ELEMENT_F32);
     }
     ggd_rope_forward(compute, batch, &s->heads, b->qkv, s->ld_qkv, act->qkv);
     ggd_attention_forward(compute, batch, &s->heads, act->qkv, act->attn_out, act->lse);
     ggd_linear output = linear_of(s, l, GGD_ATTN_OUTPUT);
-    ggd_linear_forward(compute, &output, m, act->attn_out, b->x, ld, b->x, ld, GGD_ELEMENT_F32);
+    const ggd_int8_rows *attn_int8 = in_int8(s, m, shape->n_heads * shape->head_size, act->attn_out);
+    ggd_linear_forward(compute, &output, m, act->attn_out, attn_int8, b->x, ld, b->x, ld, GGD_ELEMENT_F32);
 }
 
 static void ffn_norm_forward(ggd_session *s, size_t m, size_t l) {
     ggd_layer_activations *act = &s->buffers.layers[l];
     ggd_rmsnorm_forward(&s->compute, m, (size_t)s->model->shape.hidden_size, s->buffers.x, s->ld_hidden,
-                        s->model->layers[l].ffn_norm, s->model->rms_eps, act->ffn_normed, act->ffn_scales, act->x_mid);
+                        s->model->layers[l].ffn_norm, s->model->rms_eps, act->ffn_normed, NULL, act->ffn_scales, act->x_mid);
 }
 
-// gate and up; what GGD_KEEP_WITHOUT_FFN computes again
+// gate and up; what GGD_KEEP_WITHOUT_FFN computes again, from ffn_normed as it was stored
 static void ffn_inner_forward(ggd_session *s, size_t m, size_t l) {
     ggd_layer_activations *act = &s->buffers.layers[l];
     ggd_linear gate = linear_of(s, l, GGD_FFN_GATE), up = linear_of(s, l, GGD_FFN_UP);
     ggd_element element = s->compute.element;
-    ggd_linear_forward(&s->compute, &gate, m, act->ffn_normed, NULL, 0, act->gate.data, act->gate.ld, element);
-    ggd_linear_forward(&s->compute, &up, m, act->ffn_normed, NULL, 0, act->up.data, act->up.ld, element);
+    const ggd_int8_rows *normed_int8 = in_int8(s, m, s->model->shape.hidden_size, act->ffn_normed);
+    ggd_linear_forward(&s->compute, &gate, m, act->ffn_normed, normed_int8, NULL, 0, act->gate.data, act->gate.ld, element);
+    ggd_linear_forward(&s->compute, &up, m, act->ffn_normed, normed_int8, NULL, 0, act->up.data, act->up.ld, element);
 }
 
 // x -> x + feed-forward block
@@ -64,9 +87,10 @@ static void ffn_block_forward(ggd_session *s, const ggd_batch *batch, size_t l) 
     size_t m = (size_t)batch->n_rows, ffn = (size_t)s->model->shape.feed_forward_size;
     ffn_norm_forward(s, m, l);
     ffn_inner_forward(s, m, l);
-    ggd_swiglu_forward(&s->compute, m, ffn, b->layers[l].gate, b->layers[l].up, b->h);
+    const ggd_int8_rows *h_int8 = int8_room(s, s->model->shape.feed_forward_size);
+    ggd_swiglu_forward(&s->compute, m, ffn, b->layers[l].gate, b->layers[l].up, b->h, h_int8);
     ggd_linear down = linear_of(s, l, GGD_FFN_DOWN);
-    ggd_linear_forward(&s->compute, &down, m, b->h, b->x, s->ld_hidden, b->x, s->ld_hidden, GGD_ELEMENT_F32);
+    ggd_linear_forward(&s->compute, &down, m, b->h, h_int8, b->x, s->ld_hidden, b->x, s->ld_hidden, GGD_ELEMENT_F32);
 }
 
 const float *ggd_transformer_forward(ggd_session *s, const ggd_batch *batch, const ggd_adapter *adapter) {
@@ -140,7 +164,8 @@ static void recompute_layer(ggd_session *s, const ggd_batch *batch, size_t l) {
     }
     if (b->boundaries != NULL) {
         // The down projection's A h, without its output.
-        ggd_swiglu_forward(&s->compute, m, (size_t)s->model->shape.feed_forward_size, b->layers[l].gate, b->layers[l].up, b->h);
+        ggd_swiglu_forward(&s->compute, m, (size_t)s->model->shape.feed_forward_size, b->layers[l].gate, b->layers[l].up, b->h,
+                           NULL);
         ggd_linear down = linear_of(s, l, GGD_FFN_DOWN);
         ggd_linear_forward_lora(&s->compute, &down, m, b->h);
     }

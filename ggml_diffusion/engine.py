@@ -35,11 +35,17 @@ from ggml_diffusion.native_structs import (
 )
 from ggml_diffusion.segments import token_array
 
-__all__ = ["Compute", "Keep", "LossResult", "Q4Model", "Teacher", "default_threads"]
+__all__ = ["Compute", "Int8", "Keep", "LossResult", "Q4Model", "Teacher", "default_threads"]
 
 Compute = Literal["fast", "f32"]
+Int8 = Literal["none", "backward", "both"]
 
 _COMPUTE = {"fast": lib.GGD_COMPUTE_FAST, "f32": lib.GGD_COMPUTE_F32}
+_INT8: dict[Int8, int] = {
+    "none": lib.GGD_INT8_NONE,
+    "backward": lib.GGD_INT8_BACKWARD,
+    "both": lib.GGD_INT8_BOTH,
+}
 _KEEP = {
     "all": lib.GGD_KEEP_ALL,
     "without-ffn": lib.GGD_KEEP_WITHOUT_FFN,
@@ -226,16 +232,17 @@ class Q4Model:
         return str(ffi.string(lib.ggd_session_element(self._open())).decode())
 
     @property
-    def int8_backward(self) -> bool:
-        """Whether the input gradients of the frozen weights are multiplied in int8.
+    def int8(self) -> Int8:
+        """Products of the frozen weights that go in int8: "none", "backward" (input gradients) or "both".
 
         Setting it raises UserError where the kernels have no int8 products or the model computes in float32.
         """
-        return bool(lib.ggd_session_int8_backward(self._open()))
+        number = lib.ggd_session_int8(self._open())
+        return next(name for name, value in _INT8.items() if value == number)
 
-    @int8_backward.setter
-    def int8_backward(self, on: bool) -> None:
-        check(lib.ggd_session_set_int8_backward(self._open(), on))
+    @int8.setter
+    def int8(self, products: Int8) -> None:
+        check(lib.ggd_session_set_int8(self._open(), _INT8[products]))
 
     @property
     def description(self) -> str:

@@ -1,53 +1,63 @@
-"""The int8 gate: before a conversion starts, int8 input gradients must agree with the ones they replace.
+"""The int8 gate: before a conversion starts, the gradient in int8 must agree with the one it replaces.
 
-Multiplying the frozen weights' input gradients in int8 is faster, and coarser than bfloat16. Whether it is
-safe depends on the model and its text, so it is tried on the run's own first batch: the whole gradient is
-computed both ways, and int8 is used if the cosine between them is high enough. The decision belongs to the
-run: a resumed one keeps it.
+Multiplying the frozen weights in int8 is faster, and coarser than bfloat16. Whether it is safe depends on the
+model and its text, so it is tried on the run's own first batch: the whole gradient is computed both ways, and
+int8 is used as far as the cosine between them is high enough: in forward and backward, else in the backward
+alone, else not at all. The decision belongs to the run: a resumed one keeps it.
 
 Deliberately not here: the arithmetic (the engine), and a check during the run: one costs a step.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from ggml_diffusion.data import TokenBatch
+from ggml_diffusion.engine import Int8
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.trainer import ConversionTrainer
 
 # Training all in bfloat16, which people do, is 4.5e-3 from float32 in this measure in PyTorch on SmolLM2
-# (tests/test_peer_torch.py); int8 must stay well below that.
-MIN_COSINE = 0.998
+# (tests/test_peer_torch.py); int8 must not be further away than that.
+MIN_COSINE = 1.0 - 4.5e-3
+_CHOICES: tuple[Int8, ...] = ("both", "backward")  # fastest first
+_PRODUCTS: Mapping[Int8, str] = {"both": "forward and backward", "backward": "backward", "none": "nothing"}
 
 
 @dataclass(frozen=True)
 class Int8Report:
-    """Cosine of the two gradients of the first batch, None where int8 was not tried; and whether it is on."""
+    """What was tried on the first batch, in order, with the cosine of its gradient; and what is used."""
 
-    cosine: float | None
-    is_used: bool
+    cosines: Mapping[Int8, float]
+    used: Int8
 
     def __str__(self) -> str:
         """One line for people."""
-        if self.cosine is None:
-            return "input gradients: not in int8 on this processor"
-        verdict = "used" if self.is_used else f"not used, below {MIN_COSINE}"
-        return f"int8 input gradients: cosine {self.cosine:.5f} on the first batch, {verdict}"
+        if not self.cosines:
+            return "no int8 products on this processor"
+        tried = ", ".join(f"{_PRODUCTS[products]} {cosine:.5f}" for products, cosine in self.cosines.items())
+        return (
+            f"int8 products, cosine of the first batch's gradient: {tried} (at least {MIN_COSINE}); "
+            f"in int8: {_PRODUCTS[self.used]}"
+        )
 
 
 def choose_int8(trainer: ConversionTrainer, batch: TokenBatch) -> Int8Report:
-    """Turn the engine's int8 input gradients on if it has them and they agree on this batch."""
-    model = trainer.model
+    """Turn the engine's int8 products on as far as it has them and they agree on this batch."""
+    model, cosines = trainer.model, dict[Int8, float]()
     try:
-        model.int8_backward = True
+        model.int8 = _CHOICES[0]
     except UserError:
-        return Int8Report(None, False)
-    coarse = trainer.first_gradient(batch)
-    model.int8_backward = False
+        return Int8Report(cosines, "none")
+    model.int8 = "none"
     fine = trainer.first_gradient(batch)
-    size = float(np.linalg.norm(coarse) * np.linalg.norm(fine))
-    cosine = float(np.dot(coarse, fine)) / size if size > 0.0 else float("nan")
-    is_used = cosine >= MIN_COSINE
-    model.int8_backward = is_used
-    return Int8Report(cosine, is_used)
+    for products in _CHOICES:
+        model.int8 = products
+        coarse = trainer.first_gradient(batch)
+        size = float(np.linalg.norm(coarse) * np.linalg.norm(fine))
+        cosines[products] = float(np.dot(coarse, fine)) / size if size > 0.0 else float("nan")
+        if cosines[products] >= MIN_COSINE:
+            return Int8Report(cosines, products)
+    model.int8 = "none"
+    return Int8Report(cosines, "none")

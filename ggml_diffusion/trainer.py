@@ -435,7 +435,7 @@ class ConversionTrainer:
                 "skipped_in_a_row": self._skipped_in_a_row,
                 "mask_token_id": self.mask_token_id,
                 "has_prompts": self._has_prompts,
-                "int8_backward": self.model.int8_backward,
+                "int8": self.model.int8,
             },
         )
         return save_state(folder, state, self.checkpoint())
@@ -465,7 +465,7 @@ class ConversionTrainer:
         self.optimizer.step_count = int(state.extra["optimizer_steps"])
         self._skipped_in_a_row = int(state.extra["skipped_in_a_row"])
         self._has_prompts = bool(state.extra.get("has_prompts", False))
-        self.model.int8_backward = bool(state.extra.get("int8_backward", False))
+        self.model.int8 = state.extra["int8"]
         self.step_count = self.annealer.current_step = state.step
         self.tokens_seen = state.tokens_seen
         return True

@@ -9,7 +9,7 @@ from cases import lora_adapter, offset_of, packed_batch, random_adapter, relativ
 from conftest import TinyModel, sizes_for
 from numpy.typing import NDArray
 
-from ggml_diffusion.engine import Compute, Keep, LossResult, Q4Model
+from ggml_diffusion.engine import Compute, Int8, Keep, LossResult, Q4Model
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.memory_plan import plan_step
 
@@ -22,7 +22,7 @@ def step(
     n_threads: int = 2,
     *,
     compute: Compute = "fast",
-    int8: bool = False,
+    int8: Int8 = "none",
     memory_budget: int | None = None,
 ) -> tuple[LossResult, dict[str, NDArray[np.float32]]]:
     reference = oracle.load_model(path)
@@ -33,8 +33,7 @@ def step(
     arrays = {**lora.tensors, "mask_embedding": lora.mask_embedding}
     gradients = {name: np.zeros_like(value) for name, value in arrays.items()}
     with Q4Model.from_gguf(path, n_threads, keep=keep, compute=compute, memory_budget=memory_budget) as model:
-        if int8:
-            model.int8_backward = True
+        model.int8 = int8
         result = model.loss_and_gradients(
             batch.tokens,
             batch.targets,
@@ -129,35 +128,44 @@ def test_a_closed_model_says_so(tiny_model: TinyModel) -> None:
 def has_int8(path: str) -> bool:
     with Q4Model.from_gguf(path, 1) as model:
         try:
-            model.int8_backward = True
+            model.int8 = "both"
         except UserError:
             return False
         return True
 
 
-@pytest.mark.parametrize("type_name", ["Q4_0", "Q4_1", "Q8_0", "Q6_K"])
-def test_input_gradients_in_int8_stay_close_to_those_in_float32(
-    tiny_model: TinyModel, type_name: str
+INT8_PRODUCTS: tuple[Int8, ...] = ("backward", "both")
+QUANTISED = ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"]
+
+
+@pytest.mark.parametrize("products", INT8_PRODUCTS)
+@pytest.mark.parametrize("type_name", QUANTISED)
+def test_gradients_in_int8_stay_close_to_those_in_float32(
+    tiny_model: TinyModel, type_name: str, products: Int8
 ) -> None:
     path = str(tiny_model(type=type_name, **sizes_for(type_name)))
     if not has_int8(path):
         pytest.skip("this processor has no int8 products")
     _, exact = step(path, "all", compute="f32")
-    _, gradients = step(path, "all", int8=True)
+    _, gradients = step(path, "all", int8=products)
     # each product has a relative error of about 1e-2, from two roundings to 127 steps a block
     errors = relative_errors(gradients, {name: value.astype(np.float64) for name, value in exact.items()})
     assert not {name: error for name, error in errors.items() if not error < 1e-1}
 
 
+@pytest.mark.parametrize("products", INT8_PRODUCTS)
 @pytest.mark.parametrize("n_threads", [1, 3])
-def test_int8_gives_the_same_bits_for_any_threads_and_policy(tiny_model: TinyModel, n_threads: int) -> None:
+def test_int8_gives_the_same_bits_for_any_threads_and_policy(
+    tiny_model: TinyModel, n_threads: int, products: Int8
+) -> None:
     path = str(tiny_model(type="Q4_1", L=3))
     if not has_int8(path):
         pytest.skip("this processor has no int8 products")
-    _, expected = step(path, "all", int8=True)
-    _, gradients = step(path, "boundaries", n_threads, int8=True)
-    for name, gradient in expected.items():
-        np.testing.assert_array_equal(gradients[name], gradient, err_msg=name)
+    _, expected = step(path, "all", int8=products)
+    for keep in POLICIES:
+        _, gradients = step(path, keep, n_threads, int8=products)
+        for name, gradient in expected.items():
+            np.testing.assert_array_equal(gradients[name], gradient, err_msg=name)
 
 
 def test_int8_is_refused_where_the_model_computes_in_float32(tiny_model: TinyModel) -> None:
@@ -165,4 +173,4 @@ def test_int8_is_refused_where_the_model_computes_in_float32(tiny_model: TinyMod
         Q4Model.from_gguf(tiny_model(type="Q4_1"), 1, compute="f32") as model,
         pytest.raises(UserError, match="no int8 products"),
     ):
-        model.int8_backward = True
+        model.int8 = "both"

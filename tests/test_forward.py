@@ -38,6 +38,10 @@ RATIOS = (1.0, 0.0)  # the two that llama.cpp can do
 KL_TO_LLAMA = {"F32": 1e-6, "F16": 1e-5}
 # float32 arithmetic on exactly unpacked weights: llama.cpp is 2e-13 to 8e-13 from the oracle on F32 models.
 KL_FLOAT32 = 1e-10
+# In int8 the engine rounds activations in the blocks that llama.cpp rounds them in (K types: smaller ones), so
+# on 209 random positions the two errors are two draws of one size: 0.91 to 1.07 of each other here. On SmolLM2
+# and English it must not be larger.
+INT8_SAMPLING = 1.15
 # SmolLM2 in float32: 30 layers, and activations in the hundreds.
 KL_FLOAT32_SMOLLM2 = 1e-7
 
@@ -52,15 +56,20 @@ class Reference:
     oracle: dict[float, oracle.Array]
     llama: dict[float, FloatArray]
 
-    def engine_logits(self, causal_ratio: float, **options: Any) -> FloatArray:
+    def engine_logits(self, causal_ratio: float, *, int8: bool = False, **options: Any) -> FloatArray:
         lora = lora_adapter(self.adapter) if self.adapter.parameters else None
         with Q4Model.from_gguf(self.path, 2, **options) as model:
+            if int8:
+                try:
+                    model.int8 = "both"
+                except UserError:
+                    pytest.skip("no int8 products for this processor or type")
             result: FloatArray = model.logits(self.tokens[None], causal_ratio, lora, offset_of(self.adapter))[
                 0
             ]
         return result
 
-    def check(self, type_name: str, causal_ratio: float, logits: FloatArray) -> None:
+    def check(self, type_name: str, causal_ratio: float, logits: FloatArray, *, margin: float = 1.0) -> None:
         """Hold the engine's logits to the rule of the model's type."""
         assert logits.shape == self.llama[causal_ratio].shape and np.isfinite(logits).all()
         ours = mean_kl(self.oracle[causal_ratio], logits)
@@ -70,7 +79,7 @@ class Reference:
             assert mean_kl(self.llama[causal_ratio], logits) < KL_TO_LLAMA[type_name]
             assert ours < KL_TO_LLAMA[type_name]
         else:
-            assert ours <= theirs
+            assert ours <= margin * theirs
 
 
 def make_reference(
@@ -118,6 +127,14 @@ def test_a_model_of_every_type_is_computed_as_by_llama_cpp(
 
 
 @pytest.mark.parametrize("causal_ratio", RATIOS)
+def test_int8_is_no_further_from_exact_than_llama_cpp(
+    tiny_reference: Reference, each_type: str, causal_ratio: float
+) -> None:
+    logits = tiny_reference.engine_logits(causal_ratio, int8=True)
+    tiny_reference.check(each_type, causal_ratio, logits, margin=INT8_SAMPLING)
+
+
+@pytest.mark.parametrize("causal_ratio", RATIOS)
 def test_compute_f32_is_exact_for_every_type(tiny_reference: Reference, causal_ratio: float) -> None:
     logits = tiny_reference.engine_logits(causal_ratio, compute="f32")
     assert mean_kl(tiny_reference.oracle[causal_ratio], logits) < KL_FLOAT32
@@ -144,6 +161,13 @@ def test_smollm2_is_computed_no_further_from_exact_than_by_llama_cpp(
     smollm2_reference: Reference, causal_ratio: float
 ) -> None:
     smollm2_reference.check("Q4_1", causal_ratio, smollm2_reference.engine_logits(causal_ratio))
+
+
+@pytest.mark.parametrize("causal_ratio", RATIOS)
+def test_smollm2_in_int8_is_no_further_from_exact_than_by_llama_cpp(
+    smollm2_reference: Reference, causal_ratio: float
+) -> None:
+    smollm2_reference.check("Q4_1", causal_ratio, smollm2_reference.engine_logits(causal_ratio, int8=True))
 
 
 @pytest.mark.parametrize("causal_ratio", RATIOS)

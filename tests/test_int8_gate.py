@@ -24,10 +24,10 @@ def batch(B: int = 4, T: int = 24) -> TokenBatch:
 def model(tiny_model: TinyModel) -> Q4Model:
     opened = Q4Model.from_gguf(tiny_model(type="Q4_1"), 1)
     try:
-        opened.int8_backward = True
+        opened.int8 = "both"
     except UserError:
         pytest.skip("this processor has no int8 products")
-    opened.int8_backward = False
+    opened.int8 = "none"
     return opened
 
 
@@ -40,36 +40,38 @@ def test_int8_is_used_where_the_gradient_agrees(model: Q4Model) -> None:
     fine = trainer.first_gradient(batch())
     report = choose_int8(trainer, batch())
     coarse = trainer.first_gradient(batch())
-    assert model.int8_backward
-    assert report.is_used
-    assert report.cosine is not None
+    assert model.int8 == report.used == "both"
     expected = coarse @ fine / np.linalg.norm(coarse) / np.linalg.norm(fine)
-    assert report.cosine == pytest.approx(expected, abs=1e-12)
-    assert MIN_COSINE < report.cosine < 1.0
+    assert report.cosines == {"both": pytest.approx(expected, abs=1e-12)}
+    assert MIN_COSINE < expected < 1.0
+    assert "in int8: forward and backward" in str(report)
 
 
-def test_int8_is_not_used_where_the_gradient_differs(model: Q4Model, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("spoiled", "used"), [({"both"}, "backward"), ({"both", "backward"}, "none")])
+def test_int8_is_used_only_as_far_as_the_gradient_agrees(
+    model: Q4Model, monkeypatch: pytest.MonkeyPatch, spoiled: set[str], used: str
+) -> None:
     trainer = trainer_of(model)
     true_gradient = trainer.first_gradient
 
     def first_gradient(tokens: TokenBatch) -> NDArray[np.float64]:
         gradient = true_gradient(tokens)
-        if model.int8_backward:
+        if model.int8 in spoiled:
             gradient[: len(gradient) // 2] = 0.0
         return gradient
 
     monkeypatch.setattr(trainer, "first_gradient", first_gradient)
     report = choose_int8(trainer, batch())
-    assert not report.is_used
-    assert not model.int8_backward
-    assert "not used" in str(report)
+    assert model.int8 == report.used == used
+    assert list(report.cosines) == ["both", "backward"]
+    assert report.cosines["both"] < MIN_COSINE
 
 
 def test_a_model_that_computes_in_float32_goes_without(tiny_model: TinyModel) -> None:
     with Q4Model.from_gguf(tiny_model(type="F32"), 1) as model:
         report = choose_int8(trainer_of(model), batch())
-        assert report.cosine is None
-        assert not model.int8_backward
+        assert not report.cosines
+        assert model.int8 == "none"
 
 
 def test_a_resumed_run_keeps_the_decision(model: Q4Model, tmp_path: Path) -> None:
@@ -77,6 +79,6 @@ def test_a_resumed_run_keeps_the_decision(model: Q4Model, tmp_path: Path) -> Non
     choose_int8(trainer, batch())
     trainer.train_step(batch())
     trainer.save_checkpoint(tmp_path)
-    model.int8_backward = False
+    model.int8 = "none"
     assert trainer_of(model).resume(tmp_path)
-    assert model.int8_backward
+    assert model.int8 == "both"

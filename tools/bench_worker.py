@@ -91,7 +91,7 @@ class Worker:
             "model": model.description,
             "n_threads": model.n_threads,
             "kernels": model.kernels,
-            "element": model.element + (" and int8" if model.int8_backward else ""),
+            "element": model.element + ("" if model.int8 == "none" else f", int8 {model.int8}"),
         }
 
     def peak(self, time_s: float) -> Reply:

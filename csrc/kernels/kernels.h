@@ -48,25 +48,44 @@ typedef struct {
     ggd_element c_element;
 } ggd_tile;
 
-// Products in int8: both operands in blocks of GGD_INT8_BLOCK along the reduction, each block with its own scale. The left one is kept
-// as q + 128, unsigned, as the dot-product instructions want it; the panel's correction takes 128 * sum(q of the column) out again.
-enum { GGD_INT8_BLOCK = 64, GGD_INT8_SIZE = 127 };
-
-// One block of a panel of 32 columns.
+// Products in int8: both operands in blocks along the reduction, each block with its own scale; the right one may have a minimum too, as
+// the weights of some types do. The left operand is kept as q + 128, unsigned, as the dot-product instructions want it; the panel's
+// correction takes 128 * sum(q of the column) out again.
+//
+// A panel of 32 columns is a row of blocks, each of them
+//   quants      int8  [block / 4][32][4]   four neighbouring k lie in one 32-bit lane
+//   corrections int32 [32]
+//   scales      float [32]
+//   minima      float [32], where the format has them
+enum { GGD_INT8_SIZE = 127, GGD_INT8_MAX_BLOCK = 64, GGD_INT8_MIN_BLOCK = 16, GGD_INT8_FORWARD_BLOCK = 32 };
 typedef struct {
-    int8_t quants[GGD_INT8_BLOCK / 4][GGD_PANEL_COLUMNS][4];  // four neighbouring k lie in one 32-bit lane
-    int32_t corrections[GGD_PANEL_COLUMNS];
-    float scales[GGD_PANEL_COLUMNS];
-} ggd_int8_panel_block;
+    size_t block;    // k of a block of the panel: 16, 32 or 64
+    size_t a_block;  // k of a block of the left operand: the same or a multiple; the same where there are minima
+    int has_minima;
+} ggd_int8_format;
 
-// C (rows, 32) = init + sum over blocks of scale_a scale_b (A_block B_block)
+// Input gradients: the weights' blocks lie across the reduction, so they are made anew.
+static const ggd_int8_format ggd_int8_backward_format = {64, 64, 0};
+
+static inline size_t ggd_int8_block_bytes(const ggd_int8_format *f) {
+    return (f->block + 8 + (f->has_minima ? 4 : 0)) * (size_t)GGD_PANEL_COLUMNS;
+}
+
+// Rows of the left operand.
 typedef struct {
-    size_t n_rows, n_blocks;
-    const uint8_t *a;  // (rows, ld_a)
-    size_t ld_a;
-    const float *a_scales;  // (rows, ld_scales), one a block
+    uint8_t *quants;  // (m, ld)
+    size_t ld;        // a multiple of GGD_INT8_MAX_BLOCK
+    float *scales;    // (m, ld_scales), one a block
+    float *sums;      // (m, ld_scales): scale * sum(q); only products with minima read them
     size_t ld_scales;
-    const ggd_int8_panel_block *panel;
+} ggd_int8_rows;
+
+// C (rows, 32) = init + sum over blocks of scale_a scale_b (A_block B_block) + sum_a minimum_b
+typedef struct {
+    ggd_int8_format format;
+    size_t n_rows, n_blocks;  // blocks of the panel
+    ggd_int8_rows a;
+    const uint8_t *panel;
     const float *init;  // float32 or NULL
     size_t ld_init;
     void *c;
@@ -93,10 +112,17 @@ typedef struct {
 
     // The int8 kernels; int8_tile is NULL in a set that has no instructions for it.
     void (*int8_tile)(const ggd_int8_tile *tile);
-    // 32 columns of `rows` <= GGD_INT8_BLOCK rows of float32, row stride ld; missing rows count as zero.
-    void (*int8_pack)(const float *source, size_t ld, size_t rows, ggd_int8_panel_block *block);
-    // n float32, padded by zeros to whole blocks, to q + 128 and a scale a block.
-    void (*int8_quantise)(const float *source, size_t n, uint8_t *quants, float *scales);
+    // One block of the backward's format: 32 columns of `rows` rows of float32, row stride ld; missing rows count as zero.
+    void (*int8_pack)(const float *source, size_t ld, size_t rows, uint8_t *block);
+    // n elements of `source`, float32 or bfloat16, padded by zeros to whole blocks, to q + 128; a scale and a scaled sum a block.
+    void (*int8_quantise)(const void *source, ggd_element element, size_t n, size_t block, uint8_t *quants, float *scales,
+                          float *sums);
+    // n weights of a quantised type as they are stored, one row: q, and a scale and a minimum for each of the type's blocks
+    // (ggd_int8_format_of): w = scale q + minimum. NULL for types that are not quantised.
+    void (*int8_unpack[GGD_N_TYPES])(const uint8_t *source, size_t n, int8_t *quants, float *scales, float *minima);
+    // k columns of 32 such rows to a panel, from its beginning; row strides ld and ld_scales.
+    void (*int8_pack_columns)(const ggd_int8_format *format, const int8_t *quants, size_t ld, const float *scales,
+                              const float *minima, size_t ld_scales, size_t k, uint8_t *panel);
 
     void (*to_bf16)(const float *source, uint16_t *target, size_t n);
     void (*from_bf16)(const uint16_t *source, float *target, size_t n);
@@ -127,6 +153,26 @@ typedef struct {
     void (*add_scaled)(const float *x, float scale, float *y, size_t n);  // y += scale x
     void (*scale)(float *x, float scale, size_t n);
 } ggd_kernels;
+
+// How the forward multiplies weights of a type in int8: in their own blocks, or it would be further from exact than llama.cpp. block = 0
+// where the type has none.
+static inline ggd_int8_format ggd_int8_format_of(ggd_type type) {
+    switch (type) {
+    case GGD_Q8_0:
+    case GGD_Q4_0:
+    case GGD_Q5_0:
+        return (ggd_int8_format){32, GGD_INT8_FORWARD_BLOCK, 0};
+    case GGD_Q4_1:
+    case GGD_Q5_1:
+    case GGD_Q4_K:
+    case GGD_Q5_K:
+        return (ggd_int8_format){32, GGD_INT8_FORWARD_BLOCK, 1};
+    case GGD_Q6_K:
+        return (ggd_int8_format){16, GGD_INT8_FORWARD_BLOCK, 0};
+    default:
+        return (ggd_int8_format){0, 0, 0};
+    }
+}
 
 extern const ggd_kernels ggd_kernels_reference;
 #ifdef GGD_HAVE_AVX512

@@ -83,21 +83,36 @@ static void pack_rows_from_bf16(const uint16_t *source, size_t ld, size_t k, voi
 
 static int32_t quantise(float value, float inverse) { return (int32_t)rintf(value * inverse); }
 
-static void int8_quantise(const float *source, size_t n, uint8_t *quants, float *scales) {
-    for (size_t block = 0; block * GGD_INT8_BLOCK < n; block++) {
+static void int8_quantise(const void *source, ggd_element element, size_t n, size_t block, uint8_t *quants, float *scales,
+                          float *sums) {
+    for (size_t b = 0; b * block < n; b++) {
+        size_t end = (b + 1) * block < n ? (b + 1) * block : n;
         float largest = 0;
-        for (size_t i = block * GGD_INT8_BLOCK; i < n && i < (block + 1) * GGD_INT8_BLOCK; i++) {
-            largest = fmaxf(largest, fabsf(source[i]));
+        int32_t sum = 0;
+        for (size_t i = b * block; i < end; i++) {
+            largest = fmaxf(largest, fabsf(element_at(source, i, element)));
         }
         float inverse = largest > 0 ? GGD_INT8_SIZE / largest : 0;
-        for (size_t i = block * GGD_INT8_BLOCK; i < (block + 1) * GGD_INT8_BLOCK; i++) {
-            quants[i] = (uint8_t)(128 + (i < n ? quantise(source[i], inverse) : 0));
+        for (size_t i = b * block; i < (b + 1) * block; i++) {
+            int32_t q = i < end ? quantise(element_at(source, i, element), inverse) : 0;
+            quants[i] = (uint8_t)(128 + q);
+            sum += q;
         }
-        scales[block] = largest / GGD_INT8_SIZE;
+        scales[b] = largest / GGD_INT8_SIZE;
+        sums[b] = scales[b] * (float)sum;
     }
 }
 
-static void int8_pack(const float *source, size_t ld, size_t rows, ggd_int8_panel_block *block) {
+// The parts of a panel's block.
+static int8_t *block_quant(uint8_t *block, size_t k, size_t column) {
+    return (int8_t *)block + (k / 4 * GGD_PANEL_COLUMNS + column) * 4 + k % 4;
+}
+static int32_t *block_corrections(uint8_t *block, size_t size) { return (int32_t *)(block + size * GGD_PANEL_COLUMNS); }
+static float *block_scales(uint8_t *block, size_t size) { return (float *)(block + (size + 4) * GGD_PANEL_COLUMNS); }
+static float *block_minima(uint8_t *block, size_t size) { return (float *)(block + (size + 8) * GGD_PANEL_COLUMNS); }
+
+static void int8_pack(const float *source, size_t ld, size_t rows, uint8_t *block) {
+    size_t size = ggd_int8_backward_format.block;
     for (size_t column = 0; column < GGD_PANEL_COLUMNS; column++) {
         float largest = 0;
         int32_t sum = 0;
@@ -105,27 +120,57 @@ static void int8_pack(const float *source, size_t ld, size_t rows, ggd_int8_pane
             largest = fmaxf(largest, fabsf(source[row * ld + column]));
         }
         float inverse = largest > 0 ? GGD_INT8_SIZE / largest : 0;
-        for (size_t row = 0; row < GGD_INT8_BLOCK; row++) {
+        for (size_t row = 0; row < size; row++) {
             int32_t q = row < rows ? quantise(source[row * ld + column], inverse) : 0;
-            block->quants[row / 4][column][row % 4] = (int8_t)q;
+            *block_quant(block, row, column) = (int8_t)q;
             sum += q;
         }
-        block->corrections[column] = -128 * sum;
-        block->scales[column] = largest / GGD_INT8_SIZE;
+        block_corrections(block, size)[column] = -128 * sum;
+        block_scales(block, size)[column] = largest / GGD_INT8_SIZE;
     }
+}
+
+static void int8_pack_columns(const ggd_int8_format *format, const int8_t *quants, size_t ld, const float *scales,
+                              const float *minima, size_t ld_scales, size_t k, uint8_t *panel) {
+    for (size_t b = 0; b < k / format->block; b++, panel += ggd_int8_block_bytes(format)) {
+        for (size_t column = 0; column < GGD_PANEL_COLUMNS; column++) {
+            int32_t sum = 0;
+            for (size_t i = 0; i < format->block; i++) {
+                int8_t q = quants[column * ld + b * format->block + i];
+                *block_quant(panel, i, column) = q;
+                sum += q;
+            }
+            block_corrections(panel, format->block)[column] = -128 * sum;
+            block_scales(panel, format->block)[column] = scales[column * ld_scales + b];
+            if (format->has_minima) {
+                block_minima(panel, format->block)[column] = minima[column * ld_scales + b];
+            }
+        }
+    }
+}
+
+static float int8_element(const ggd_int8_tile *t, size_t row, size_t column) {
+    size_t size = t->format.block;
+    float sum = t->init != NULL ? t->init[row * t->ld_init + column] : 0.0f;
+    for (size_t b = 0; b < t->n_blocks; b++) {
+        uint8_t *block = (uint8_t *)t->panel + b * ggd_int8_block_bytes(&t->format);
+        size_t a_block = row * t->a.ld_scales + b * size / t->format.a_block;
+        int32_t product = block_corrections(block, size)[column];
+        for (size_t k = 0; k < size; k++) {
+            product += t->a.quants[row * t->a.ld + b * size + k] * *block_quant(block, k, column);
+        }
+        sum += (float)product * block_scales(block, size)[column] * t->a.scales[a_block];
+        if (t->format.has_minima) {
+            sum += block_minima(block, size)[column] * t->a.sums[a_block];
+        }
+    }
+    return sum;
 }
 
 static void int8_tile(const ggd_int8_tile *t) {
     for (size_t row = 0; row < t->n_rows; row++) {
         for (size_t column = 0; column < GGD_PANEL_COLUMNS; column++) {
-            float sum = t->init != NULL ? t->init[row * t->ld_init + column] : 0.0f;
-            for (size_t b = 0; b < t->n_blocks; b++) {
-                int32_t product = t->panel[b].corrections[column];
-                for (size_t k = 0; k < GGD_INT8_BLOCK; k++) {
-                    product += t->a[row * t->ld_a + b * GGD_INT8_BLOCK + k] * t->panel[b].quants[k / 4][column][k % 4];
-                }
-                sum += (float)product * t->panel[b].scales[column] * t->a_scales[row * t->ld_scales + b];
-            }
+            float sum = int8_element(t, row, column);
             if (t->c_element == GGD_ELEMENT_BF16) {
                 ((uint16_t *)t->c)[row * t->ld_c + column] = ggd_bf16_from_float(sum);
             } else {
@@ -278,6 +323,7 @@ const ggd_kernels ggd_kernels_reference = {
     .int8_tile = int8_tile,
     .int8_pack = int8_pack,
     .int8_quantise = int8_quantise,
+    .int8_pack_columns = int8_pack_columns,
     .to_bf16 = to_bf16,
     .from_bf16 = from_bf16,
     .rmsnorm = rmsnorm,

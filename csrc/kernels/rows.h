@@ -263,45 +263,88 @@ static inline void rows_pack_rows_from_bf16(const uint16_t *restrict source, siz
     }
 }
 
-static inline void rows_int8_quantise(const float *restrict source, size_t n, uint8_t *restrict quants, float *restrict scales) {
-    for (size_t begin = 0, block = 0; begin < n; begin += GGD_INT8_BLOCK, block++) {
-        size_t length = n - begin < GGD_INT8_BLOCK ? n - begin : GGD_INT8_BLOCK;
-        float values[GGD_INT8_BLOCK] = {0}, largest = 0;
-        memcpy(values, source + begin, length * sizeof *values);
-        for (size_t i = 0; i < GGD_INT8_BLOCK; i++) {
+static inline void rows_int8_quantise(const void *restrict source, ggd_element element, size_t n, size_t block,
+                                      uint8_t *restrict quants, float *restrict scales, float *restrict sums) {
+    for (size_t begin = 0, b = 0; begin < n; begin += block, b++) {
+        size_t length = n - begin < block ? n - begin : block;
+        float values[GGD_INT8_MAX_BLOCK] = {0}, largest = 0;
+        int32_t sum = 0;
+        if (element == GGD_ELEMENT_BF16) {
+            rows_from_bf16((const uint16_t *)source + begin, values, length);
+        } else {
+            memcpy(values, (const float *)source + begin, length * sizeof *values);
+        }
+        for (size_t i = 0; i < block; i++) {
             largest = fabsf(values[i]) > largest ? fabsf(values[i]) : largest;
         }
         float inverse = largest > 0 ? GGD_INT8_SIZE / largest : 0;
-        for (size_t i = 0; i < GGD_INT8_BLOCK; i++) {
-            quants[begin + i] = (uint8_t)(128 + (int32_t)rintf(values[i] * inverse));
+        for (size_t i = 0; i < block; i++) {
+            int32_t q = (int32_t)rintf(values[i] * inverse);
+            quants[begin + i] = (uint8_t)(128 + q);
+            sum += q;
         }
-        scales[block] = largest / GGD_INT8_SIZE;
+        scales[b] = largest / GGD_INT8_SIZE;
+        sums[b] = scales[b] * (float)sum;
     }
 }
 
-static inline void rows_int8_pack(const float *restrict source, size_t ld, size_t rows, ggd_int8_panel_block *restrict block) {
+static inline void rows_int8_pack(const float *restrict source, size_t ld, size_t rows, uint8_t *restrict block) {
+    size_t size = ggd_int8_backward_format.block;
+    int8_t (*quants)[GGD_PANEL_COLUMNS][4] = (int8_t (*)[GGD_PANEL_COLUMNS][4])block;
+    int32_t *corrections = (int32_t *)(block + size * GGD_PANEL_COLUMNS);
+    float *scales = (float *)(corrections + GGD_PANEL_COLUMNS);
     float inverse[GGD_PANEL_COLUMNS], largest[GGD_PANEL_COLUMNS] = {0};
     int32_t sums[GGD_PANEL_COLUMNS] = {0};
     for (size_t row = 0; row < rows; row++) {
         for (size_t column = 0; column < GGD_PANEL_COLUMNS; column++) {
-            float size = fabsf(source[row * ld + column]);
-            largest[column] = size > largest[column] ? size : largest[column];
+            float absolute = fabsf(source[row * ld + column]);
+            largest[column] = absolute > largest[column] ? absolute : largest[column];
         }
     }
     for (size_t column = 0; column < GGD_PANEL_COLUMNS; column++) {
         inverse[column] = largest[column] > 0 ? GGD_INT8_SIZE / largest[column] : 0;
-        block->scales[column] = largest[column] / GGD_INT8_SIZE;
+        scales[column] = largest[column] / GGD_INT8_SIZE;
     }
-    memset(block->quants, 0, sizeof block->quants);
+    memset(quants, 0, size * GGD_PANEL_COLUMNS);
     for (size_t row = 0; row < rows; row++) {
         for (size_t column = 0; column < GGD_PANEL_COLUMNS; column++) {
             int32_t q = (int32_t)rintf(source[row * ld + column] * inverse[column]);
-            block->quants[row / 4][column][row % 4] = (int8_t)q;
+            quants[row / 4][column][row % 4] = (int8_t)q;
             sums[column] += q;
         }
     }
     for (size_t column = 0; column < GGD_PANEL_COLUMNS; column++) {
-        block->corrections[column] = -128 * sums[column];
+        corrections[column] = -128 * sums[column];
+    }
+}
+
+// Scales and minima of one block of 32 rows side by side, behind its quants and corrections.
+static inline void rows_int8_pack_scales(const ggd_int8_format *format, const float *restrict scales,
+                                         const float *restrict minima, size_t ld_scales, uint8_t *restrict block) {
+    float *target = (float *)(block + (format->block + 4) * GGD_PANEL_COLUMNS);
+    for (size_t column = 0; column < GGD_PANEL_COLUMNS; column++) {
+        target[column] = scales[column * ld_scales];
+    }
+    for (size_t column = 0; format->has_minima && column < GGD_PANEL_COLUMNS; column++) {
+        target[GGD_PANEL_COLUMNS + column] = minima[column * ld_scales];
+    }
+}
+
+static inline void rows_int8_pack_columns(const ggd_int8_format *format, const int8_t *restrict quants, size_t ld,
+                                          const float *restrict scales, const float *restrict minima, size_t ld_scales, size_t k,
+                                          uint8_t *restrict panel) {
+    for (size_t b = 0; b < k / format->block; b++, panel += ggd_int8_block_bytes(format)) {
+        int32_t *corrections = (int32_t *)(panel + format->block * GGD_PANEL_COLUMNS);
+        for (size_t column = 0; column < GGD_PANEL_COLUMNS; column++) {
+            const int8_t *source = quants + column * ld + b * format->block;
+            int32_t sum = 0;
+            for (size_t i = 0; i < format->block; i += 4) {
+                memcpy(panel + (i * GGD_PANEL_COLUMNS + 4 * column), source + i, 4);
+                sum += source[i] + source[i + 1] + source[i + 2] + source[i + 3];
+            }
+            corrections[column] = -128 * sum;
+        }
+        rows_int8_pack_scales(format, scales + b, minima + b, ld_scales, panel);
     }
 }
 

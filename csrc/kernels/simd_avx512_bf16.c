@@ -137,26 +137,54 @@ static void pack_rows_bf16(const float *source, size_t ld, size_t k, float scale
 
 // ---- int8 ----
 
-static void int8_quantise(const float *source, size_t n, uint8_t *quants, float *scales) {
-    const __m512 size = _mm512_set1_ps(GGD_INT8_SIZE);
-    for (size_t begin = 0, block = 0; begin < n; begin += GGD_INT8_BLOCK, block++) {
-        __m512 values[4], largest = _mm512_setzero_ps();
-        for (size_t i = 0; i < 4; i++) {
-            size_t at = begin + 16 * i, left = at < n ? n - at : 0;
-            values[i] = _mm512_maskz_loadu_ps((__mmask16)(left >= 16 ? 0xffff : (1u << left) - 1), source + at);
+static inline __m512 load_element(const void *source, ggd_element element, size_t at, size_t n) {
+    size_t left = at < n ? n - at : 0;
+    __mmask16 mask = (__mmask16)(left >= 16 ? 0xffff : (1u << left) - 1);
+    if (element == GGD_ELEMENT_F32) {
+        return _mm512_maskz_loadu_ps(mask, (const float *)source + at);
+    }
+    __m256i values = _mm256_maskz_loadu_epi16(mask, (const uint16_t *)source + at);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(values), 16));
+}
+
+static inline __attribute__((always_inline)) void int8_quantise_blocks(const void *source, const ggd_element element, size_t n,
+                                                                       const size_t block, uint8_t *quants, float *scales,
+                                                                       float *sums) {
+    for (size_t begin = 0, b = 0; begin < n; begin += block, b++) {
+        __m512 values[GGD_INT8_MAX_BLOCK / 16], largest = _mm512_setzero_ps();
+        __m512i sum = _mm512_setzero_si512();
+        for (size_t i = 0; i < block / 16; i++) {
+            values[i] = load_element(source, element, begin + 16 * i, n);
             largest = _mm512_max_ps(largest, _mm512_abs_ps(values[i]));
         }
         float top = _mm512_reduce_max_ps(largest);
-        __m512 inverse = top > 0 ? _mm512_div_ps(size, _mm512_set1_ps(top)) : _mm512_setzero_ps();
-        for (size_t i = 0; i < 4; i++) {
-            __m128i q = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(values[i], inverse)));
-            _mm_storeu_si128((__m128i *)(quants + begin + 16 * i), _mm_xor_si128(q, _mm_set1_epi8(-128)));
+        __m512 inverse = _mm512_set1_ps(top > 0 ? GGD_INT8_SIZE / top : 0);
+        for (size_t i = 0; i < block / 16; i++) {
+            __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(values[i], inverse));
+            __m128i bytes = _mm_xor_si128(_mm512_cvtsepi32_epi8(q), _mm_set1_epi8(-128));
+            _mm_storeu_si128((__m128i *)(quants + begin + 16 * i), bytes);
+            sum = _mm512_add_epi32(sum, q);
         }
-        scales[block] = top / GGD_INT8_SIZE;
+        scales[b] = top / GGD_INT8_SIZE;
+        sums[b] = scales[b] * (float)_mm512_reduce_add_epi32(sum);
     }
 }
 
-static void int8_pack_half(const float *source, size_t ld, size_t rows, size_t column, ggd_int8_panel_block *block) {
+static void int8_quantise(const void *source, ggd_element element, size_t n, size_t block, uint8_t *quants, float *scales,
+                          float *sums) {
+    if (element == GGD_ELEMENT_F32 && block == 32) {
+        int8_quantise_blocks(source, GGD_ELEMENT_F32, n, 32, quants, scales, sums);
+    } else if (element == GGD_ELEMENT_BF16 && block == 32) {
+        int8_quantise_blocks(source, GGD_ELEMENT_BF16, n, 32, quants, scales, sums);
+    } else if (element == GGD_ELEMENT_BF16 && block == 64) {
+        int8_quantise_blocks(source, GGD_ELEMENT_BF16, n, 64, quants, scales, sums);
+    } else {
+        rows_int8_quantise(source, element, n, block, quants, scales, sums);
+    }
+}
+
+static void int8_pack_half(const float *source, size_t ld, size_t rows, size_t column, uint8_t *block) {
+    size_t size = ggd_int8_backward_format.block;
     __m512 largest = _mm512_setzero_ps();
     for (size_t row = 0; row < rows; row++) {
         largest = _mm512_max_ps(largest, _mm512_abs_ps(_mm512_loadu_ps(source + row * ld + column)));
@@ -165,7 +193,8 @@ static void int8_pack_half(const float *source, size_t ld, size_t rows, size_t c
     __m512 inverse = _mm512_maskz_div_ps(some, _mm512_set1_ps(GGD_INT8_SIZE), largest);
     __m512i sum = _mm512_setzero_si512();
     const __m512i byte = _mm512_set1_epi32(255);
-    for (size_t group = 0; group < GGD_INT8_BLOCK / 4; group++) {
+    uint8_t *target = block + 4 * column;
+    for (size_t group = 0; group < size / 4; group++, target += 4 * GGD_PANEL_COLUMNS) {
         __m512i four = _mm512_setzero_si512();
         for (size_t i = 0; i < 4 && group * 4 + i < rows; i++) {
             __m512 values = _mm512_loadu_ps(source + (group * 4 + i) * ld + column);
@@ -173,64 +202,127 @@ static void int8_pack_half(const float *source, size_t ld, size_t rows, size_t c
             sum = _mm512_add_epi32(sum, q);
             four = _mm512_or_si512(four, _mm512_sllv_epi32(_mm512_and_si512(q, byte), _mm512_set1_epi32((int)(8 * i))));
         }
-        _mm512_storeu_si512(block->quants[group][column], four);
+        _mm512_storeu_si512(target, four);
     }
-    _mm512_storeu_si512(block->corrections + column, _mm512_mullo_epi32(sum, _mm512_set1_epi32(-128)));
-    _mm512_storeu_ps(block->scales + column, _mm512_div_ps(largest, _mm512_set1_ps(GGD_INT8_SIZE)));
+    _mm512_storeu_si512(target, _mm512_mullo_epi32(sum, _mm512_set1_epi32(-128)));
+    _mm512_storeu_ps(target + 4 * GGD_PANEL_COLUMNS, _mm512_div_ps(largest, _mm512_set1_ps(GGD_INT8_SIZE)));
 }
 
-static void int8_pack(const float *source, size_t ld, size_t rows, ggd_int8_panel_block *block) {
+static void int8_pack(const float *source, size_t ld, size_t rows, uint8_t *block) {
     int8_pack_half(source, ld, rows, 0, block);
     int8_pack_half(source, ld, rows, 16, block);
 }
 
-// 16 columns at a time: rows integer sums of the block and rows float sums fill the registers.
-static inline __attribute__((always_inline)) void int8_tile_of_rows(const int rows, const ggd_int8_tile *t, size_t column) {
-    __m512 sums[GGD_TILE_ROWS];
-#pragma GCC unroll 12
-    for (int row = 0; row < rows; row++) {
-        sums[row] = t->init != NULL ? _mm512_loadu_ps(t->init + (size_t)row * t->ld_init + column) : _mm512_setzero_ps();
+// 16 panel columns by 64 k: each source row is 16 lanes of four k, the transpose turns columns of lanes into panel rows.
+static inline void int8_pack_piece(const ggd_int8_format *format, const int8_t *quants, size_t ld, size_t k, uint8_t *panel) {
+    __m512i rows[16], sum = _mm512_setzero_si512();
+    __mmask64 mask = k >= 64 ? ~(__mmask64)0 : ((__mmask64)1 << k) - 1;
+    for (size_t row = 0; row < 16; row++) {
+        rows[row] = _mm512_maskz_loadu_epi8(mask, quants + row * ld);
     }
-    for (size_t b = 0; b < t->n_blocks; b++) {
-        const ggd_int8_panel_block *block = t->panel + b;
-        const uint8_t *a = t->a + b * GGD_INT8_BLOCK;
-        __m512i products[GGD_TILE_ROWS];
-        __m512i corrections = _mm512_loadu_si512(block->corrections + column);
-#pragma GCC unroll 12
-        for (int row = 0; row < rows; row++) {
-            products[row] = corrections;
-        }
-        for (size_t group = 0; group < GGD_INT8_BLOCK / 4; group++) {
-            __m512i quants = _mm512_loadu_si512(block->quants[group][column]);
-#pragma GCC unroll 12
-            for (int row = 0; row < rows; row++) {
-                int32_t four;
-                memcpy(&four, a + (size_t)row * t->ld_a + 4 * group, sizeof four);
-                products[row] = _mm512_dpbusd_epi32(products[row], _mm512_set1_epi32(four), quants);
-            }
-        }
-        __m512 scales = _mm512_loadu_ps(block->scales + column);
-#pragma GCC unroll 12
-        for (int row = 0; row < rows; row++) {
-            __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(products[row]), scales);
-            sums[row] = _mm512_fmadd_ps(scaled, _mm512_set1_ps(t->a_scales[(size_t)row * t->ld_scales + b]), sums[row]);
-        }
-    }
-#pragma GCC unroll 12
-    for (int row = 0; row < rows; row++) {
-        size_t offset = (size_t)row * t->ld_c + column;
-        if (t->c_element == GGD_ELEMENT_BF16) {
-            _mm256_storeu_si256((__m256i *)((uint16_t *)t->c + offset), (__m256i)_mm512_cvtneps_pbh(sums[row]));
-        } else {
-            _mm512_storeu_ps((float *)t->c + offset, sums[row]);
+    transpose_lanes(rows);
+    size_t groups_block = format->block / 4;
+    for (size_t group = 0; group < 16 && group * 4 < k; group++) {
+        uint8_t *block = panel + group / groups_block * ggd_int8_block_bytes(format);
+        _mm512_storeu_si512(block + group % groups_block * 4 * GGD_PANEL_COLUMNS, rows[group]);
+        sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(-128), rows[group]);  // 128, unsigned
+        if (group % groups_block == groups_block - 1) {
+            _mm512_storeu_si512(block + format->block * GGD_PANEL_COLUMNS, _mm512_sub_epi32(_mm512_setzero_si512(), sum));
+            sum = _mm512_setzero_si512();
         }
     }
 }
 
-#define INT8_TILE_OF_ROWS(rows) int8_tile_of_rows(rows, t, column)
+static void int8_pack_columns(const ggd_int8_format *format, const int8_t *quants, size_t ld, const float *scales,
+                              const float *minima, size_t ld_scales, size_t k, uint8_t *panel) {
+    for (size_t i = 0; i < k; i += 64) {
+        uint8_t *target = panel + i / format->block * ggd_int8_block_bytes(format);
+        int8_pack_piece(format, quants + i, ld, k - i, target);
+        int8_pack_piece(format, quants + 16 * ld + i, ld, k - i, target + 64);
+    }
+    for (size_t b = 0; b < k / format->block; b++) {
+        rows_int8_pack_scales(format, scales + b, minima + b, ld_scales, panel + b * ggd_int8_block_bytes(format));
+    }
+}
+
+// Rows x 32 integer sums of a block and as many float sums fill the registers; more rows than 6 would also fall into one set of the
+// first-level cache where a row is a power of two long.
+enum { INT8_ROWS = 6 };
+static inline __attribute__((always_inline)) void int8_tile_of(const int rows, const size_t block, const int minima,
+                                                               const ggd_int8_tile *t, size_t first_row) {
+    __m512 sums[INT8_ROWS][2];
+#pragma GCC unroll 6
+    for (int row = 0; row < rows; row++) {
+        const float *init = t->init + (first_row + (size_t)row) * t->ld_init;
+        sums[row][0] = t->init != NULL ? _mm512_loadu_ps(init) : _mm512_setzero_ps();
+        sums[row][1] = t->init != NULL ? _mm512_loadu_ps(init + 16) : _mm512_setzero_ps();
+    }
+    const uint8_t *a = t->a.quants + first_row * t->a.ld, *panel = t->panel;
+    const float *a_scales = t->a.scales + first_row * t->a.ld_scales, *a_sums = t->a.sums + first_row * t->a.ld_scales;
+    size_t bytes_block = ggd_int8_block_bytes(&t->format), blocks_scale = t->format.a_block / block;
+    for (size_t b = 0; b < t->n_blocks; b++, a += block, panel += bytes_block) {
+        __m512i products[INT8_ROWS][2];
+        const uint8_t *corrections = panel + block * GGD_PANEL_COLUMNS;
+#pragma GCC unroll 6
+        for (int row = 0; row < rows; row++) {
+            products[row][0] = _mm512_loadu_si512(corrections);
+            products[row][1] = _mm512_loadu_si512(corrections + 64);
+        }
+#pragma GCC unroll 16
+        for (size_t group = 0; group < block / 4; group++) {
+            __m512i left = _mm512_loadu_si512(panel + group * 4 * GGD_PANEL_COLUMNS);
+            __m512i right = _mm512_loadu_si512(panel + group * 4 * GGD_PANEL_COLUMNS + 64);
+#pragma GCC unroll 6
+            for (int row = 0; row < rows; row++) {
+                int32_t four;
+                memcpy(&four, a + (size_t)row * t->a.ld + 4 * group, sizeof four);
+                products[row][0] = _mm512_dpbusd_epi32(products[row][0], _mm512_set1_epi32(four), left);
+                products[row][1] = _mm512_dpbusd_epi32(products[row][1], _mm512_set1_epi32(four), right);
+            }
+        }
+        const float *scales = (const float *)(corrections + 128);
+#pragma GCC unroll 6
+        for (int row = 0; row < rows; row++) {
+            size_t at = (size_t)row * t->a.ld_scales + b / blocks_scale;
+            for (size_t half = 0; half < 2; half++) {
+                __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(products[row][half]), _mm512_loadu_ps(scales + 16 * half));
+                sums[row][half] = _mm512_fmadd_ps(scaled, _mm512_set1_ps(a_scales[at]), sums[row][half]);
+                if (minima) {
+                    __m512 minimum = _mm512_loadu_ps(scales + GGD_PANEL_COLUMNS + 16 * half);
+                    sums[row][half] = _mm512_fmadd_ps(minimum, _mm512_set1_ps(a_sums[at]), sums[row][half]);
+                }
+            }
+        }
+    }
+#pragma GCC unroll 6
+    for (int row = 0; row < rows; row++) {
+        size_t offset = (first_row + (size_t)row) * t->ld_c;
+        if (t->c_element == GGD_ELEMENT_BF16) {
+            _mm512_storeu_si512((uint16_t *)t->c + offset, (__m512i)_mm512_cvtne2ps_pbh(sums[row][1], sums[row][0]));
+        } else {
+            _mm512_storeu_ps((float *)t->c + offset, sums[row][0]);
+            _mm512_storeu_ps((float *)t->c + offset + 16, sums[row][1]);
+        }
+    }
+}
+
 static void int8_tile(const ggd_int8_tile *t) {
-    for (size_t column = 0; column < GGD_PANEL_COLUMNS; column += 16) {
-        GGD_ROWS_12(t->n_rows, INT8_TILE_OF_ROWS)
+    for (size_t row = 0; row < t->n_rows; row += INT8_ROWS) {
+        size_t rows = t->n_rows - row;
+#define INT8_TILE_64(rows) int8_tile_of(rows, 64, 0, t, row)
+#define INT8_TILE_32_MINIMA(rows) int8_tile_of(rows, 32, 1, t, row)
+#define INT8_TILE_32(rows) int8_tile_of(rows, 32, 0, t, row)
+#define INT8_TILE_16(rows) int8_tile_of(rows, 16, 0, t, row)
+        rows = rows < INT8_ROWS ? rows : INT8_ROWS;
+        if (t->format.block == 64) {
+            GGD_ROWS_6(rows, INT8_TILE_64)
+        } else if (t->format.block == 32 && t->format.has_minima) {
+            GGD_ROWS_6(rows, INT8_TILE_32_MINIMA)
+        } else if (t->format.block == 32) {
+            GGD_ROWS_6(rows, INT8_TILE_32)
+        } else {
+            GGD_ROWS_6(rows, INT8_TILE_16)
+        }
     }
 }
 
@@ -247,5 +339,6 @@ const ggd_kernels ggd_kernels_avx512_bf16 = {
     .int8_tile = int8_tile,
     .int8_pack = int8_pack,
     .int8_quantise = int8_quantise,
+    .int8_pack_columns = int8_pack_columns,
     GGD_ROW_KERNELS,
 };

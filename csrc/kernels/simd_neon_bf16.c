@@ -104,34 +104,39 @@ static inline __attribute__((always_inline)) void int8_block_of_rows(const int r
             sums[row][v] = t->init != NULL ? vld1q_f32(t->init + offset + 4 * v) : vdupq_n_f32(0.0f);
         }
     }
-    for (size_t b = 0; b < t->n_blocks; b++) {
-        const ggd_int8_panel_block *block = t->panel + b;
+    const uint8_t *a = t->a.quants + first_row * t->a.ld, *panel = t->panel;
+    size_t block = t->format.block, bytes_block = ggd_int8_block_bytes(&t->format), blocks_scale = t->format.a_block / block;
+    for (size_t b = 0; b < t->n_blocks; b++, a += block, panel += bytes_block) {
         int32x4_t products[BLOCK_ROWS][VECTORS];
         for (int row = 0; row < rows; row++) {
             for (int v = 0; v < VECTORS; v++) {
                 products[row][v] = vdupq_n_s32(0);
             }
         }
-        for (size_t group = 0; group < GGD_INT8_BLOCK / 4; group++) {
+        for (size_t group = 0; group < block / 4; group++) {
             int8x16_t columns[VECTORS];
             for (int v = 0; v < VECTORS; v++) {
-                columns[v] = vld1q_s8(block->quants[group][column + 4 * (size_t)v]);
+                columns[v] = vld1q_s8((const int8_t *)panel + (group * GGD_PANEL_COLUMNS + column + 4 * (size_t)v) * 4);
             }
             for (int row = 0; row < rows; row++) {
                 uint32_t four;
-                memcpy(&four, t->a + (first_row + (size_t)row) * t->ld_a + b * GGD_INT8_BLOCK + 4 * group, sizeof four);
+                memcpy(&four, a + (size_t)row * t->a.ld + 4 * group, sizeof four);
                 int8x16_t value = vreinterpretq_s8_u32(vdupq_n_u32(four ^ 0x80808080u));
                 for (int v = 0; v < VECTORS; v++) {
                     products[row][v] = vdotq_s32(products[row][v], value, columns[v]);
                 }
             }
         }
+        const float *scales = (const float *)(panel + (block + 4) * GGD_PANEL_COLUMNS) + column,
+                    *minima = scales + GGD_PANEL_COLUMNS;
         for (int row = 0; row < rows; row++) {
-            float scale = t->a_scales[(first_row + (size_t)row) * t->ld_scales + b];
+            size_t at = (first_row + (size_t)row) * t->a.ld_scales + b / blocks_scale;
             for (int v = 0; v < VECTORS; v++) {
-                float32x4_t scaled =
-                    vmulq_f32(vcvtq_f32_s32(products[row][v]), vld1q_f32(block->scales + column + 4 * (size_t)v));
-                sums[row][v] = vfmaq_n_f32(sums[row][v], scaled, scale);
+                float32x4_t scaled = vmulq_f32(vcvtq_f32_s32(products[row][v]), vld1q_f32(scales + 4 * v));
+                sums[row][v] = vfmaq_n_f32(sums[row][v], scaled, t->a.scales[at]);
+                if (t->format.has_minima) {
+                    sums[row][v] = vfmaq_n_f32(sums[row][v], vld1q_f32(minima + 4 * v), t->a.sums[at]);
+                }
             }
         }
     }
@@ -161,5 +166,6 @@ const ggd_kernels ggd_kernels_neon_bf16 = {
     .int8_tile = int8_tile,
     .int8_pack = rows_int8_pack,
     .int8_quantise = rows_int8_quantise,
+    .int8_pack_columns = rows_int8_pack_columns,
     GGD_ROW_KERNELS,
 };

@@ -97,39 +97,102 @@ static void test_unpacking(const ggd_kernels *set) {
     }
 }
 
-static void test_int8(const ggd_kernels *set, size_t n) {
-    static float source[GGD_TILE_ROWS * LD], weights[MAX_N * GGD_PANEL_COLUMNS], scales[2][GGD_TILE_ROWS * 10];
-    static uint8_t quants[2][GGD_TILE_ROWS * LD];
-    static ggd_int8_panel_block panel[2][10];
-    static float got[GGD_TILE_ROWS * GGD_PANEL_COLUMNS], expected[GGD_TILE_ROWS * GGD_PANEL_COLUMNS];
+// The int8 form of weights must say what their float32 form says: both round once or twice, of numbers below 2^6 times their scale.
+static void test_int8_unpacking(const ggd_kernels *set) {
+    static uint8_t source[2 * 256 * 4];
+    static int8_t quants[2][2 * 256];
+    static float scales[2][2 * 256 / GGD_INT8_MIN_BLOCK], minima[2][2 * 256 / GGD_INT8_MIN_BLOCK], values[2 * 256], got[2 * 256];
     const ggd_kernels *both[2] = {set, reference};
-    size_t n_blocks = (n + GGD_INT8_BLOCK - 1) / GGD_INT8_BLOCK;
-    fill(source, GGD_TILE_ROWS * LD, 2.0f);
-    fill(weights, MAX_N * GGD_PANEL_COLUMNS, 0.1f);
-    memset(source, 0, GGD_INT8_BLOCK * sizeof *source);  // a block of zeros has no scale
+    for (size_t i = 0; i < sizeof source; i++) {
+        source[i] = (uint8_t)(128 * (1 + uniform()));
+    }
+    for (int type = 0; type < GGD_N_TYPES; type++) {
+        ggd_int8_format format = ggd_int8_format_of((ggd_type)type);
+        if (format.block == 0) {
+            checks++;
+            failures += set->int8_unpack[type] != NULL;
+            continue;
+        }
+        memset(minima, 0, sizeof minima);
+        for (int i = 0; i < 2; i++) {
+            both[i]->int8_unpack[type](source, 2 * 256, quants[i], scales[i], minima[i]);
+        }
+        expect_bytes(set->name, "int8_unpack", (size_t)type, quants[0], quants[1], sizeof quants[0]);
+        reference->unpack[type](source, values, 2 * 256);
+        for (size_t i = 0; i < 2 * 256; i++) {
+            size_t block = i / format.block;
+            got[i] = scales[0][block] * quants[0][i] + minima[0][block];
+            if (!isfinite(got[i]) || !isfinite(values[i])) {
+                got[i] = values[i] = 0;  // a random scale may be infinite or no number
+            }
+            double size = 64.0 * fabs((double)scales[0][block]) + fabs((double)minima[0][block]);
+            expect(set->name, "int8_unpack", (size_t)type, got + i, values + i, 1, 2e-7, isfinite(size) ? size : 0);
+        }
+    }
+}
+
+static void test_int8_quantising(const ggd_kernels *set, size_t n, ggd_element element, size_t block) {
+    static float source[LD], scales[2][LD / GGD_INT8_MIN_BLOCK], sums[2][LD / GGD_INT8_MIN_BLOCK];
+    static uint16_t source_bf16[LD];
+    static uint8_t quants[2][LD];
+    size_t n_blocks = (n + block - 1) / block;
+    fill(source, LD, 2.0f);
+    memset(source, 0, 32 * sizeof *source);  // a block of zeros has no scale
+    reference->to_bf16(source, source_bf16, LD);
+    const ggd_kernels *both[2] = {set, reference};
     for (int i = 0; i < 2; i++) {
-        for (size_t row = 0; row < GGD_TILE_ROWS; row++) {
-            both[i]->int8_quantise(source + row * LD, n, quants[i] + row * LD, scales[i] + row * 10);
+        const void *from = element == GGD_ELEMENT_BF16 ? (const void *)source_bf16 : source;
+        both[i]->int8_quantise(from, element, n, block, quants[i], scales[i], sums[i]);
+    }
+    expect_bytes(set->name, "int8_quantise", n, quants[0], quants[1], n_blocks * block);
+    expect_bytes(set->name, "int8_quantise's scales", n, scales[0], scales[1], n_blocks * sizeof(float));
+    expect_bytes(set->name, "int8_quantise's sums", n, sums[0], sums[1], n_blocks * sizeof(float));
+}
+
+// A panel in the format, by the set's own packer and the reference's; returns the reference's.
+static const uint8_t *int8_panel(const ggd_kernels *set, const ggd_int8_format *format, size_t n) {
+    static float weights[MAX_N * GGD_PANEL_COLUMNS], scales[GGD_PANEL_COLUMNS * 40], minima[GGD_PANEL_COLUMNS * 40];
+    static int8_t quants[GGD_PANEL_COLUMNS * LD];
+    static uint8_t panel[2][LD * GGD_PANEL_COLUMNS * 2];
+    const ggd_kernels *both[2] = {set, reference};
+    size_t n_blocks = (n + format->block - 1) / format->block, bytes_block = ggd_int8_block_bytes(format);
+    fill(weights, MAX_N * GGD_PANEL_COLUMNS, 0.1f);
+    fill(scales, GGD_PANEL_COLUMNS * 40, 0.001f);
+    fill(minima, GGD_PANEL_COLUMNS * 40, 0.1f);
+    for (size_t i = 0; i < sizeof quants; i++) {
+        quants[i] = (int8_t)(127 * uniform());
+    }
+    for (int i = 0; i < 2; i++) {
+        memset(panel[i], 0xff, sizeof panel[i]);
+        for (size_t b = 0; format->block == 64 && b < n_blocks; b++) {
+            size_t rows = n - b * 64 < 64 ? n - b * 64 : 64;
+            both[i]->int8_pack(weights + b * 64 * GGD_PANEL_COLUMNS, GGD_PANEL_COLUMNS, rows, panel[i] + b * bytes_block);
         }
-        for (size_t b = 0; b < n_blocks; b++) {
-            size_t rows = n - b * GGD_INT8_BLOCK < GGD_INT8_BLOCK ? n - b * GGD_INT8_BLOCK : GGD_INT8_BLOCK;
-            both[i]->int8_pack(weights + b * GGD_INT8_BLOCK * GGD_PANEL_COLUMNS, GGD_PANEL_COLUMNS, rows, &panel[i][b]);
+        if (format->block != 64) {
+            both[i]->int8_pack_columns(format, quants, LD, scales, minima, 40, n_blocks * format->block, panel[i]);
         }
     }
+    expect_bytes(set->name, "int8 panel", n, panel[0], panel[1], n_blocks * bytes_block);
+    return panel[1];
+}
+
+static void test_int8_tile(const ggd_kernels *set, const ggd_int8_format *format, size_t n) {
+    static float source[GGD_TILE_ROWS * LD], scales[GGD_TILE_ROWS * 20], sums[GGD_TILE_ROWS * 20];
+    static uint8_t quants[GGD_TILE_ROWS * LD];
+    static float got[GGD_TILE_ROWS * GGD_PANEL_COLUMNS], expected[GGD_TILE_ROWS * GGD_PANEL_COLUMNS];
+    const uint8_t *panel = int8_panel(set, format, n);
+    fill(source, GGD_TILE_ROWS * LD, 2.0f);
+    memset(quants, 128, sizeof quants);
     for (size_t row = 0; row < GGD_TILE_ROWS; row++) {
-        expect_bytes(set->name, "int8_quantise", n, quants[0] + row * LD, quants[1] + row * LD, n_blocks * GGD_INT8_BLOCK);
-        expect_bytes(set->name, "int8_quantise's scales", n, scales[0] + row * 10, scales[1] + row * 10,
-                     n_blocks * sizeof(float));
+        reference->int8_quantise(source + row * LD, GGD_ELEMENT_F32, n, format->a_block, quants + row * LD, scales + row * 20,
+                                 sums + row * 20);
     }
-    expect_bytes(set->name, "int8_pack", n, panel[0], panel[1], n_blocks * sizeof panel[0][0]);
     for (size_t rows = 1; rows <= GGD_TILE_ROWS; rows++) {
-        ggd_int8_tile tile = {.n_rows = rows,
-                              .n_blocks = n_blocks,
-                              .a = quants[1],
-                              .ld_a = LD,
-                              .a_scales = scales[1],
-                              .ld_scales = 10,
-                              .panel = panel[1],
+        ggd_int8_tile tile = {.format = *format,
+                              .n_rows = rows,
+                              .n_blocks = (n + format->block - 1) / format->block,
+                              .a = {quants, LD, scales, sums, 20},
+                              .panel = panel,
                               .init = rows % 2 != 0 ? source : NULL,
                               .ld_init = LD,
                               .c = got,
@@ -138,7 +201,21 @@ static void test_int8(const ggd_kernels *set, size_t n) {
         set->int8_tile(&tile);
         tile.c = expected;
         reference->int8_tile(&tile);
-        expect(set->name, "int8_tile", rows, got, expected, rows * GGD_PANEL_COLUMNS, ROUNDING, 0.2 * (double)n + 2);
+        expect(set->name, "int8_tile", rows, got, expected, rows * GGD_PANEL_COLUMNS, ROUNDING, 0.3 * (double)n + 2);
+    }
+}
+
+static void test_int8(const ggd_kernels *set, size_t n) {
+    for (int element = 0; element < 2; element++) {
+        test_int8_quantising(set, n, (ggd_element)element, 32);
+        test_int8_quantising(set, n, (ggd_element)element, 64);
+    }
+    test_int8_tile(set, &ggd_int8_backward_format, n);
+    for (int type = 0; type < GGD_N_TYPES; type++) {
+        ggd_int8_format format = ggd_int8_format_of((ggd_type)type);
+        if (format.block != 0) {
+            test_int8_tile(set, &format, n);
+        }
     }
 }
 
@@ -297,6 +374,7 @@ static void test_vectors(const ggd_kernels *set, size_t n) {
 static void test_set(const ggd_kernels *set) {
     const size_t sizes[] = {1, 2, 3, 7, 16, 31, 64, 65, 128, 255, 576, 599, MAX_N};
     test_unpacking(set);
+    test_int8_unpacking(set);
     for (int element = 0; element < 2; element++) {
         if (set->tile[element] != NULL) {
             test_packing(set, element);

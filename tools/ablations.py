@@ -1,0 +1,193 @@
+#!/usr/bin/env python3
+"""One setting at a time: short conversions that differ in it alone, on the same tokens, with the same masks.
+
+    python tools/ablations.py RUNS_FOLDER --json ablations.json --markdown ablations.md
+
+converts SmolLM2-135M on the text of `ggml-diffusion demo` once for each variation below and writes what the
+held-out text says of each. A run is a folder of its own: what is complete is not done again, and what was
+interrupted goes on where it stopped. `--only aligned,annealing-none` and `--seeds 0,1,2` choose; `--list`
+shows what there is.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ggml_diffusion.config import load_config
+from ggml_diffusion.convert import EVALUATION, METRICS, run_conversion
+from ggml_diffusion.demo import demo_model, write_demo_text
+from ggml_diffusion.metrics import TrainMetrics
+
+QKVO = ["q_proj", "k_proj", "v_proj", "o_proj"]
+HELD_OUT_SEQUENCES = 62
+
+# The recipe that all others differ from by one thing, at 1,024 tokens a step.
+BASE_PRESET = "demo"
+VARIATIONS: Mapping[str, Mapping[str, Any]] = {
+    "base": {},
+    "lr-1e-3": {"training.learning_rate": 1e-3},
+    "lr-2e-3": {"training.learning_rate": 2e-3},
+    "lr-2e-4": {"training.learning_rate": 2e-4},
+    "annealing-none": {"mask_annealing.total_steps": 0},
+    "annealing-half": {"mask_annealing.total_steps": 0.5},
+    "bernoulli-mask": {"mask_annealing.mask": "bernoulli"},
+    "aligned": {"model.prediction": "aligned"},
+    "nelbo": {"training.loss_weighting": "nelbo"},
+    "rank-8": {"model.qlora_rank": 8, "model.qlora_alpha": 16.0},
+    "rank-64": {"model.qlora_rank": 64, "model.qlora_alpha": 128.0},
+    "targets-qkvo": {"model.target_modules": QKVO},
+    "no-mask-row": {"model.train_mask_embedding": False},
+    "mask-row-fast": {"training.embedding_rate_factor": 10.0},
+    "time-embedding": {"time_embedding.enabled": True},
+    "distillation": {"training.distillation_weight": 0.5},
+    "ar-share": {"training.ar_loss_share": 0.2},
+    "exact-count": {"noise_schedule.masking": "exact"},
+    # half as many sequences, each with both halves of its masks: the same tokens a step
+    "complementary": {"noise_schedule.complementary": True, "training.batch_size": 4},
+    "noise-cosine": {"noise_schedule.type": "cosine"},
+}
+
+
+class Quiet:
+    """A listener that says little: these runs are watched by their results."""
+
+    def note(self, text: str) -> None:
+        """Nothing."""
+
+    def warn(self, text: str) -> None:
+        """A warning."""
+        print(f"warning: {text}", file=sys.stderr)
+
+    def start(self, first_step: int, tokens_seen: int, total_steps: int) -> None:
+        """Nothing."""
+
+    def step(self, metrics: TrainMetrics) -> None:
+        """A sign of life."""
+        if metrics.step % 20 == 0:
+            print(f"  step {metrics.step}: loss {metrics.loss:.3f}", flush=True)
+
+    def stop(self) -> None:
+        """Nothing."""
+
+
+def settings_of(name: str, steps: int) -> dict[str, Any]:
+    """What a variation sets: warm-up and annealing in the proportions of the preset (5%, 20%)."""
+    settings: dict[str, Any] = {
+        "training.total_steps": steps,
+        "training.warmup_steps": max(1, round(0.05 * steps)),
+        "mask_annealing.total_steps": round(0.2 * steps),
+        **VARIATIONS[name],
+    }
+    share = settings["mask_annealing.total_steps"]
+    if isinstance(share, float):
+        settings["mask_annealing.total_steps"] = round(share * steps)
+    return settings
+
+
+def run(folder: Path, name: str, seed: int, steps: int, text: Path) -> None:
+    """One conversion, unless its folder has its evaluation already."""
+    output = folder / f"{name}-seed{seed}"
+    if (output / EVALUATION).exists():
+        return
+    print(f"{output}: {steps} steps", flush=True)
+    overrides = settings_of(name, steps) | {
+        "model.base_model": str(demo_model()),
+        "training.data": [str(text)],
+        "training.output": str(output),
+        "training.seed": seed,
+    }
+    config = load_config(overrides=overrides, preset=BASE_PRESET)
+    begin = time.monotonic()
+    run_conversion(config, Quiet(), evaluate_on=HELD_OUT_SEQUENCES)
+    print(f"{output}: {time.monotonic() - begin:.0f} s", flush=True)
+
+
+def collect(folder: Path, steps: int) -> list[dict[str, Any]]:
+    """The figures of all complete runs, variations in their order."""
+    rows = []
+    for name in VARIATIONS:
+        for output in sorted(folder.glob(f"{name}-seed*")):
+            if not (output / EVALUATION).exists():
+                continue
+            scores = json.loads((output / EVALUATION).read_text(encoding="utf-8"))
+            lines = [json.loads(line) for line in (output / METRICS).read_text(encoding="utf-8").splitlines()]
+            rows.append(
+                {
+                    "variation": name,
+                    "seed": int(output.name.rpartition("seed")[2]),
+                    "settings": settings_of(name, steps),
+                    "tokens": lines[-1]["tokens_seen"],
+                    "final_training_loss": float(np.mean([line["loss"] for line in lines[-20:]])),
+                    "after": scores["after"],
+                }
+            )
+    return rows
+
+
+def as_markdown(rows: list[dict[str, Any]]) -> str:
+    """A table: a variation's means over its seeds, and how far they are from those of the base."""
+
+    def means(name: str) -> tuple[int, list[float]]:
+        found = [row["after"] for row in rows if row["variation"] == name]
+        values = [
+            [score["visible"]["cross_entropy"] for score in after] + [after[1]["future_context_gain"]]
+            for after in found
+        ]
+        return len(found), list(np.mean(values, axis=0)) if found else []
+
+    _, base = means("base")
+    lines = [
+        "| variation | seeds | CE t = .15 | CE t = .5 | CE t = .85 | mean CE beside base's | "
+        "future gain (a), t = .5 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in VARIATIONS:
+        n_seeds, values = means(name)
+        if values:
+            difference = f"{np.mean(values[:3]) - np.mean(base[:3]):+.3f}" if base else ""
+            cells = " | ".join(f"{value:.3f}" for value in values[:3])
+            lines.append(f"| {name} | {n_seeds} | {cells} | {difference} | {values[3]:+.3f} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Parse, run, write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("ablations"), help="where the runs go")
+    parser.add_argument("--steps", type=int, default=100, help="steps of 1,024 tokens (100)")
+    parser.add_argument("--only", help="variations, separated by commas")
+    parser.add_argument("--seeds", default="0", help="seeds, separated by commas (0)")
+    parser.add_argument("--json", type=Path, help="write all figures there")
+    parser.add_argument("--markdown", type=Path, help="write the table there")
+    parser.add_argument("--list", action="store_true", help="show the variations and stop")
+    arguments = parser.parse_args()
+    if arguments.list:
+        for name, settings in VARIATIONS.items():
+            print(f"{name:16} {dict(settings)}")
+        return
+    names = arguments.only.split(",") if arguments.only else list(VARIATIONS)
+    if unknown := [name for name in names if name not in VARIATIONS]:
+        parser.error(f"no variation {unknown[0]}; --list shows them")
+    text = write_demo_text(arguments.folder)
+    for seed in map(int, arguments.seeds.split(",")):
+        for name in names:
+            run(arguments.folder, name, seed, arguments.steps, text)
+    rows = collect(arguments.folder, arguments.steps)
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    table = as_markdown(rows)
+    if arguments.markdown is not None:
+        arguments.markdown.write_text(table, encoding="utf-8")
+    print(table)
+
+
+if __name__ == "__main__":
+    main()
