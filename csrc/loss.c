@@ -25,9 +25,8 @@ typedef struct {
     float *dx;
     const int32_t *rows;  // this chunk's, n of them
     size_t n;
-    size_t first_token, n_tokens;   // this tile's
-    float *logits;                  // ggd_logits_run only
-    ggd_int8_rows normed, teacher;  // what the logits are products of, in int8; without quants where they are not
+    size_t first_token, n_tokens;  // this tile's
+    float *logits;                 // ggd_logits_run only
 } loss_job;
 
 static size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
@@ -60,23 +59,12 @@ static void norm_item(void *context, size_t item, size_t thread) {
     }
 }
 
-// The chunk's normed rows in int8, where the head is multiplied so.
-static ggd_int8_rows in_int8(const loss_job *job, ggd_activation normed, ggd_int8_rows room) {
-    const ggd_matrix *head = &job->head->head;
-    if (job->scratch->int8 < GGD_INT8_BOTH || ggd_gemm_int8_format(GGD_TIMES_TRANSPOSE, head).block == 0) {
-        return (ggd_int8_rows){0};
-    }
-    ggd_int8_quantise_rows(job->compute, job->n, head->n_cols, normed, GGD_INT8_FORWARD_BLOCK, &room);
-    return room;
-}
-
-// Logits (n, n_tokens) of the tile.
-static void tile_logits(const loss_job *job, ggd_activation normed, const ggd_int8_rows *normed_int8, float *logits) {
+// Logits (n, n_tokens) of the tile. Never in int8: that would add as much error as the layers do, for 2% of a step's time.
+static void tile_logits(const loss_job *job, ggd_activation normed, float *logits) {
     ggd_gemm product = {.part = "head logits",
                         .operation = GGD_TIMES_TRANSPOSE,
                         .m = job->n,
                         .a = normed,
-                        .a_int8 = normed_int8->quants != NULL ? normed_int8 : NULL,
                         .w = ggd_matrix_rows(&job->head->head, job->first_token, job->n_tokens),
                         .scale = 1.0f,
                         .c = logits,
@@ -153,11 +141,10 @@ static void add_weighted_rows(const loss_job *job, float *mean) {
                         .c = mean,
                         .ld_c = s->ld,
                         .c_element = GGD_ELEMENT_F32};
-    ggd_int8_rows weights_int8 = s->weights_int8;
-    if (s->int8 >= GGD_INT8_BACKWARD) {
+    if (s->weights_int8 != NULL) {
         size_t block = ggd_int8_backward_format.a_block;
-        ggd_int8_quantise_rows(job->compute, job->n, job->n_tokens, s->weights, block, &weights_int8);
-        product.a_int8 = &weights_int8;
+        ggd_int8_quantise_rows(job->compute, job->n, job->n_tokens, s->weights, block, s->weights_int8);
+        product.a_int8 = s->weights_int8;
     }
     ggd_gemm_run(job->compute, &product);
 }
@@ -192,13 +179,13 @@ static void finish_item(void *context, size_t item, size_t thread) {
 
 static void loss_tile(loss_job *job) {
     const ggd_loss_scratch *s = job->scratch;
-    tile_logits(job, s->normed, &job->normed, s->own.logits);
+    tile_logits(job, s->normed, s->own.logits);
     ggd_parallel(job->compute->threads, "head softmax", job->n, softmax_item, job);
     if (job->dx != NULL) {
         add_weighted_rows(job, s->own.mean);
     }
     if (has_teacher(job)) {
-        tile_logits(job, s->teacher_chunk, &job->teacher, s->teacher.logits);
+        tile_logits(job, s->teacher_chunk, s->teacher.logits);
         ggd_parallel(job->compute->threads, "head softmax", job->n, teacher_item, job);
         if (job->dx != NULL) {
             add_weighted_rows(job, s->teacher.mean);
@@ -209,10 +196,6 @@ static void loss_tile(loss_job *job) {
 static void loss_chunk(loss_job *job) {
     size_t vocab = job->head->head.n_rows;
     ggd_parallel(job->compute->threads, "head", job->n, norm_item, job);
-    job->normed = in_int8(job, job->scratch->normed, job->scratch->normed_int8);
-    if (has_teacher(job)) {
-        job->teacher = in_int8(job, job->scratch->teacher_chunk, job->scratch->teacher_int8);
-    }
     for (job->first_token = 0; job->first_token < vocab; job->first_token += GGD_LOSS_TOKENS) {
         job->n_tokens = min_size(vocab - job->first_token, GGD_LOSS_TOKENS);
         loss_tile(job);
@@ -286,10 +269,9 @@ void ggd_logits_run(const ggd_compute *compute, const ggd_head *head, const ggd_
         job.n = min_size(n_rows - first, GGD_LOSS_ROWS);
         job.logits = logits + first * vocab;
         ggd_parallel(compute->threads, "head", job.n, norm_item, &job);
-        job.normed = in_int8(&job, scratch->normed, scratch->normed_int8);
         for (job.first_token = 0; job.first_token < vocab; job.first_token += GGD_LOSS_TOKENS) {
             job.n_tokens = min_size(vocab - job.first_token, GGD_LOSS_TOKENS);
-            tile_logits(&job, scratch->normed, &job.normed, scratch->own.logits);
+            tile_logits(&job, scratch->normed, scratch->own.logits);
             ggd_parallel(compute->threads, "head", job.n, copy_item, &job);
         }
     }

@@ -28,15 +28,13 @@ typedef struct {
     float *scales;           // (GGD_LOSS_ROWS)
     ggd_activation weights;  // (GGD_LOSS_ROWS, GGD_LOSS_TOKENS): exp(logit - largest) of the tile
     ggd_online_softmax own;
-    float *target_logit;                      // (GGD_LOSS_ROWS)
-    int32_t *rows;                            // (M): rows that count
-    size_t ld;                                // of both means
-    int32_t int8;                             // GGD_INT8_*, as in the layers
-    ggd_int8_rows normed_int8, weights_int8;  // room for both in int8
+    float *target_logit;          // (GGD_LOSS_ROWS)
+    int32_t *rows;                // (M): rows that count
+    size_t ld;                    // of both means
+    ggd_int8_rows *weights_int8;  // room for them in int8, to multiply them in int8; or NULL
     // The teacher's, where a session has made room for one.
     ggd_activation teacher_normed;  // (M, C), by the teacher's row
     ggd_activation teacher_chunk;   // (GGD_LOSS_ROWS, C)
-    ggd_int8_rows teacher_int8;     // room for it in int8
     ggd_online_softmax teacher;
     double *cross;         // (GGD_LOSS_ROWS), sum of exp(teacher's logit - largest) times the own logit
     double *teacher_loss;  // (M)

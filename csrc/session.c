@@ -126,9 +126,7 @@ static void lay_out_loss(const ggd_session *s, arena *a, const ggd_capacity *c, 
     b->loss.ld = s->ld_hidden;
     lay_out_softmax(a, rows, gradient_rows, s->ld_hidden, &b->loss.own);
     b->loss.teacher_normed = take_activation(a, e, teacher * c->n_rows, s->ld_hidden);
-    b->loss.normed_int8 = take_int8(s, a, rows, s->ld_hidden);
-    b->loss.weights_int8 = take_int8(s, a, gradient_rows, GGD_LOSS_TOKENS);
-    b->loss.teacher_int8 = take_int8(s, a, teacher * rows, s->ld_hidden);
+    b->weights_int8 = take_int8(s, a, gradient_rows, GGD_LOSS_TOKENS);
     b->loss.teacher_chunk = take_activation(a, e, teacher * rows, s->ld_hidden);
     b->loss.cross = take(a, teacher * rows, sizeof(double));
     b->loss.teacher_loss = take(a, teacher * c->n_rows, sizeof(double));
@@ -199,7 +197,11 @@ static void fill_rope_table(ggd_session *s, size_t n_positions) {
     s->heads.sine = s->buffers.sine;
 }
 
-static void bind_int8(ggd_session *s) { s->buffers.linear.dy_int8 = s->int8 >= GGD_INT8_BACKWARD ? &s->buffers.int8 : NULL; }
+static void bind_int8(ggd_session *s) {
+    int backward = s->int8 >= GGD_INT8_BACKWARD;
+    s->buffers.loss.weights_int8 = backward ? &s->buffers.weights_int8 : NULL;
+    s->buffers.linear.dy_int8 = backward ? &s->buffers.int8 : NULL;
+}
 
 static size_t larger(size_t a, size_t b) { return a > b ? a : b; }
 

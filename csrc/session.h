@@ -41,6 +41,7 @@ typedef struct {
     ggd_activation dgate, dup;       // (M, F)
     ggd_activation dattn_out, dqkv;  // (M, H D), (M, [dQ | dK | dV])
     ggd_int8_rows int8;              // (M, the widest operand): what a product in int8 reads
+    ggd_int8_rows weights_int8;      // the same of the loss
     ggd_linear_scratch linear;
     ggd_loss_scratch loss;
     uint8_t *thread_scratch;
