@@ -78,10 +78,9 @@ static void lay_out_layers(const ggd_session *s, arena *a, const ggd_capacity *c
     }
 }
 
-static size_t widest_operand(const ggd_session *s) {
-    size_t widest = s->ld_ffn > s->ld_hidden ? s->ld_ffn : s->ld_hidden;
-    return s->ld_queries > widest ? s->ld_queries : widest;
-}
+static size_t larger(size_t a, size_t b) { return a > b ? a : b; }
+
+static size_t widest_operand(const ggd_session *s) { return larger(s->ld_ffn, larger(s->ld_hidden, s->ld_queries)); }
 
 static ggd_int8_rows take_int8(const ggd_session *s, arena *a, size_t rows, size_t n) {
     size_t count = has_int8(s) ? rows * ggd_int8_ld(n) : 0;
@@ -91,16 +90,19 @@ static ggd_int8_rows take_int8(const ggd_session *s, arena *a, size_t rows, size
     return taken;
 }
 
-static void lay_out_gradients(const ggd_session *s, arena *a, const ggd_capacity *c, ggd_buffers *b) {
+// What only a layer's backward uses, between two layers.
+static void lay_out_layer_backward(const ggd_session *s, arena *a, const ggd_capacity *c, ggd_buffers *b) {
     size_t m = c->gradients ? c->n_rows : 0, ld_rank = panel_multiple(c->max_rank), widest = widest_operand(s);
     ggd_element e = s->compute.element;
-    b->dx = take(a, m * s->ld_hidden, sizeof(float));
     b->dnormed = take(a, m * s->ld_hidden, sizeof(float));
-    b->dx_activation = take_activation(a, e, m, s->ld_hidden);
+    size_t begin = a->offset, end;  // the feed-forward block is done when the attention block begins
     b->dgate = take_activation(a, e, m, s->ld_ffn);
     b->dup = take_activation(a, e, m, s->ld_ffn);
+    end = a->offset;
+    a->offset = begin;
     b->dattn_out = take_activation(a, e, m, s->ld_queries);
     b->dqkv = take_activation(a, e, m, s->ld_qkv);
+    a->offset = larger(end, a->offset);
     b->linear.q = take_activation(a, e, c->max_rank > 0 ? m : 0, ld_rank);
     b->linear.transposed = take_activation(a, e, m > 0 ? ld_rank : 0, panel_multiple(m + 1));
     b->linear.product = take(a, m > 0 ? ld_rank * widest : 0, sizeof(float));
@@ -125,7 +127,6 @@ static void lay_out_loss(const ggd_session *s, arena *a, const ggd_capacity *c, 
     b->loss.rows = take(a, c->n_rows, sizeof(int32_t));
     b->loss.ld = s->ld_hidden;
     lay_out_softmax(a, rows, gradient_rows, s->ld_hidden, &b->loss.own);
-    b->loss.teacher_normed = take_activation(a, e, teacher * c->n_rows, s->ld_hidden);
     b->weights_int8 = take_int8(s, a, gradient_rows, GGD_LOSS_TOKENS);
     b->loss.teacher_chunk = take_activation(a, e, teacher * rows, s->ld_hidden);
     b->loss.cross = take(a, teacher * rows, sizeof(double));
@@ -153,6 +154,20 @@ static size_t thread_scratch_bytes(const ggd_session *s, const ggd_capacity *c) 
     return ggd_round_up(row > bytes ? row : bytes, 4096);
 }
 
+// The forward's, the loss's and the backward's own buffers share one piece of memory: none of them is read once the next is written.
+// (Where activations are in pairs their rows have no padding to be zero: quantised types come in blocks of 32.)
+static void lay_out_phases(const ggd_session *s, arena *a, const ggd_capacity *c, ggd_buffers *b) {
+    size_t begin = a->offset, end;
+    b->qkv = take(a, c->n_rows * s->ld_qkv, sizeof(float));
+    end = a->offset;
+    a->offset = begin;
+    lay_out_loss(s, a, c, b);
+    end = larger(end, a->offset);
+    a->offset = begin;
+    lay_out_layer_backward(s, a, c, b);
+    a->offset = larger(end, a->offset);
+}
+
 static size_t lay_out(const ggd_session *s, void *base, const ggd_capacity *c, ggd_buffers *b, size_t *bytes_thread) {
     const ggd_shape *shape = &s->model->shape;
     size_t n_layers = (size_t)shape->n_layers;
@@ -172,13 +187,14 @@ static size_t lay_out(const ggd_session *s, void *base, const ggd_capacity *c, g
         }
     }
     lay_out_layers(s, &a, c, b);
-    b->qkv = take(&a, c->n_rows * s->ld_qkv, sizeof(float));
     b->h = take_activation(&a, s->compute.element, c->n_rows, s->ld_ffn);
     b->cosine = take(&a, c->max_segment_rows * (size_t)shape->head_size / 2, sizeof(float));
     b->sine = take(&a, c->max_segment_rows * (size_t)shape->head_size / 2, sizeof(float));
     b->int8 = take_int8(s, &a, c->n_rows, widest_operand(s));
-    lay_out_gradients(s, &a, c, b);
-    lay_out_loss(s, &a, c, b);
+    b->dx = take(&a, c->gradients ? c->n_rows * s->ld_hidden : 0, sizeof(float));
+    b->dx_activation = take_activation(&a, s->compute.element, c->gradients ? c->n_rows : 0, s->ld_hidden);
+    b->loss.teacher_normed = take_activation(&a, s->compute.element, c->teacher ? c->n_rows : 0, s->ld_hidden);
+    lay_out_phases(s, &a, c, b);
     *bytes_thread = thread_scratch_bytes(s, c);
     b->thread_scratch = take(&a, (size_t)s->options.n_threads * *bytes_thread, 1);
     return a.offset;
@@ -202,8 +218,6 @@ static void bind_int8(ggd_session *s) {
     s->buffers.loss.weights_int8 = backward ? &s->buffers.weights_int8 : NULL;
     s->buffers.linear.dy_int8 = backward ? &s->buffers.int8 : NULL;
 }
-
-static size_t larger(size_t a, size_t b) { return a > b ? a : b; }
 
 int ggd_session_reserve(ggd_session *s, const ggd_capacity *wanted) {
     const ggd_capacity *have = &s->capacity;
