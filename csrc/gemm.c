@@ -17,16 +17,21 @@ static size_t reduction_of(ggd_operation operation, const ggd_matrix *w) {
     return operation == GGD_TIMES_TRANSPOSE ? w->n_cols : w->n_rows;
 }
 
-// Panels that are packed together: as many as one block of W spans.
-static size_t panels_a_group(const ggd_gemm *g) {
-    if (g->operation == GGD_TIMES_TRANSPOSE || g->w.block <= GGD_PANEL_COLUMNS) {
+// Panels that are packed together. Along the rows of W: as many as one block spans, and a few where there are many, or each row's cache
+// line would be fetched again for the next 32 columns. (Where there are few, groups would leave threads idle.)
+enum { GROUP_PANELS = 4, GROUPS_A_THREAD = 16 };
+static size_t panels_a_group(const ggd_gemm *g, size_t n_panels, size_t n_threads) {
+    if (g->operation == GGD_TIMES_TRANSPOSE || g->w.block == 1) {
         return 1;
     }
-    return g->w.block / GGD_PANEL_COLUMNS;
+    size_t group = n_panels / (GROUPS_A_THREAD * n_threads), block = (g->w.block + GGD_PANEL_COLUMNS - 1) / GGD_PANEL_COLUMNS;
+    group = group < GROUP_PANELS ? group : GROUP_PANELS;
+    group = group > 1 ? group : 1;
+    return block > group ? block : group;
 }
 
 size_t ggd_gemm_bytes_scratch(ggd_element element, size_t reduction, size_t block) {
-    size_t panels = block > GGD_PANEL_COLUMNS ? block / GGD_PANEL_COLUMNS : 1;
+    size_t panels = block > GROUP_PANELS * GGD_PANEL_COLUMNS ? block / GGD_PANEL_COLUMNS : GROUP_PANELS;
     size_t bytes_panels = panels * (reduction + 4) * GGD_PANEL_COLUMNS * ggd_element_bytes(element);
     return ggd_round_up(bytes_panels, 64) + GGD_UNPACKED_FLOATS * sizeof(float);
 }
@@ -246,7 +251,7 @@ void ggd_gemm_run(const ggd_compute *compute, const ggd_gemm *gemm) {
     }
     gemm_job job = {.compute = compute, .gemm = gemm};
     job.n_panels = (result_columns(gemm) + GGD_PANEL_COLUMNS - 1) / GGD_PANEL_COLUMNS;
-    job.group = panels_a_group(gemm);
+    job.group = panels_a_group(gemm, job.n_panels, ggd_threads_count(compute->threads));
     size_t reduction = reduction_of(gemm->operation, &gemm->w),
            bytes_row = GGD_PANEL_COLUMNS * ggd_element_bytes(compute->element);
     job.k1 = ggd_panel_k(compute->element, reduction);

@@ -5,11 +5,12 @@
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #include "attention.h"
 #include "error.h"
 
-enum { ALIGNMENT = 64, MAX_THREADS = 1024 };
+enum { ALIGNMENT = 64, MAX_THREADS = 1024, HUGE_PAGE = 2 << 20 };
 
 typedef struct {
     uint8_t *base;  // NULL: count only
@@ -219,6 +220,16 @@ static void bind_int8(ggd_session *s) {
     s->buffers.linear.dy_int8 = backward ? &s->buffers.int8 : NULL;
 }
 
+// Every pass goes through all of the arena: with pages of 4 KiB it would mostly wait for their addresses.
+static void ask_for_huge_pages(void *memory, size_t bytes) {
+#ifdef MADV_HUGEPAGE
+    (void)madvise(memory, bytes, MADV_HUGEPAGE);  // a wish; nothing depends on it
+#else
+    (void)memory;
+    (void)bytes;
+#endif
+}
+
 int ggd_session_reserve(ggd_session *s, const ggd_capacity *wanted) {
     const ggd_capacity *have = &s->capacity;
     if (s->arena != NULL && wanted->n_rows <= have->n_rows && wanted->max_segment_rows <= have->max_segment_rows &&
@@ -236,10 +247,11 @@ int ggd_session_reserve(ggd_session *s, const ggd_capacity *wanted) {
     s->arena = NULL;
     s->capacity = (ggd_capacity){0};
     size_t bytes = lay_out(s, NULL, &grown, &s->buffers, &s->compute.bytes_scratch);
-    s->arena = aligned_alloc(4096, ggd_round_up(bytes, 4096));
+    s->arena = aligned_alloc(HUGE_PAGE, ggd_round_up(bytes, HUGE_PAGE));
     if (s->arena == NULL) {
         return ggd_fail("out of memory: a call of %zu rows needs %zu MiB", grown.n_rows, bytes >> 20);
     }
+    ask_for_huge_pages(s->arena, bytes);
     // Pad columns of activations are read as parts of pairs; they must be zero, not leftovers.
     memset(s->arena, 0, bytes);
     lay_out(s, s->arena, &grown, &s->buffers, &s->compute.bytes_scratch);

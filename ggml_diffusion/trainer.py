@@ -202,12 +202,12 @@ class ConversionTrainer:
             distillation_loss=masked.distillation_loss,
         )
 
-    def first_gradient(self, batch: TokenBatch) -> NDArray[np.float64]:
+    def first_gradient(self, batch: TokenBatch) -> NDArray[np.float32]:
         """The flat gradient of the next step's first micro-batch; changes nothing."""
         gradients = ParameterStore({name: view.shape for name, view in self.parameters.views.items()})
         part = self.corrupt(batch).part(slice(0, self.config.batch_size))
         self._accumulate(part, self.annealer.causal_ratio_at(self.step_count), gradients)
-        return gradients.flat.astype(np.float64)
+        return gradients.flat
 
     def corrupt(self, batch: TokenBatch) -> NoisyBatch:
         """The noise that the next step adds to a batch: a function of (seed, step) and the batch."""

@@ -259,7 +259,8 @@ static inline __attribute__((always_inline)) void int8_tile_of(const int rows, c
     }
     const uint8_t *a = t->a.quants + first_row * t->a.ld, *panel = t->panel;
     const float *a_scales = t->a.scales + first_row * t->a.ld_scales, *a_sums = t->a.sums + first_row * t->a.ld_scales;
-    size_t bytes_block = ggd_int8_block_bytes(&t->format), blocks_scale = t->format.a_block / block;
+    size_t bytes_block = ggd_int8_block_bytes(&t->format);
+    const size_t blocks_scale = block == 16 ? 2 : 1;  // a constant: a division would take as long as half a block
     for (size_t b = 0; b < t->n_blocks; b++, a += block, panel += bytes_block) {
         __m512i products[INT8_ROWS][2];
         const uint8_t *corrections = panel + block * GGD_PANEL_COLUMNS;

@@ -159,26 +159,6 @@ static void unpack_q5_k(const uint8_t *restrict source, float *restrict y, size_
     }
 }
 
-static void unpack_q6_k(const uint8_t *restrict source, float *restrict y, size_t n) {
-    for (size_t block = 0; block < n / 256; block++, source += 210, y += 256) {
-        const int8_t *restrict scales = (const int8_t *)source + 192;
-        float d = unpack_half(source + 208);
-        for (int group = 0; group < 8; group++) {  // 32 quants: four low bits in ql, two high bits in qh
-            const uint8_t *restrict low = source + group / 4 * 64 + group % 2 * 32, *restrict high =
-                                                                                        source + 128 + group / 4 * 32;
-            int low_shift = group % 4 / 2 * 4, high_shift = group % 4 * 2;
-            float first = d * (float)scales[group * 2], second = d * (float)scales[group * 2 + 1];
-            float *restrict out = y + group * 32;
-            for (int i = 0; i < 16; i++) {
-                out[i] = first * (float)(((low[i] >> low_shift & 15) | (high[i] >> high_shift & 3) << 4) - 32);
-            }
-            for (int i = 16; i < 32; i++) {
-                out[i] = second * (float)(((low[i] >> low_shift & 15) | (high[i] >> high_shift & 3) << 4) - 32);
-            }
-        }
-    }
-}
-
 // ---- the same blocks as int8: w = scale q + minimum ----
 
 static void int8_unpack_q8_0(const uint8_t *restrict source, size_t n, int8_t *restrict q, float *restrict scales,
@@ -297,6 +277,23 @@ static void int8_unpack_q6_k(const uint8_t *restrict source, size_t n, int8_t *r
                 q[group * 32 + i] = (int8_t)(((low[i] >> low_shift & 15) | (high[i] >> high_shift & 3) << 4) - 32);
             }
         }
+    }
+}
+
+// y = scale q in blocks of 16; not inlined, or GCC 12 takes the caller's arrays apart into scalars.
+static __attribute__((noinline)) void scale_quants(const int8_t *restrict q, const float *restrict scales, size_t n,
+                                                   float *restrict y) {
+    for (size_t i = 0; i < n; i++) {
+        y[i] = (float)q[i] * scales[i / 16];
+    }
+}
+
+static void unpack_q6_k(const uint8_t *restrict source, float *restrict y, size_t n) {
+    int8_t quants[256];
+    float scales[16];
+    for (size_t i = 0; i < n; i += 256, source += 210) {
+        int8_unpack_q6_k(source, 256, quants, scales, NULL);
+        scale_quants(quants, scales, 256, y + i);
     }
 }
 
