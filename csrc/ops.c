@@ -234,7 +234,7 @@ void ggd_rope_forward(const ggd_compute *compute, const ggd_batch *batch, const 
 typedef struct {
     const ggd_compute *compute;
     size_t m, n;
-    ggd_activation gate, up, h, dh, dup;
+    ggd_activation gate, up, h, dh;
     const ggd_int8_rows *h_int8;
 } swiglu_job;
 
@@ -271,15 +271,15 @@ static void swiglu_backward_item(void *context, size_t item, size_t thread) {
             const float *dh = ggd_load_row(job->compute, job->dh, row, column, n, buffer + 2 * PIECE);
             job->compute->kernels->swiglu_backward(gate, up, dh, dgate, dup, h, n);
             ggd_store_row(job->compute, dgate, job->dh, row, column, n);
-            ggd_store_row(job->compute, dup, job->dup, row, column, n);
-            ggd_store_row(job->compute, h, job->h, row, column, n);
+            ggd_store_row(job->compute, dup, job->up, row, column, n);
+            ggd_store_row(job->compute, h, job->gate, row, column, n);
         }
     }
 }
 
 void ggd_swiglu_backward(const ggd_compute *compute, size_t m, size_t n, ggd_activation gate, ggd_activation up,
-                         ggd_activation dh, ggd_activation dup, ggd_activation h) {
-    swiglu_job job = {.compute = compute, .m = m, .n = n, .gate = gate, .up = up, .h = h, .dh = dh, .dup = dup};
+                         ggd_activation dh) {
+    swiglu_job job = {.compute = compute, .m = m, .n = n, .gate = gate, .up = up, .dh = dh};
     ggd_parallel(compute->threads, "swiglu", n_blocks(m), swiglu_backward_item, &job);
 }
 

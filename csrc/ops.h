@@ -37,9 +37,9 @@ void ggd_rope_forward(const ggd_compute *compute, const ggd_batch *batch, const 
 // h = silu(gate) * up; to h_int8 too, in blocks of the forward, unless that is NULL.
 void ggd_swiglu_forward(const ggd_compute *compute, size_t m, size_t n, ggd_activation gate, ggd_activation up, ggd_activation h,
                         const ggd_int8_rows *h_int8);
-// dh becomes d gate in place; d up and h are written.
+// All in place: dh becomes d gate, up becomes d up, gate becomes h.
 void ggd_swiglu_backward(const ggd_compute *compute, size_t m, size_t n, ggd_activation gate, ggd_activation up,
-                         ggd_activation dh, ggd_activation dup, ggd_activation h);
+                         ggd_activation dh);
 
 // float32 (M, n) to activation.
 void ggd_to_activation(const ggd_compute *compute, size_t m, size_t n, const float *x, size_t ld, ggd_activation y);

@@ -52,7 +52,6 @@ static void lay_out_layers(const ggd_session *s, arena *a, const ggd_capacity *c
         ggd_layer_activations layer = shared;
         if (l == 0 || keep != GGD_KEEP_BOUNDARIES) {
             layer.x = take_activation(a, e, c->gradients ? m : 0, s->ld_hidden);
-            layer.x_mid = take_activation(a, e, c->gradients ? m : 0, s->ld_hidden);
             layer.qkv = take_activation(a, e, m, s->ld_qkv);
             layer.attn_out = take_activation(a, e, m, s->ld_queries);
             layer.lse = take(a, m * (size_t)shape->n_heads, sizeof(float));
@@ -62,8 +61,8 @@ static void lay_out_layers(const ggd_session *s, arena *a, const ggd_capacity *c
                 layer.p[target] = take_activation(a, e, c->max_rank > 0 ? m : 0, ld_rank);
             }
         }
-        layer.ffn_normed = keep == GGD_KEEP_WITHOUT_FFN ? take_activation(a, e, m, s->ld_hidden) : b->normed;
         if (l == 0 || keep == GGD_KEEP_ALL) {
+            layer.x_mid = take_activation(a, e, c->gradients ? m : 0, s->ld_hidden);
             layer.gate = take_activation(a, e, m, s->ld_ffn);
             layer.up = take_activation(a, e, m, s->ld_ffn);
         }
@@ -98,7 +97,6 @@ static void lay_out_layer_backward(const ggd_session *s, arena *a, const ggd_cap
     b->dnormed = take(a, m * s->ld_hidden, sizeof(float));
     size_t begin = a->offset, end;  // the feed-forward block is done when the attention block begins
     b->dgate = take_activation(a, e, m, s->ld_ffn);
-    b->dup = take_activation(a, e, m, s->ld_ffn);
     end = a->offset;
     a->offset = begin;
     b->dattn_out = take_activation(a, e, m, s->ld_queries);
@@ -155,18 +153,38 @@ static size_t thread_scratch_bytes(const ggd_session *s, const ggd_capacity *c) 
     return ggd_round_up(row > bytes ? row : bytes, 4096);
 }
 
-// The forward's, the loss's and the backward's own buffers share one piece of memory: none of them is read once the next is written.
+// The own buffers of the forward's two blocks, of the loss and of the backward share one piece of memory: none of them is read once the
+// next is written.
 // (Where activations are in pairs their rows have no padding to be zero: quantised types come in blocks of 32.)
 static void lay_out_phases(const ggd_session *s, arena *a, const ggd_capacity *c, ggd_buffers *b) {
     size_t begin = a->offset, end;
     b->qkv = take(a, c->n_rows * s->ld_qkv, sizeof(float));
     end = a->offset;
     a->offset = begin;
+    b->h = take_activation(a, s->compute.element, c->n_rows, s->ld_ffn);
+    end = larger(end, a->offset);
+    a->offset = begin;
     lay_out_loss(s, a, c, b);
     end = larger(end, a->offset);
     a->offset = begin;
     lay_out_layer_backward(s, a, c, b);
     a->offset = larger(end, a->offset);
+}
+
+// (L) copies of the residual stream under the given policy, else NULL.
+static float **take_copies(const ggd_session *s, arena *a, const ggd_capacity *c, int keep) {
+    if (!c->gradients || c->keep != keep) {
+        return NULL;
+    }
+    size_t n_layers = (size_t)s->model->shape.n_layers;
+    float **copies = take(a, n_layers, sizeof *copies);
+    for (size_t l = 0; l < n_layers; l++) {
+        float *copy = take(a, c->n_rows * s->ld_hidden, sizeof *copy);
+        if (copies != NULL) {
+            copies[l] = copy;
+        }
+    }
+    return copies;
 }
 
 static size_t lay_out(const ggd_session *s, void *base, const ggd_capacity *c, ggd_buffers *b, size_t *bytes_thread) {
@@ -178,17 +196,9 @@ static size_t lay_out(const ggd_session *s, void *base, const ggd_capacity *c, g
     b->pairs = take(&a, n_layers * GGD_N_TARGETS, sizeof *b->pairs);
     b->x = take(&a, c->n_rows * s->ld_hidden, sizeof(float));
     b->normed = take_activation(&a, s->compute.element, c->n_rows, s->ld_hidden);
-    if (c->gradients && c->keep == GGD_KEEP_BOUNDARIES) {
-        b->boundaries = take(&a, n_layers, sizeof *b->boundaries);
-        for (size_t l = 0; l < n_layers; l++) {
-            float *boundary = take(&a, c->n_rows * s->ld_hidden, sizeof(float));
-            if (b->boundaries != NULL) {
-                b->boundaries[l] = boundary;
-            }
-        }
-    }
+    b->boundaries = take_copies(s, &a, c, GGD_KEEP_BOUNDARIES);
+    b->middles = take_copies(s, &a, c, GGD_KEEP_WITHOUT_FFN);
     lay_out_layers(s, &a, c, b);
-    b->h = take_activation(&a, s->compute.element, c->n_rows, s->ld_ffn);
     b->cosine = take(&a, c->max_segment_rows * (size_t)shape->head_size / 2, sizeof(float));
     b->sine = take(&a, c->max_segment_rows * (size_t)shape->head_size / 2, sizeof(float));
     b->int8 = take_int8(s, &a, c->n_rows, widest_operand(s));

@@ -14,7 +14,6 @@ typedef struct {
     ggd_activation attn_out;          // (M, H D)
     float *lse;                       // (M, H)
     ggd_activation x_mid;             // (M, C), between attention and feed-forward
-    ggd_activation ffn_normed;        // (M, C), kept where gate and up are computed again, else the shared `normed`
     ggd_activation gate, up;          // (M, F)
     float *attn_scales, *ffn_scales;  // (M)
     ggd_activation p[GGD_N_TARGETS];  // (M, R): A x of each LoRA pair
@@ -28,9 +27,10 @@ typedef struct {
 } ggd_capacity;
 
 typedef struct {
-    float *x;                        // (M, C) float32: the residual stream
-    float **boundaries;              // (L): a copy of it before each layer where layers are computed again, else NULL
-    ggd_activation normed;           // (M, C)
+    float *x;               // (M, C) float32: the residual stream
+    float **boundaries;     // (L): a copy of it before each layer where layers are computed again, else NULL
+    float **middles;        // (L): a copy of it before each feed-forward block where only those are computed again, else NULL
+    ggd_activation normed;  // (M, C)
     ggd_layer_activations *layers;   // (L)
     const ggd_lora_pair **pairs;     // (L, GGD_N_TARGETS), NULL where there is none
     float *qkv;                      // (M, [Q | K | V]) float32, before RoPE
@@ -38,7 +38,7 @@ typedef struct {
     float *cosine, *sine;            // (longest segment, D / 2)
     float *dx, *dnormed;             // (M, C) float32
     ggd_activation dx_activation;    // (M, C)
-    ggd_activation dgate, dup;       // (M, F)
+    ggd_activation dgate;            // (M, F): d h, then d gate
     ggd_activation dattn_out, dqkv;  // (M, H D), (M, [dQ | dK | dV])
     ggd_int8_rows int8;              // (M, the widest operand): what a product in int8 reads
     ggd_int8_rows weights_int8;      // the same of the loss

@@ -65,27 +65,23 @@ static void attention_block_forward(ggd_session *s, const ggd_batch *batch, size
     ggd_linear_forward(compute, &output, m, act->attn_out, attn_int8, b->x, ld, b->x, ld, GGD_ELEMENT_F32);
 }
 
-static void ffn_norm_forward(ggd_session *s, size_t m, size_t l) {
-    ggd_layer_activations *act = &s->buffers.layers[l];
-    ggd_rmsnorm_forward(&s->compute, m, (size_t)s->model->shape.hidden_size, s->buffers.x, s->ld_hidden,
-                        s->model->layers[l].ffn_norm, s->model->rms_eps, act->ffn_normed, NULL, act->ffn_scales, act->x_mid);
-}
-
-// gate and up; what GGD_KEEP_WITHOUT_FFN computes again, from ffn_normed as it was stored
+// gate and up of the residual stream; what GGD_KEEP_WITHOUT_FFN computes again
 static void ffn_inner_forward(ggd_session *s, size_t m, size_t l) {
-    ggd_layer_activations *act = &s->buffers.layers[l];
+    ggd_buffers *b = &s->buffers;
+    ggd_layer_activations *act = &b->layers[l];
     ggd_linear gate = linear_of(s, l, GGD_FFN_GATE), up = linear_of(s, l, GGD_FFN_UP);
     ggd_element element = s->compute.element;
-    const ggd_int8_rows *normed_int8 = in_int8(s, m, s->model->shape.hidden_size, act->ffn_normed);
-    ggd_linear_forward(&s->compute, &gate, m, act->ffn_normed, normed_int8, NULL, 0, act->gate.data, act->gate.ld, element);
-    ggd_linear_forward(&s->compute, &up, m, act->ffn_normed, normed_int8, NULL, 0, act->up.data, act->up.ld, element);
+    const ggd_int8_rows *normed_int8 = int8_room(s, s->model->shape.hidden_size);
+    ggd_rmsnorm_forward(&s->compute, m, (size_t)s->model->shape.hidden_size, b->x, s->ld_hidden, s->model->layers[l].ffn_norm,
+                        s->model->rms_eps, b->normed, normed_int8, act->ffn_scales, act->x_mid);
+    ggd_linear_forward(&s->compute, &gate, m, b->normed, normed_int8, NULL, 0, act->gate.data, act->gate.ld, element);
+    ggd_linear_forward(&s->compute, &up, m, b->normed, normed_int8, NULL, 0, act->up.data, act->up.ld, element);
 }
 
 // x -> x + feed-forward block
 static void ffn_block_forward(ggd_session *s, const ggd_batch *batch, size_t l) {
     ggd_buffers *b = &s->buffers;
     size_t m = (size_t)batch->n_rows, ffn = (size_t)s->model->shape.feed_forward_size;
-    ffn_norm_forward(s, m, l);
     ffn_inner_forward(s, m, l);
     const ggd_int8_rows *h_int8 = int8_room(s, s->model->shape.feed_forward_size);
     ggd_swiglu_forward(&s->compute, m, ffn, b->layers[l].gate, b->layers[l].up, b->h, h_int8);
@@ -93,14 +89,20 @@ static void ffn_block_forward(ggd_session *s, const ggd_batch *batch, size_t l) 
     ggd_linear_forward(&s->compute, &down, m, b->h, h_int8, b->x, s->ld_hidden, b->x, s->ld_hidden, GGD_ELEMENT_F32);
 }
 
+// A copy of the residual stream for the backward, where the policy wants one there.
+static void keep_copy(ggd_session *s, size_t m, float **copies, size_t l) {
+    if (copies != NULL) {
+        memcpy(copies[l], s->buffers.x, m * s->ld_hidden * sizeof(float));
+    }
+}
+
 const float *ggd_transformer_forward(ggd_session *s, const ggd_batch *batch, const ggd_adapter *adapter) {
     ggd_buffers *b = &s->buffers;
     ggd_embedding_forward(&s->compute, &s->model->token_embedding, batch, adapter, b->x, s->ld_hidden);
     for (size_t l = 0; l < (size_t)s->model->shape.n_layers; l++) {
-        if (b->boundaries != NULL) {
-            memcpy(b->boundaries[l], b->x, (size_t)batch->n_rows * s->ld_hidden * sizeof *b->x);
-        }
+        keep_copy(s, (size_t)batch->n_rows, b->boundaries, l);
         attention_block_forward(s, batch, l);
+        keep_copy(s, (size_t)batch->n_rows, b->middles, l);
         ffn_block_forward(s, batch, l);
     }
     return b->x;
@@ -116,13 +118,15 @@ static void ffn_block_backward(ggd_session *s, const ggd_batch *batch, size_t l)
     ggd_linear gate = linear_of(s, l, GGD_FFN_GATE), up = linear_of(s, l, GGD_FFN_UP), down = linear_of(s, l, GGD_FFN_DOWN);
     ggd_linear_backward_input(compute, &down, m, b->dx_activation, &b->linear, NULL, b->dgate.data, b->dgate.ld,
                               compute->element);
-    ggd_swiglu_backward(compute, m, ffn, act->gate, act->up, b->dgate, b->dup, b->h);
-    ggd_linear_backward_lora(compute, &down, m, b->h, b->dx_activation, &b->linear);
+    // In place: d gate where dh was, d up where up was, h where gate was.
+    ggd_activation h = act->gate, dup = act->up;
+    ggd_swiglu_backward(compute, m, ffn, act->gate, act->up, b->dgate);
+    ggd_linear_backward_lora(compute, &down, m, h, b->dx_activation, &b->linear);
     ggd_rmsnorm_repeat(compute, m, hidden, act->x_mid, s->model->layers[l].ffn_norm, s->model->rms_eps, b->normed);
     ggd_linear_backward_input(compute, &gate, m, b->dgate, &b->linear, NULL, b->dnormed, s->ld_hidden, GGD_ELEMENT_F32);
     ggd_linear_backward_lora(compute, &gate, m, b->normed, b->dgate, &b->linear);
-    ggd_linear_backward_input(compute, &up, m, b->dup, &b->linear, b->dnormed, b->dnormed, s->ld_hidden, GGD_ELEMENT_F32);
-    ggd_linear_backward_lora(compute, &up, m, b->normed, b->dup, &b->linear);
+    ggd_linear_backward_input(compute, &up, m, dup, &b->linear, b->dnormed, b->dnormed, s->ld_hidden, GGD_ELEMENT_F32);
+    ggd_linear_backward_lora(compute, &up, m, b->normed, dup, &b->linear);
     ggd_rmsnorm_backward(compute, m, hidden, b->dnormed, s->ld_hidden, act->x_mid, s->model->layers[l].ffn_norm, act->ffn_scales,
                          b->dx, b->dx_activation);
 }
@@ -153,16 +157,14 @@ static void attention_block_backward(ggd_session *s, const ggd_batch *batch, siz
 // Activations that the forward did not keep.
 static void recompute_layer(ggd_session *s, const ggd_batch *batch, size_t l) {
     ggd_buffers *b = &s->buffers;
-    size_t m = (size_t)batch->n_rows;
-    if (b->boundaries != NULL) {
-        memcpy(b->x, b->boundaries[l], m * s->ld_hidden * sizeof *b->x);
-        attention_block_forward(s, batch, l);
-        ffn_norm_forward(s, m, l);
-    }
-    if (s->capacity.keep != GGD_KEEP_ALL) {
+    size_t m = (size_t)batch->n_rows, bytes = m * s->ld_hidden * sizeof *b->x;
+    if (b->middles != NULL) {
+        memcpy(b->x, b->middles[l], bytes);
         ffn_inner_forward(s, m, l);
-    }
-    if (b->boundaries != NULL) {
+    } else if (b->boundaries != NULL) {
+        memcpy(b->x, b->boundaries[l], bytes);
+        attention_block_forward(s, batch, l);
+        ffn_inner_forward(s, m, l);
         // The down projection's A h, without its output.
         ggd_swiglu_forward(&s->compute, m, (size_t)s->model->shape.feed_forward_size, b->layers[l].gate, b->layers[l].up, b->h,
                            NULL);

@@ -39,8 +39,8 @@ KL_TO_LLAMA = {"F32": 1e-6, "F16": 1e-5}
 # float32 arithmetic on exactly unpacked weights: llama.cpp is 2e-13 to 8e-13 from the oracle on F32 models.
 KL_FLOAT32 = 1e-10
 # In int8 the engine rounds activations in the blocks that llama.cpp rounds them in (K types: smaller ones):
-# on 209 random positions the errors are two draws of one size, 0.91 to 1.07 of each other here. On SmolLM2
-# and English it must not be larger.
+# on 209 random positions the errors are two draws of one size, 0.91 to 1.07 of each other here, and so they are
+# under a random adapter. On SmolLM2 itself and English it must not be larger.
 INT8_SAMPLING = 1.15
 # SmolLM2 in float32: 30 layers, and activations in the hundreds.
 KL_FLOAT32_SMOLLM2 = 1e-7
@@ -167,7 +167,9 @@ def test_smollm2_is_computed_no_further_from_exact_than_by_llama_cpp(
 def test_smollm2_in_int8_is_no_further_from_exact_than_by_llama_cpp(
     smollm2_reference: Reference, causal_ratio: float
 ) -> None:
-    smollm2_reference.check("Q4_1", causal_ratio, smollm2_reference.engine_logits(causal_ratio, int8=True))
+    margin = INT8_SAMPLING if smollm2_reference.adapter.parameters else 1.0
+    logits = smollm2_reference.engine_logits(causal_ratio, int8=True)
+    smollm2_reference.check("Q4_1", causal_ratio, logits, margin=margin)
 
 
 @pytest.mark.parametrize("causal_ratio", RATIOS)
