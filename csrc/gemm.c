@@ -6,10 +6,11 @@
 #include <string.h>
 
 enum {
-    PIECE = 256,          // elements unpacked at a time along a row; a multiple of every block
-    ROWS_PIECE = 64,      // rows unpacked at a time across; an int8 block
-    MIN_CHUNK_ROWS = 96,  // below this, packing would cost more than the product
-    QUANTISE_ROWS = 16    // activations brought to int8 at a time
+    PIECE = 256,            // elements unpacked at a time along a row; a multiple of every block
+    ROWS_PIECE = 64,        // rows unpacked at a time across; an int8 block
+    UNPACKED_PADDING = 16,  // floats between such rows, or they would fall into a few sets of the first-level cache
+    MIN_CHUNK_ROWS = 96,    // below this, packing would cost more than the product
+    QUANTISE_ROWS = 16      // activations brought to int8 at a time
 };
 
 static size_t result_columns(const ggd_gemm *g) { return g->operation == GGD_TIMES_TRANSPOSE ? g->w.n_rows : g->w.n_cols; }
@@ -75,34 +76,38 @@ static void pack_transposed_int8(const ggd_compute *compute, const ggd_matrix *w
     }
 }
 
-// op(W) = W: panel columns are columns of W. `n_panels` neighbouring panels, `bytes_panel` apart, are packed from one unpacking; as int8
-// blocks or in the element type.
+// op(W) = W: panel columns are columns of W. `n_panels` neighbouring panels, `bytes_panel` apart, are packed together, as int8 blocks or
+// in the element type. Of each piece of rows as many columns are unpacked at a time as one block of W spans, so that they stay in the
+// first-level cache until they are packed.
 static void pack_plain(const ggd_compute *compute, const ggd_matrix *w, size_t column, size_t n_panels, float scale, int int8,
                        float *unpacked, uint8_t *panel, size_t bytes_panel) {
-    size_t width = n_panels * GGD_PANEL_COLUMNS, bytes_int8 = ggd_int8_block_bytes(&ggd_int8_backward_format);
-    size_t n = w->n_cols - column < width ? w->n_cols - column : width;
-    if (w->type == GGD_BF16 && compute->element == GGD_ELEMENT_BF16 && scale == 1.0f && n == width && n_panels == 1 && !int8) {
+    if (w->type == GGD_BF16 && compute->element == GGD_ELEMENT_BF16 && scale == 1.0f && n_panels == 1 && !int8 &&
+        w->n_cols - column >= GGD_PANEL_COLUMNS) {
         const uint16_t *source = (const uint16_t *)w->data + column;
         compute->kernels->pack_rows_from_bf16(source, w->bytes_row / sizeof *source, w->n_rows, panel);
         return;
     }
-    if (n < width) {
-        memset(unpacked, 0, ROWS_PIECE * width * sizeof *unpacked);
-    }
-    for (size_t k = 0; k < w->n_rows; k += ROWS_PIECE) {
+    size_t width = w->block > GGD_PANEL_COLUMNS ? w->block : GGD_PANEL_COLUMNS, n_pieces = n_panels * GGD_PANEL_COLUMNS / width;
+    size_t ld = width > GGD_PANEL_COLUMNS ? width + UNPACKED_PADDING : width;
+    size_t bytes_rows = int8 ? ggd_int8_block_bytes(&ggd_int8_backward_format)
+                             : ROWS_PIECE * GGD_PANEL_COLUMNS * ggd_element_bytes(compute->element);
+    for (size_t item = 0; item < (w->n_rows + ROWS_PIECE - 1) / ROWS_PIECE * n_pieces; item++) {
+        size_t k = item / n_pieces * ROWS_PIECE, first = item % n_pieces * width;
         size_t rows = w->n_rows - k < ROWS_PIECE ? w->n_rows - k : ROWS_PIECE;
-        for (size_t i = 0; i < rows; i++) {
-            const uint8_t *row = w->data + (k + i) * w->bytes_row;
-            compute->kernels->unpack[w->type](row + column / w->block * w->bytes_block, unpacked + i * width, n);
+        size_t left = w->n_cols - column > first ? w->n_cols - column - first : 0, n = left < width ? left : width;
+        if (n < width) {
+            memset(unpacked, 0, ROWS_PIECE * ld * sizeof *unpacked);
         }
-        for (size_t p = 0; p < n_panels; p++) {
-            const float *source = unpacked + p * GGD_PANEL_COLUMNS;
-            uint8_t *target = panel + p * bytes_panel;
+        for (size_t i = 0; n > 0 && i < rows; i++) {
+            const uint8_t *row = w->data + (k + i) * w->bytes_row;
+            compute->kernels->unpack[w->type](row + (column + first) / w->block * w->bytes_block, unpacked + i * ld, n);
+        }
+        for (size_t c = 0; c < width; c += GGD_PANEL_COLUMNS) {
+            uint8_t *target = panel + (first + c) / GGD_PANEL_COLUMNS * bytes_panel + k / ROWS_PIECE * bytes_rows;
             if (int8) {
-                compute->kernels->int8_pack(source, width, rows, target + k / ROWS_PIECE * bytes_int8);
+                compute->kernels->int8_pack(unpacked + c, ld, rows, target);
             } else {
-                target += k * GGD_PANEL_COLUMNS * ggd_element_bytes(compute->element);
-                compute->kernels->pack_rows[compute->element](source, width, rows, scale, target);
+                compute->kernels->pack_rows[compute->element](unpacked + c, ld, rows, scale, target);
             }
         }
     }

@@ -191,20 +191,23 @@ static void int8_pack_half(const float *source, size_t ld, size_t rows, size_t c
     }
     __mmask16 some = _mm512_cmp_ps_mask(largest, _mm512_setzero_ps(), _CMP_GT_OQ);
     __m512 inverse = _mm512_maskz_div_ps(some, _mm512_set1_ps(GGD_INT8_SIZE), largest);
+    // Packing narrows within quarters of four columns; there the bytes of a column's four k are brought together.
+    const __m512i by_column = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
     __m512i sum = _mm512_setzero_si512();
-    const __m512i byte = _mm512_set1_epi32(255);
     uint8_t *target = block + 4 * column;
     for (size_t group = 0; group < size / 4; group++, target += 4 * GGD_PANEL_COLUMNS) {
-        __m512i four = _mm512_setzero_si512();
-        for (size_t i = 0; i < 4 && group * 4 + i < rows; i++) {
-            __m512 values = _mm512_loadu_ps(source + (group * 4 + i) * ld + column);
-            __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(values, inverse));
-            sum = _mm512_add_epi32(sum, q);
-            four = _mm512_or_si512(four, _mm512_sllv_epi32(_mm512_and_si512(q, byte), _mm512_set1_epi32((int)(8 * i))));
+        __m512i q[4];
+        for (size_t i = 0; i < 4; i++) {
+            size_t row = group * 4 + i;
+            __m512 values = row < rows ? _mm512_loadu_ps(source + row * ld + column) : _mm512_setzero_ps();
+            q[i] = _mm512_cvtps_epi32(_mm512_mul_ps(values, inverse));
         }
+        __m512i narrow = _mm512_packs_epi16(_mm512_packs_epi32(q[0], q[1]), _mm512_packs_epi32(q[2], q[3]));
+        __m512i four = _mm512_shuffle_epi8(narrow, by_column);
+        sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(-128), four);  // 128, unsigned
         _mm512_storeu_si512(target, four);
     }
-    _mm512_storeu_si512(target, _mm512_mullo_epi32(sum, _mm512_set1_epi32(-128)));
+    _mm512_storeu_si512(target, _mm512_sub_epi32(_mm512_setzero_si512(), sum));
     _mm512_storeu_ps(target + 4 * GGD_PANEL_COLUMNS, _mm512_div_ps(largest, _mm512_set1_ps(GGD_INT8_SIZE)));
 }
 
