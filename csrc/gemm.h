@@ -41,7 +41,8 @@ void ggd_gemm_run(const ggd_compute *compute, const ggd_gemm *gemm);
 // How W is multiplied in int8; block = 0 where it cannot be.
 ggd_int8_format ggd_gemm_int8_format(ggd_operation operation, const ggd_matrix *w);
 
-// X (m, n) to int8 in blocks of `block` columns; sets the strides of `rows`, whose memory holds ggd_int8_ld(n) columns.
+// X (m, n) to int8 in blocks of `block` columns, or unsigned if `rows` is; sets the strides of `rows`, whose memory holds ggd_int8_ld(n)
+// columns.
 void ggd_int8_quantise_rows(const ggd_compute *compute, size_t m, size_t n, ggd_activation x, size_t block, ggd_int8_rows *rows);
 // n columns of one row, from a multiple of `block` on; the strides are set.
 void ggd_int8_quantise_row(const ggd_compute *compute, const void *x, ggd_element element, size_t n, size_t block,

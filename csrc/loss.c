@@ -41,6 +41,18 @@ static void start_softmax(const loss_job *job, const ggd_online_softmax *softmax
     }
 }
 
+// Whether the logits are products in int8.
+static int logits_in_int8(const loss_job *job) {
+    return job->scratch->normed_int8 != NULL && ggd_gemm_int8_format(GGD_TIMES_TRANSPOSE, &job->head->head).block != 0;
+}
+
+// A row of the head's operand also in int8, where it is multiplied so.
+static void store_int8(const loss_job *job, const void *row, ggd_element element, ggd_int8_rows *rows, size_t item) {
+    if (logits_in_int8(job)) {
+        ggd_int8_quantise_row(job->compute, row, element, job->head->head.n_cols, GGD_INT8_FORWARD_BLOCK, rows, item, 0);
+    }
+}
+
 static void norm_item(void *context, size_t item, size_t thread) {
     const loss_job *job = context;
     const ggd_loss_scratch *s = job->scratch;
@@ -48,23 +60,26 @@ static void norm_item(void *context, size_t item, size_t thread) {
     size_t row = (size_t)job->rows[item], hidden = job->head->head.n_cols;
     s->scales[item] = job->compute->kernels->rmsnorm(job->x + row * job->ld, job->head->norm, job->head->rms_eps, buffer, hidden);
     ggd_store_row(job->compute, buffer, s->normed, item, 0, hidden);
+    store_int8(job, buffer, GGD_ELEMENT_F32, s->normed_int8, item);
     s->target_logit[item] = -INFINITY;
     start_softmax(job, &s->own, item);
     if (has_teacher(job)) {
         size_t teacher_row = (size_t)job->objective->teacher_rows[row], bytes = ggd_element_bytes(job->compute->element) * hidden;
-        memcpy(ggd_activation_at(s->teacher_chunk, item, 0, job->compute->element),
-               ggd_activation_at(s->teacher_normed, teacher_row, 0, job->compute->element), bytes);
+        const void *teacher = ggd_activation_at(s->teacher_normed, teacher_row, 0, job->compute->element);
+        memcpy(ggd_activation_at(s->teacher_chunk, item, 0, job->compute->element), teacher, bytes);
+        store_int8(job, teacher, job->compute->element, s->teacher_int8, item);
         s->cross[item] = 0;
         start_softmax(job, &s->teacher, item);
     }
 }
 
-// Logits (n, n_tokens) of the tile. Never in int8: in SmolLM2 that would add as much error as all layers do, for 2% of a step's time.
-static void tile_logits(const loss_job *job, ggd_activation normed, float *logits) {
+// Logits (n, n_tokens) of the tile.
+static void tile_logits(const loss_job *job, ggd_activation normed, const ggd_int8_rows *normed_int8, float *logits) {
     ggd_gemm product = {.part = "head logits",
                         .operation = GGD_TIMES_TRANSPOSE,
                         .m = job->n,
                         .a = normed,
+                        .a_int8 = logits_in_int8(job) ? normed_int8 : NULL,
                         .w = ggd_matrix_rows(&job->head->head, job->first_token, job->n_tokens),
                         .scale = 1.0f,
                         .c = logits,
@@ -179,13 +194,13 @@ static void finish_item(void *context, size_t item, size_t thread) {
 
 static void loss_tile(loss_job *job) {
     const ggd_loss_scratch *s = job->scratch;
-    tile_logits(job, s->normed, s->own.logits);
+    tile_logits(job, s->normed, s->normed_int8, s->own.logits);
     ggd_parallel(job->compute->threads, "head softmax", job->n, softmax_item, job);
     if (job->dx != NULL) {
         add_weighted_rows(job, s->own.mean);
     }
     if (has_teacher(job)) {
-        tile_logits(job, s->teacher_chunk, s->teacher.logits);
+        tile_logits(job, s->teacher_chunk, s->teacher_int8, s->teacher.logits);
         ggd_parallel(job->compute->threads, "head softmax", job->n, teacher_item, job);
         if (job->dx != NULL) {
             add_weighted_rows(job, s->teacher.mean);
@@ -271,7 +286,7 @@ void ggd_logits_run(const ggd_compute *compute, const ggd_head *head, const ggd_
         ggd_parallel(compute->threads, "head", job.n, norm_item, &job);
         for (job.first_token = 0; job.first_token < vocab; job.first_token += GGD_LOSS_TOKENS) {
             job.n_tokens = min_size(vocab - job.first_token, GGD_LOSS_TOKENS);
-            tile_logits(&job, scratch->normed, scratch->own.logits);
+            tile_logits(&job, scratch->normed, scratch->normed_int8, scratch->own.logits);
             ggd_parallel(compute->threads, "head", job.n, copy_item, &job);
         }
     }

@@ -28,10 +28,11 @@ typedef struct {
     float *scales;           // (GGD_LOSS_ROWS)
     ggd_activation weights;  // (GGD_LOSS_ROWS, GGD_LOSS_TOKENS): exp(logit - largest) of the tile
     ggd_online_softmax own;
-    float *target_logit;          // (GGD_LOSS_ROWS)
-    int32_t *rows;                // (M): rows that count
-    size_t ld;                    // of both means
-    ggd_int8_rows *weights_int8;  // room for them in int8, to multiply them in int8; or NULL
+    float *target_logit;  // (GGD_LOSS_ROWS)
+    int32_t *rows;        // (M): rows that count
+    size_t ld;            // of both means
+    // Room for operands in int8 where they are multiplied so, else NULL: the weights, and the normed rows of both softmaxes.
+    ggd_int8_rows *weights_int8, *normed_int8, *teacher_int8;
     // The teacher's, where a session has made room for one.
     ggd_activation teacher_normed;  // (M, C), by the teacher's row
     ggd_activation teacher_chunk;   // (GGD_LOSS_ROWS, C)

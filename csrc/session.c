@@ -126,7 +126,12 @@ static void lay_out_loss(const ggd_session *s, arena *a, const ggd_capacity *c, 
     b->loss.rows = take(a, c->n_rows, sizeof(int32_t));
     b->loss.ld = s->ld_hidden;
     lay_out_softmax(a, rows, gradient_rows, s->ld_hidden, &b->loss.own);
+    b->normed_int8 = take_int8(s, a, rows, s->ld_hidden);
+    b->teacher_int8 = take_int8(s, a, teacher * rows, s->ld_hidden);
+    ggd_int8_set_strides(&b->normed_int8, s->ld_hidden, GGD_INT8_FORWARD_BLOCK);
+    ggd_int8_set_strides(&b->teacher_int8, s->ld_hidden, GGD_INT8_FORWARD_BLOCK);
     b->weights_int8 = take_int8(s, a, gradient_rows, GGD_LOSS_TOKENS);
+    b->weights_int8.is_unsigned = 1;  // exponentials; the few large ones among many small ones need each bit
     b->loss.teacher_chunk = take_activation(a, e, teacher * rows, s->ld_hidden);
     b->loss.cross = take(a, teacher * rows, sizeof(double));
     b->loss.teacher_loss = take(a, teacher * c->n_rows, sizeof(double));
@@ -226,6 +231,8 @@ static void fill_rope_table(ggd_session *s, size_t n_positions) {
 
 static void bind_int8(ggd_session *s) {
     int backward = s->int8 >= GGD_INT8_BACKWARD;
+    s->buffers.loss.normed_int8 = s->int8 == GGD_INT8_BOTH ? &s->buffers.normed_int8 : NULL;
+    s->buffers.loss.teacher_int8 = s->int8 == GGD_INT8_BOTH ? &s->buffers.teacher_int8 : NULL;
     s->buffers.loss.weights_int8 = backward ? &s->buffers.weights_int8 : NULL;
     s->buffers.linear.dy_int8 = backward ? &s->buffers.int8 : NULL;
 }

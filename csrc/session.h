@@ -31,17 +31,17 @@ typedef struct {
     float **boundaries;     // (L): a copy of it before each layer where layers are computed again, else NULL
     float **middles;        // (L): a copy of it before each feed-forward block where only those are computed again, else NULL
     ggd_activation normed;  // (M, C)
-    ggd_layer_activations *layers;   // (L)
-    const ggd_lora_pair **pairs;     // (L, GGD_N_TARGETS), NULL where there is none
-    float *qkv;                      // (M, [Q | K | V]) float32, before RoPE
-    ggd_activation h;                // (M, F)
-    float *cosine, *sine;            // (longest segment, D / 2)
-    float *dx, *dnormed;             // (M, C) float32
-    ggd_activation dx_activation;    // (M, C)
-    ggd_activation dgate;            // (M, F): d h, then d gate
-    ggd_activation dattn_out, dqkv;  // (M, H D), (M, [dQ | dK | dV])
-    ggd_int8_rows int8;              // (M, the widest operand): what a product in int8 reads
-    ggd_int8_rows weights_int8;      // the same of the loss
+    ggd_layer_activations *layers;                          // (L)
+    const ggd_lora_pair **pairs;                            // (L, GGD_N_TARGETS), NULL where there is none
+    float *qkv;                                             // (M, [Q | K | V]) float32, before RoPE
+    ggd_activation h;                                       // (M, F)
+    float *cosine, *sine;                                   // (longest segment, D / 2)
+    float *dx, *dnormed;                                    // (M, C) float32
+    ggd_activation dx_activation;                           // (M, C)
+    ggd_activation dgate;                                   // (M, F): d h, then d gate
+    ggd_activation dattn_out, dqkv;                         // (M, H D), (M, [dQ | dK | dV])
+    ggd_int8_rows int8;                                     // (M, the widest operand): what a product in int8 reads
+    ggd_int8_rows weights_int8, normed_int8, teacher_int8;  // the same of the loss
     ggd_linear_scratch linear;
     ggd_loss_scratch loss;
     uint8_t *thread_scratch;

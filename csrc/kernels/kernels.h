@@ -57,7 +57,7 @@ typedef struct {
 //   corrections int32 [32]
 //   scales      float [32]
 //   minima      float [32], where the format has them
-enum { GGD_INT8_SIZE = 127, GGD_INT8_MAX_BLOCK = 64, GGD_INT8_MIN_BLOCK = 16, GGD_INT8_FORWARD_BLOCK = 32 };
+enum { GGD_INT8_SIZE = 127, GGD_UINT8_SIZE = 255, GGD_INT8_MAX_BLOCK = 64, GGD_INT8_MIN_BLOCK = 16, GGD_INT8_FORWARD_BLOCK = 32 };
 typedef struct {
     size_t block;    // k of a block of the panel: 16, 32 or 64
     size_t a_block;  // k of a block of the left operand: the same or a multiple; the same where there are minima
@@ -71,13 +71,14 @@ static inline size_t ggd_int8_block_bytes(const ggd_int8_format *f) {
     return (f->block + 8 + (f->has_minima ? 4 : 0)) * (size_t)GGD_PANEL_COLUMNS;
 }
 
-// Rows of the left operand.
+// Rows of the left operand. Operands that are never negative may use the whole byte instead, 0 to 255: `is_unsigned`.
 typedef struct {
     uint8_t *quants;  // (m, ld)
     size_t ld;        // a multiple of GGD_INT8_MAX_BLOCK
     float *scales;    // (m, ld_scales), one a block
     float *sums;      // (m, ld_scales): scale * sum(q); only products with minima read them
     size_t ld_scales;
+    int is_unsigned;
 } ggd_int8_rows;
 
 // C (rows, 32) = init + sum over blocks of scale_a scale_b (A_block B_block) + sum_a minimum_b
@@ -117,6 +118,8 @@ typedef struct {
     // n elements of `source`, float32 or bfloat16, padded by zeros to whole blocks, to q + 128; a scale and a scaled sum a block.
     void (*int8_quantise)(const void *source, ggd_element element, size_t n, size_t block, uint8_t *quants, float *scales,
                           float *sums);
+    // The same of elements that are not negative, to 0 .. 255.
+    void (*uint8_quantise)(const void *source, ggd_element element, size_t n, size_t block, uint8_t *quants, float *scales);
     // n weights of a quantised type as they are stored, one row: q, and a scale and a minimum for each of the type's blocks
     // (ggd_int8_format_of): w = scale q + minimum. NULL for types that are not quantised.
     void (*int8_unpack[GGD_N_TYPES])(const uint8_t *source, size_t n, int8_t *quants, float *scales, float *minima);

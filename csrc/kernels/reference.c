@@ -83,23 +83,44 @@ static void pack_rows_from_bf16(const uint16_t *source, size_t ld, size_t k, voi
 
 static int32_t quantise(float value, float inverse) { return (int32_t)rintf(value * inverse); }
 
+// A block of elements from `begin` on, padded by zeros; returns the largest magnitude.
+static float load_block(const void *source, ggd_element element, size_t n, size_t begin, size_t block, float *values) {
+    float largest = 0;
+    for (size_t i = 0; i < block; i++) {
+        values[i] = begin + i < n ? element_at(source, begin + i, element) : 0.0f;
+    }
+    for (size_t i = 0; i < block; i++) {
+        largest = fmaxf(largest, fabsf(values[i]));
+    }
+    return largest;
+}
+
 static void int8_quantise(const void *source, ggd_element element, size_t n, size_t block, uint8_t *quants, float *scales,
                           float *sums) {
+    float values[GGD_INT8_MAX_BLOCK];
     for (size_t b = 0; b * block < n; b++) {
-        size_t end = (b + 1) * block < n ? (b + 1) * block : n;
-        float largest = 0;
-        int32_t sum = 0;
-        for (size_t i = b * block; i < end; i++) {
-            largest = fmaxf(largest, fabsf(element_at(source, i, element)));
-        }
+        float largest = load_block(source, element, n, b * block, block, values);
         float inverse = largest > 0 ? GGD_INT8_SIZE / largest : 0;
-        for (size_t i = b * block; i < (b + 1) * block; i++) {
-            int32_t q = i < end ? quantise(element_at(source, i, element), inverse) : 0;
-            quants[i] = (uint8_t)(128 + q);
+        int32_t sum = 0;
+        for (size_t i = 0; i < block; i++) {
+            int32_t q = quantise(values[i], inverse);
+            quants[b * block + i] = (uint8_t)(128 + q);
             sum += q;
         }
         scales[b] = largest / GGD_INT8_SIZE;
         sums[b] = scales[b] * (float)sum;
+    }
+}
+
+static void uint8_quantise(const void *source, ggd_element element, size_t n, size_t block, uint8_t *quants, float *scales) {
+    float values[GGD_INT8_MAX_BLOCK];
+    for (size_t b = 0; b * block < n; b++) {
+        float largest = load_block(source, element, n, b * block, block, values);
+        float inverse = largest > 0 ? GGD_UINT8_SIZE / largest : 0;
+        for (size_t i = 0; i < block; i++) {
+            quants[b * block + i] = (uint8_t)quantise(values[i], inverse);
+        }
+        scales[b] = largest / GGD_UINT8_SIZE;
     }
 }
 
@@ -155,7 +176,7 @@ static float int8_element(const ggd_int8_tile *t, size_t row, size_t column) {
     for (size_t b = 0; b < t->n_blocks; b++) {
         uint8_t *block = (uint8_t *)t->panel + b * ggd_int8_block_bytes(&t->format);
         size_t a_block = row * t->a.ld_scales + b * size / t->format.a_block;
-        int32_t product = block_corrections(block, size)[column];
+        int32_t product = t->a.is_unsigned ? 0 : block_corrections(block, size)[column];
         for (size_t k = 0; k < size; k++) {
             product += t->a.quants[row * t->a.ld + b * size + k] * *block_quant(block, k, column);
         }
@@ -324,6 +345,7 @@ const ggd_kernels ggd_kernels_reference = {
     .int8_pack = int8_pack,
     .int8_quantise = int8_quantise,
     .int8_pack_columns = int8_pack_columns,
+    .uint8_quantise = uint8_quantise,
     .to_bf16 = to_bf16,
     .from_bf16 = from_bf16,
     .rmsnorm = rmsnorm,

@@ -288,6 +288,27 @@ static inline void rows_int8_quantise(const void *restrict source, ggd_element e
     }
 }
 
+static inline void rows_uint8_quantise(const void *restrict source, ggd_element element, size_t n, size_t block,
+                                       uint8_t *restrict quants, float *restrict scales) {
+    for (size_t begin = 0, b = 0; begin < n; begin += block, b++) {
+        size_t length = n - begin < block ? n - begin : block;
+        float values[GGD_INT8_MAX_BLOCK] = {0}, largest = 0;
+        if (element == GGD_ELEMENT_BF16) {
+            rows_from_bf16((const uint16_t *)source + begin, values, length);
+        } else {
+            memcpy(values, (const float *)source + begin, length * sizeof *values);
+        }
+        for (size_t i = 0; i < block; i++) {
+            largest = values[i] > largest ? values[i] : largest;
+        }
+        float inverse = largest > 0 ? GGD_UINT8_SIZE / largest : 0;
+        for (size_t i = 0; i < block; i++) {
+            quants[begin + i] = (uint8_t)(int32_t)rintf(values[i] * inverse);
+        }
+        scales[b] = largest / GGD_UINT8_SIZE;
+    }
+}
+
 static inline void rows_int8_pack(const float *restrict source, size_t ld, size_t rows, uint8_t *restrict block) {
     size_t size = ggd_int8_backward_format.block;
     int8_t (*quants)[GGD_PANEL_COLUMNS][4] = (int8_t (*)[GGD_PANEL_COLUMNS][4])block;

@@ -183,6 +183,23 @@ static void int8_quantise(const void *source, ggd_element element, size_t n, siz
     }
 }
 
+static void uint8_quantise(const void *source, ggd_element element, size_t n, size_t block, uint8_t *quants, float *scales) {
+    for (size_t begin = 0, b = 0; begin < n; begin += block, b++) {
+        __m512 values[GGD_INT8_MAX_BLOCK / 16], largest = _mm512_setzero_ps();
+        for (size_t i = 0; i < block / 16; i++) {
+            values[i] = load_element(source, element, begin + 16 * i, n);
+            largest = _mm512_max_ps(largest, values[i]);
+        }
+        float top = _mm512_reduce_max_ps(largest);
+        __m512 inverse = _mm512_set1_ps(top > 0 ? GGD_UINT8_SIZE / top : 0);
+        for (size_t i = 0; i < block / 16; i++) {
+            __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(values[i], inverse));
+            _mm_storeu_si128((__m128i *)(quants + begin + 16 * i), _mm512_cvtusepi32_epi8(q));
+        }
+        scales[b] = top / GGD_UINT8_SIZE;
+    }
+}
+
 static void int8_pack_half(const float *source, size_t ld, size_t rows, size_t column, uint8_t *block) {
     size_t size = ggd_int8_backward_format.block;
     __m512 largest = _mm512_setzero_ps();
@@ -263,14 +280,15 @@ static inline __attribute__((always_inline)) void int8_tile_of(const int rows, c
     const uint8_t *a = t->a.quants + first_row * t->a.ld, *panel = t->panel;
     const float *a_scales = t->a.scales + first_row * t->a.ld_scales, *a_sums = t->a.sums + first_row * t->a.ld_scales;
     size_t bytes_block = ggd_int8_block_bytes(&t->format);
+    __mmask16 corrected = t->a.is_unsigned ? 0 : 0xffff;
     const size_t blocks_scale = block == 16 ? 2 : 1;  // a constant: a division would take as long as half a block
     for (size_t b = 0; b < t->n_blocks; b++, a += block, panel += bytes_block) {
         __m512i products[INT8_ROWS][2];
         const uint8_t *corrections = panel + block * GGD_PANEL_COLUMNS;
 #pragma GCC unroll 6
         for (int row = 0; row < rows; row++) {
-            products[row][0] = _mm512_loadu_si512(corrections);
-            products[row][1] = _mm512_loadu_si512(corrections + 64);
+            products[row][0] = _mm512_maskz_loadu_epi32(corrected, corrections);
+            products[row][1] = _mm512_maskz_loadu_epi32(corrected, corrections + 64);
         }
 #pragma GCC unroll 16
         for (size_t group = 0; group < block / 4; group++) {
@@ -344,5 +362,6 @@ const ggd_kernels ggd_kernels_avx512_bf16 = {
     .int8_pack = int8_pack,
     .int8_quantise = int8_quantise,
     .int8_pack_columns = int8_pack_columns,
+    .uint8_quantise = uint8_quantise,
     GGD_ROW_KERNELS,
 };

@@ -110,7 +110,9 @@ static inline __attribute__((always_inline)) void int8_block_of_rows(const int r
         int32x4_t products[BLOCK_ROWS][VECTORS];
         for (int row = 0; row < rows; row++) {
             for (int v = 0; v < VECTORS; v++) {
-                products[row][v] = vdupq_n_s32(0);
+                // the offset of an unsigned operand was no part of it, so what it took away comes back
+                int32x4_t correction = vld1q_s32((const int32_t *)(panel + block * GGD_PANEL_COLUMNS) + column + 4 * v);
+                products[row][v] = t->a.is_unsigned ? vnegq_s32(correction) : vdupq_n_s32(0);
             }
         }
         for (size_t group = 0; group < block / 4; group++) {
@@ -167,5 +169,6 @@ const ggd_kernels ggd_kernels_neon_bf16 = {
     .int8_pack = rows_int8_pack,
     .int8_quantise = rows_int8_quantise,
     .int8_pack_columns = rows_int8_pack_columns,
+    .uint8_quantise = rows_uint8_quantise,
     GGD_ROW_KERNELS,
 };

@@ -149,6 +149,24 @@ static void test_int8_quantising(const ggd_kernels *set, size_t n, ggd_element e
     expect_bytes(set->name, "int8_quantise's sums", n, sums[0], sums[1], n_blocks * sizeof(float));
 }
 
+static void test_uint8_quantising(const ggd_kernels *set, size_t n, ggd_element element) {
+    static float source[LD], scales[2][LD / 64];
+    static uint16_t source_bf16[LD];
+    static uint8_t quants[2][LD];
+    size_t n_blocks = (n + 63) / 64;
+    for (size_t i = 0; i < LD; i++) {
+        source[i] = i < 64 ? 0 : 1 + uniform();
+    }
+    reference->to_bf16(source, source_bf16, LD);
+    const ggd_kernels *both[2] = {set, reference};
+    for (int i = 0; i < 2; i++) {
+        both[i]->uint8_quantise(element == GGD_ELEMENT_BF16 ? (const void *)source_bf16 : source, element, n, 64, quants[i],
+                                scales[i]);
+    }
+    expect_bytes(set->name, "uint8_quantise", n, quants[0], quants[1], n_blocks * 64);
+    expect_bytes(set->name, "uint8_quantise's scales", n, scales[0], scales[1], n_blocks * sizeof(float));
+}
+
 // A panel in the format, by the set's own packer and the reference's; returns the reference's.
 static const uint8_t *int8_panel(const ggd_kernels *set, const ggd_int8_format *format, size_t n) {
     static float weights[MAX_N * GGD_PANEL_COLUMNS], scales[GGD_PANEL_COLUMNS * 40], minima[GGD_PANEL_COLUMNS * 40];
@@ -191,7 +209,7 @@ static void test_int8_tile(const ggd_kernels *set, const ggd_int8_format *format
         ggd_int8_tile tile = {.format = *format,
                               .n_rows = rows,
                               .n_blocks = (n + format->block - 1) / format->block,
-                              .a = {quants, LD, scales, sums, 20},
+                              .a = {quants, LD, scales, sums, 20, rows % 3 == 0},
                               .panel = panel,
                               .init = rows % 2 != 0 ? source : NULL,
                               .ld_init = LD,
@@ -209,6 +227,7 @@ static void test_int8(const ggd_kernels *set, size_t n) {
     for (int element = 0; element < 2; element++) {
         test_int8_quantising(set, n, (ggd_element)element, 32);
         test_int8_quantising(set, n, (ggd_element)element, 64);
+        test_uint8_quantising(set, n, (ggd_element)element);
     }
     test_int8_tile(set, &ggd_int8_backward_format, n);
     for (int type = 0; type < GGD_N_TYPES; type++) {
