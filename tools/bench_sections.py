@@ -123,7 +123,7 @@ class Work:
         targets: projections with LoRA pairs.
         keep: activations kept for the backward; auto = what fits the budget.
         memory_mib: budget of a step beside the mapped model; None = no limit.
-        int8: whether int8 input gradients may be used, as a run decides it on its first batch.
+        int8: whether int8 products may be used, as a run decides it on its first batch.
         has_peer: whether PyTorch takes the same step.
 
     """
