@@ -33,7 +33,7 @@ from ggml_diffusion.engine import Q4Model
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.evaluate import MaskedScore, Score, as_rows, base_score, masked_scores
 from ggml_diffusion.identity import check_identity
-from ggml_diffusion.int8_gate import choose_int8
+from ggml_diffusion.int8_gate import choose_int8, without_int8
 from ggml_diffusion.lora import LoraAdapter
 from ggml_diffusion.metrics import MetricsWriter, TrainMetrics
 from ggml_diffusion.model_file import ModelFile, read_model
@@ -152,7 +152,8 @@ def run_conversion(
             before = None
             if held_out is not None:
                 listener.note(f"measuring on {len(held_out)} held-out sequences before the first step")
-                before = _measure_before(trainer, tokenizer, held_out)
+                with without_int8(model):
+                    before = _measure_before(trainer, tokenizer, held_out)
             signal_number = _train(trainer, data, output, listener)
             if signal_number is not None:
                 return Conversion(output, trainer.step_count, config.total_steps, signal_number)
@@ -160,7 +161,8 @@ def run_conversion(
             evidence = None
             if held_out is not None and before is not None:
                 listener.note(f"measuring on {len(held_out)} held-out sequences after the last step")
-                evidence = _measure_after(trainer, tokenizer, held_out, *before)
+                with without_int8(model):
+                    evidence = _measure_after(trainer, tokenizer, held_out, *before)
                 _write_text(output / EVALUATION, json.dumps(_as_json(evidence), indent=2) + "\n")
             return Conversion(
                 output, trainer.step_count, config.total_steps, None, safetensors, gguf, evidence

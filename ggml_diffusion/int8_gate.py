@@ -8,14 +8,15 @@ alone, else not at all. The decision belongs to the run: a resumed one keeps it.
 Deliberately not here: the arithmetic (the engine), and a check during the run: one costs a step.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ggml_diffusion.data import TokenBatch
-from ggml_diffusion.engine import Int8
+from ggml_diffusion.engine import Int8, Q4Model
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.trainer import ConversionTrainer
 
@@ -62,6 +63,16 @@ def choose_int8(trainer: ConversionTrainer, batch: TokenBatch) -> Int8Report:
             return Int8Report(cosines, products)
     model.int8 = "none"
     return Int8Report(cosines, "none")
+
+
+@contextmanager
+def without_int8(model: Q4Model) -> Iterator[None]:
+    """Figures that are compared with others are computed without int8, whatever training uses."""
+    products, model.int8 = model.int8, "none"
+    try:
+        yield
+    finally:
+        model.int8 = products
 
 
 def _cosine(x: NDArray[np.float32], y: NDArray[np.float32]) -> float:

@@ -11,7 +11,7 @@ from ggml_diffusion.config import ConversionTrainingConfig
 from ggml_diffusion.data import TokenBatch
 from ggml_diffusion.engine import Q4Model
 from ggml_diffusion.errors import UserError
-from ggml_diffusion.int8_gate import MIN_COSINE, choose_int8
+from ggml_diffusion.int8_gate import MIN_COSINE, choose_int8, without_int8
 from ggml_diffusion.trainer import ConversionTrainer
 
 
@@ -73,6 +73,13 @@ def test_a_model_that_computes_in_float32_goes_without(tiny_model: TinyModel) ->
         report = choose_int8(trainer_of(model), batch())
         assert not report.cosines
         assert model.int8 == "none"
+
+
+def test_figures_are_computed_without_int8(model: Q4Model) -> None:
+    model.int8 = "both"
+    with without_int8(model):
+        assert model.int8 == "none"
+    assert model.int8 == "both"
 
 
 def test_a_resumed_run_keeps_the_decision(model: Q4Model, tmp_path: Path) -> None:
