@@ -211,7 +211,7 @@ class HardwareConfig(Settings):
     )
     int8: bool = Field(
         default=True,
-        description="Products of the base in int8, as far as the processor can and a check on the first batch allows.",
+        description="Products of the base in int8, as far as a check on the first batch allows.",
     )
     compute: Arithmetic = Field(
         default="fast",

@@ -5,8 +5,8 @@
 
 converts SmolLM2-135M on the text of `ggml-diffusion demo` once for each variation below and writes what the
 held-out text says of each. A run is a folder of its own: what is complete is not done again, and what was
-interrupted goes on where it stopped. `--only aligned,annealing-none` and `--seeds 0,1,2` choose; `--list`
-shows what there is.
+interrupted goes on where it stopped. `--only aligned,annealing-none` and `--seeds 0,1,2` choose, `--on lr-1e-3`
+takes another variation than the preset as what the others start from; `--list` shows what there is.
 """
 
 import argparse
@@ -76,12 +76,13 @@ class Quiet:
         """Nothing."""
 
 
-def settings_of(name: str, steps: int) -> dict[str, Any]:
-    """What a variation sets: warm-up and annealing in the proportions of the preset (5%, 20%)."""
+def settings_of(name: str, steps: int, on: str) -> dict[str, Any]:
+    """What a variation of `on` sets: warm-up and annealing in the proportions of the preset (5%, 20%)."""
     settings: dict[str, Any] = {
         "training.total_steps": steps,
         "training.warmup_steps": max(1, round(0.05 * steps)),
         "mask_annealing.total_steps": round(0.2 * steps),
+        **VARIATIONS[on],
         **VARIATIONS[name],
     }
     share = settings["mask_annealing.total_steps"]
@@ -90,13 +91,13 @@ def settings_of(name: str, steps: int) -> dict[str, Any]:
     return settings
 
 
-def run(folder: Path, name: str, seed: int, steps: int, text: Path) -> None:
+def run(folder: Path, name: str, seed: int, steps: int, on: str, text: Path) -> None:
     """One conversion, unless its folder has its evaluation already."""
     output = folder / f"{name}-seed{seed}"
     if (output / EVALUATION).exists():
         return
     print(f"{output}: {steps} steps", flush=True)
-    overrides = settings_of(name, steps) | {
+    overrides = settings_of(name, steps, on) | {
         "model.base_model": str(demo_model()),
         "training.data": [str(text)],
         "training.output": str(output),
@@ -108,7 +109,7 @@ def run(folder: Path, name: str, seed: int, steps: int, text: Path) -> None:
     print(f"{output}: {time.monotonic() - begin:.0f} s", flush=True)
 
 
-def collect(folder: Path, steps: int) -> list[dict[str, Any]]:
+def collect(folder: Path, steps: int, on: str) -> list[dict[str, Any]]:
     """The figures of all complete runs, variations in their order."""
     rows = []
     for name in VARIATIONS:
@@ -121,7 +122,7 @@ def collect(folder: Path, steps: int) -> list[dict[str, Any]]:
                 {
                     "variation": name,
                     "seed": int(output.name.rpartition("seed")[2]),
-                    "settings": settings_of(name, steps),
+                    "settings": settings_of(name, steps, on),
                     "tokens": lines[-1]["tokens_seen"],
                     "final_training_loss": float(np.mean([line["loss"] for line in lines[-20:]])),
                     "after": scores["after"],
@@ -164,6 +165,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path, nargs="?", default=Path("ablations"), help="where the runs go")
     parser.add_argument("--steps", type=int, default=100, help="steps of 1,024 tokens (100)")
     parser.add_argument("--only", help="variations, separated by commas")
+    parser.add_argument(
+        "--on", default="base", help="variation that the others differ from by one thing (base)"
+    )
     parser.add_argument("--seeds", default="0", help="seeds, separated by commas (0)")
     parser.add_argument("--json", type=Path, help="write all figures there")
     parser.add_argument("--markdown", type=Path, help="write the table there")
@@ -176,11 +180,13 @@ def main() -> None:
     names = arguments.only.split(",") if arguments.only else list(VARIATIONS)
     if unknown := [name for name in names if name not in VARIATIONS]:
         parser.error(f"no variation {unknown[0]}; --list shows them")
+    if arguments.on not in VARIATIONS:
+        parser.error(f"no variation {arguments.on}; --list shows them")
     text = write_demo_text(arguments.folder)
     for seed in map(int, arguments.seeds.split(",")):
         for name in names:
-            run(arguments.folder, name, seed, arguments.steps, text)
-    rows = collect(arguments.folder, arguments.steps)
+            run(arguments.folder, name, seed, arguments.steps, arguments.on, text)
+    rows = collect(arguments.folder, arguments.steps, arguments.on)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     table = as_markdown(rows)
