@@ -5,8 +5,8 @@
 
 converts SmolLM2-135M on the text of `ggml-diffusion demo` once for each variation below and writes what the
 held-out text says of each. A run is a folder of its own: what is complete is not done again, and what was
-interrupted goes on where it stopped. `--only aligned,annealing-none` and `--seeds 0,1,2` choose, `--on lr-1e-3`
-takes another variation than the preset as what the others start from; `--list` shows what there is.
+interrupted goes on where it stopped. `--only aligned,annealing-none` and `--seeds 0,1,2` choose, `--on
+lr-1e-3` takes another variation than the preset as what the others start from; `--list` shows what there is.
 """
 
 import argparse
