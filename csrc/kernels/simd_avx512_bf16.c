@@ -200,7 +200,8 @@ static void uint8_quantise(const void *source, ggd_element element, size_t n, si
     }
 }
 
-static void int8_pack_half(const float *source, size_t ld, size_t rows, size_t column, uint8_t *block) {
+static inline __attribute__((always_inline)) void int8_pack_half(const float *source, size_t ld, const size_t rows, size_t column,
+                                                                 uint8_t *block) {
     size_t size = ggd_int8_backward_format.block;
     __m512 largest = _mm512_setzero_ps();
     for (size_t row = 0; row < rows; row++) {
@@ -229,8 +230,13 @@ static void int8_pack_half(const float *source, size_t ld, size_t rows, size_t c
 }
 
 static void int8_pack(const float *source, size_t ld, size_t rows, uint8_t *block) {
-    int8_pack_half(source, ld, rows, 0, block);
-    int8_pack_half(source, ld, rows, 16, block);
+    for (size_t column = 0; column < GGD_PANEL_COLUMNS; column += 16) {
+        if (rows == 64) {  // a constant: no row is asked for its number
+            int8_pack_half(source, ld, 64, column, block);
+        } else {
+            int8_pack_half(source, ld, rows, column, block);
+        }
+    }
 }
 
 // 16 panel columns by 64 k: each source row is 16 lanes of four k, the transpose turns columns of lanes into panel rows.
