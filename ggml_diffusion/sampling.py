@@ -134,8 +134,13 @@ def draw(
     if temperature == 0.0:
         return np.asarray(log_probabilities.argmax(axis=-1))
     tempered = _keep_top_k(log_probabilities / temperature, top_k)
-    tempered = _keep_top_p(tempered, top_p)
-    return np.asarray((tempered + generator.gumbel(size=tempered.shape)).argmax(axis=-1))
+    return np.array([_draw_one(row, generator, top_p) for row in tempered], dtype=np.int64)
+
+
+def _draw_one(values: NDArray[np.float64], generator: np.random.Generator, top_p: float) -> int:
+    """A token (V,) out of those that top p keeps."""
+    kept = _nucleus(values, top_p) if top_p < 1.0 else np.arange(len(values))
+    return int(kept[(values[kept] + generator.gumbel(size=len(kept))).argmax()])
 
 
 def _keep_top_k(values: NDArray[np.float64], top_k: int) -> NDArray[np.float64]:
@@ -147,20 +152,16 @@ def _keep_top_k(values: NDArray[np.float64], top_k: int) -> NDArray[np.float64]:
     return np.where(values >= kth_largest, values, -np.inf)
 
 
-def _keep_top_p(values: NDArray[np.float64], top_p: float) -> NDArray[np.float64]:
-    """Set to -inf what is outside of the smallest set of likeliest tokens that holds `top_p`."""
-    if top_p >= 1.0:
-        return values
-    probabilities = np.exp(values - values.max(axis=-1, keepdims=True))
-    probabilities /= probabilities.sum(axis=-1, keepdims=True)
-    descending = np.argsort(-probabilities, axis=-1, kind="stable")
-    ranked = np.take_along_axis(probabilities, descending, axis=-1)
-    mass_before = np.cumsum(ranked, axis=-1) - ranked
-    keep_ranked = mass_before < top_p
-    keep_ranked[:, 0] = True  # the likeliest token stays even at top_p = 0
-    keep = np.zeros_like(keep_ranked)
-    np.put_along_axis(keep, descending, keep_ranked, axis=-1)
-    return np.where(keep, values, -np.inf)
+def _nucleus(values: NDArray[np.float64], top_p: float) -> NDArray[np.int64]:
+    """The smallest set of likeliest tokens (V,) that holds `top_p` of the probability; at least one token."""
+    probabilities = np.exp(values - values.max())
+    probabilities /= probabilities.sum()
+    # Tokens below this hold less than 1 - top_p together, so the set is among the others: few need sorting.
+    among = np.flatnonzero(probabilities >= (1.0 - top_p) / len(values))
+    descending = among[np.argsort(-probabilities[among], kind="stable")]
+    ranked = probabilities[descending]
+    mass_before = np.cumsum(ranked) - ranked
+    return descending[: max(1, int((mass_before < top_p).sum()))]
 
 
 def score(
