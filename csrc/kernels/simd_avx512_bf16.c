@@ -203,10 +203,11 @@ static void uint8_quantise(const void *source, ggd_element element, size_t n, si
 static inline __attribute__((always_inline)) void int8_pack_half(const float *source, size_t ld, const size_t rows, size_t column,
                                                                  uint8_t *block) {
     size_t size = ggd_int8_backward_format.block;
-    __m512 largest = _mm512_setzero_ps();
-    for (size_t row = 0; row < rows; row++) {
-        largest = _mm512_max_ps(largest, _mm512_abs_ps(_mm512_loadu_ps(source + row * ld + column)));
+    __m512 tops[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+    for (size_t row = 0; row < rows; row++) {  // four chains: one would wait for each comparison
+        tops[row % 4] = _mm512_max_ps(tops[row % 4], _mm512_abs_ps(_mm512_loadu_ps(source + row * ld + column)));
     }
+    __m512 largest = _mm512_max_ps(_mm512_max_ps(tops[0], tops[1]), _mm512_max_ps(tops[2], tops[3]));
     __mmask16 some = _mm512_cmp_ps_mask(largest, _mm512_setzero_ps(), _CMP_GT_OQ);
     __m512 inverse = _mm512_maskz_div_ps(some, _mm512_set1_ps(GGD_INT8_SIZE), largest);
     // Packing narrows within quarters of four columns; there the bytes of a column's four k are brought together.
