@@ -51,6 +51,7 @@ VARIATIONS: Mapping[str, Mapping[str, Any]] = {
     # half as many sequences, each with both halves of its masks: the same tokens a step
     "complementary": {"noise_schedule.complementary": True, "training.batch_size": 4},
     "noise-cosine": {"noise_schedule.type": "cosine"},
+    "no-int8": {"hardware.int8": False},
 }
 
 
