@@ -124,7 +124,7 @@ def collect(folder: Path, steps: int, on: str) -> list[dict[str, Any]]:
                     "variation": name,
                     "seed": int(output.name.rpartition("seed")[2]),
                     "settings": settings_of(name, steps, on),
-                    "tokens": lines[-1]["tokens_seen"],
+                    "tokens": lines[-1]["tokens"],
                     "final_training_loss": float(np.mean([line["loss"] for line in lines[-20:]])),
                     "after": scores["after"],
                 }
