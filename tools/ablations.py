@@ -106,7 +106,8 @@ def run(folder: Path, name: str, seed: int, steps: int, on: str, text: Path) -> 
     }
     config = load_config(overrides=overrides, preset=BASE_PRESET)
     begin = time.monotonic()
-    run_conversion(config, Quiet(), evaluate_on=HELD_OUT_SEQUENCES)
+    if run_conversion(config, Quiet(), evaluate_on=HELD_OUT_SEQUENCES).interrupted_by is not None:
+        sys.exit("interrupted; the same command goes on")
     print(f"{output}: {time.monotonic() - begin:.0f} s", flush=True)
 
 
