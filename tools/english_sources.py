@@ -282,11 +282,12 @@ _BACKENDS = ("setuptools.build_meta", "flit_core.buildapi", "hatchling.build", "
 _STAND_IN = """import os, sys
 
 def prepare_metadata_for_build_wheel(folder, config_settings=None):
-    os.mkdir(os.path.join(folder, "it.dist-info"))
-    with open(os.path.join(folder, "it.dist-info", "METADATA"), "w") as file:
-        name, version = os.environ["ENGLISH_SOURCE"].split("==")
+    name, version = os.environ["ENGLISH_SOURCE"].split("==")
+    own = "%s-%s.dist-info" % (name.replace("-", "_"), version)  # pip 23 reads the name from the folder's
+    os.mkdir(os.path.join(folder, own))
+    with open(os.path.join(folder, own, "METADATA"), "w") as file:
         file.write("Metadata-Version: 2.1\\nName: %s\\nVersion: %s\\n" % (name, version))
-    return "it.dist-info"
+    return own
 
 __legacy__ = sys.modules[__name__]
 """
