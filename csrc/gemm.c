@@ -298,13 +298,8 @@ static void quantise_item(void *context, size_t item, size_t thread) {
 void ggd_int8_quantise_row(const ggd_compute *compute, const void *x, ggd_element element, size_t n, size_t block,
                            const ggd_int8_rows *rows, size_t row, size_t column) {
     size_t first_block = row * rows->ld_scales + column / block;
-    if (rows->is_unsigned) {
-        uint8_t *quants = rows->quants + row * rows->ld + column;
-        compute->kernels->uint8_quantise(x, element, n, block, quants, rows->scales + first_block);
-        return;
-    }
-    compute->kernels->int8_quantise(x, element, n, block, rows->quants + row * rows->ld + column, rows->scales + first_block,
-                                    rows->sums + first_block);
+    compute->kernels->int8_quantise(x, element, n, block, rows->is_unsigned, rows->quants + row * rows->ld + column,
+                                    rows->scales + first_block, rows->sums + first_block);
 }
 
 void ggd_int8_quantise_rows(const ggd_compute *compute, size_t m, size_t n, ggd_activation x, size_t block, ggd_int8_rows *rows) {

@@ -116,10 +116,9 @@ typedef struct {
     // One block of the backward's format: 32 columns of `rows` rows of float32, row stride ld; missing rows count as zero.
     void (*int8_pack)(const float *source, size_t ld, size_t rows, uint8_t *block);
     // n elements of `source`, float32 or bfloat16, padded by zeros to whole blocks, to q + 128; a scale and a scaled sum a block.
-    void (*int8_quantise)(const void *source, ggd_element element, size_t n, size_t block, uint8_t *quants, float *scales,
-                          float *sums);
-    // The same of elements that are not negative, to 0 .. 255.
-    void (*uint8_quantise)(const void *source, ggd_element element, size_t n, size_t block, uint8_t *quants, float *scales);
+    // `is_unsigned`: of elements that are not negative, to 0 .. 255.
+    void (*int8_quantise)(const void *source, ggd_element element, size_t n, size_t block, int is_unsigned, uint8_t *quants,
+                          float *scales, float *sums);
     // n weights of a quantised type as they are stored, one row: q, and a scale and a minimum for each of the type's blocks
     // (ggd_int8_format_of): w = scale q + minimum. NULL for types that are not quantised.
     void (*int8_unpack[GGD_N_TYPES])(const uint8_t *source, size_t n, int8_t *quants, float *scales, float *minima);

@@ -95,32 +95,20 @@ static float load_block(const void *source, ggd_element element, size_t n, size_
     return largest;
 }
 
-static void int8_quantise(const void *source, ggd_element element, size_t n, size_t block, uint8_t *quants, float *scales,
-                          float *sums) {
-    float values[GGD_INT8_MAX_BLOCK];
+static void int8_quantise(const void *source, ggd_element element, size_t n, size_t block, int is_unsigned, uint8_t *quants,
+                          float *scales, float *sums) {
+    float values[GGD_INT8_MAX_BLOCK], size = is_unsigned ? GGD_UINT8_SIZE : GGD_INT8_SIZE;
     for (size_t b = 0; b * block < n; b++) {
         float largest = load_block(source, element, n, b * block, block, values);
-        float inverse = largest > 0 ? GGD_INT8_SIZE / largest : 0;
+        float inverse = largest > 0 ? size / largest : 0;
         int32_t sum = 0;
         for (size_t i = 0; i < block; i++) {
             int32_t q = quantise(values[i], inverse);
-            quants[b * block + i] = (uint8_t)(128 + q);
+            quants[b * block + i] = (uint8_t)(is_unsigned ? q : 128 + q);
             sum += q;
         }
-        scales[b] = largest / GGD_INT8_SIZE;
+        scales[b] = largest / size;
         sums[b] = scales[b] * (float)sum;
-    }
-}
-
-static void uint8_quantise(const void *source, ggd_element element, size_t n, size_t block, uint8_t *quants, float *scales) {
-    float values[GGD_INT8_MAX_BLOCK];
-    for (size_t b = 0; b * block < n; b++) {
-        float largest = load_block(source, element, n, b * block, block, values);
-        float inverse = largest > 0 ? GGD_UINT8_SIZE / largest : 0;
-        for (size_t i = 0; i < block; i++) {
-            quants[b * block + i] = (uint8_t)quantise(values[i], inverse);
-        }
-        scales[b] = largest / GGD_UINT8_SIZE;
     }
 }
 
@@ -345,7 +333,6 @@ const ggd_kernels ggd_kernels_reference = {
     .int8_pack = int8_pack,
     .int8_quantise = int8_quantise,
     .int8_pack_columns = int8_pack_columns,
-    .uint8_quantise = uint8_quantise,
     .to_bf16 = to_bf16,
     .from_bf16 = from_bf16,
     .rmsnorm = rmsnorm,

@@ -263,8 +263,10 @@ static inline void rows_pack_rows_from_bf16(const uint16_t *restrict source, siz
     }
 }
 
-static inline void rows_int8_quantise(const void *restrict source, ggd_element element, size_t n, size_t block,
+static inline void rows_int8_quantise(const void *restrict source, ggd_element element, size_t n, size_t block, int is_unsigned,
                                       uint8_t *restrict quants, float *restrict scales, float *restrict sums) {
+    const float size = is_unsigned ? GGD_UINT8_SIZE : GGD_INT8_SIZE;
+    const int32_t offset = is_unsigned ? 0 : 128;
     for (size_t begin = 0, b = 0; begin < n; begin += block, b++) {
         size_t length = n - begin < block ? n - begin : block;
         float values[GGD_INT8_MAX_BLOCK] = {0}, largest = 0;
@@ -277,35 +279,14 @@ static inline void rows_int8_quantise(const void *restrict source, ggd_element e
         for (size_t i = 0; i < block; i++) {
             largest = fabsf(values[i]) > largest ? fabsf(values[i]) : largest;
         }
-        float inverse = largest > 0 ? GGD_INT8_SIZE / largest : 0;
+        float inverse = largest > 0 ? size / largest : 0;
         for (size_t i = 0; i < block; i++) {
             int32_t q = (int32_t)rintf(values[i] * inverse);
-            quants[begin + i] = (uint8_t)(128 + q);
+            quants[begin + i] = (uint8_t)(offset + q);
             sum += q;
         }
-        scales[b] = largest / GGD_INT8_SIZE;
+        scales[b] = largest / size;
         sums[b] = scales[b] * (float)sum;
-    }
-}
-
-static inline void rows_uint8_quantise(const void *restrict source, ggd_element element, size_t n, size_t block,
-                                       uint8_t *restrict quants, float *restrict scales) {
-    for (size_t begin = 0, b = 0; begin < n; begin += block, b++) {
-        size_t length = n - begin < block ? n - begin : block;
-        float values[GGD_INT8_MAX_BLOCK] = {0}, largest = 0;
-        if (element == GGD_ELEMENT_BF16) {
-            rows_from_bf16((const uint16_t *)source + begin, values, length);
-        } else {
-            memcpy(values, (const float *)source + begin, length * sizeof *values);
-        }
-        for (size_t i = 0; i < block; i++) {
-            largest = values[i] > largest ? values[i] : largest;
-        }
-        float inverse = largest > 0 ? GGD_UINT8_SIZE / largest : 0;
-        for (size_t i = 0; i < block; i++) {
-            quants[begin + i] = (uint8_t)(int32_t)rintf(values[i] * inverse);
-        }
-        scales[b] = largest / GGD_UINT8_SIZE;
     }
 }
 

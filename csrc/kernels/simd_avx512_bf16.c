@@ -148,8 +148,10 @@ static inline __m512 load_element(const void *source, ggd_element element, size_
 }
 
 static inline __attribute__((always_inline)) void int8_quantise_blocks(const void *source, const ggd_element element, size_t n,
-                                                                       const size_t block, uint8_t *quants, float *scales,
-                                                                       float *sums) {
+                                                                       const size_t block, int is_unsigned, uint8_t *quants,
+                                                                       float *scales, float *sums) {
+    const float size = is_unsigned ? GGD_UINT8_SIZE : GGD_INT8_SIZE;
+    const __m512i offset = _mm512_set1_epi32(is_unsigned ? 0 : 128);
     for (size_t begin = 0, b = 0; begin < n; begin += block, b++) {
         __m512 values[GGD_INT8_MAX_BLOCK / 16], largest = _mm512_setzero_ps();
         __m512i sum = _mm512_setzero_si512();
@@ -158,45 +160,28 @@ static inline __attribute__((always_inline)) void int8_quantise_blocks(const voi
             largest = _mm512_max_ps(largest, _mm512_abs_ps(values[i]));
         }
         float top = _mm512_reduce_max_ps(largest);
-        __m512 inverse = _mm512_set1_ps(top > 0 ? GGD_INT8_SIZE / top : 0);
+        __m512 inverse = _mm512_set1_ps(top > 0 ? size / top : 0);
         for (size_t i = 0; i < block / 16; i++) {
             __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(values[i], inverse));
-            __m128i bytes = _mm_xor_si128(_mm512_cvtsepi32_epi8(q), _mm_set1_epi8(-128));
+            __m128i bytes = _mm512_cvtusepi32_epi8(_mm512_add_epi32(q, offset));
             _mm_storeu_si128((__m128i *)(quants + begin + 16 * i), bytes);
             sum = _mm512_add_epi32(sum, q);
         }
-        scales[b] = top / GGD_INT8_SIZE;
+        scales[b] = top / size;
         sums[b] = scales[b] * (float)_mm512_reduce_add_epi32(sum);
     }
 }
 
-static void int8_quantise(const void *source, ggd_element element, size_t n, size_t block, uint8_t *quants, float *scales,
-                          float *sums) {
+static void int8_quantise(const void *source, ggd_element element, size_t n, size_t block, int is_unsigned, uint8_t *quants,
+                          float *scales, float *sums) {
     if (element == GGD_ELEMENT_F32 && block == 32) {
-        int8_quantise_blocks(source, GGD_ELEMENT_F32, n, 32, quants, scales, sums);
+        int8_quantise_blocks(source, GGD_ELEMENT_F32, n, 32, is_unsigned, quants, scales, sums);
     } else if (element == GGD_ELEMENT_BF16 && block == 32) {
-        int8_quantise_blocks(source, GGD_ELEMENT_BF16, n, 32, quants, scales, sums);
+        int8_quantise_blocks(source, GGD_ELEMENT_BF16, n, 32, is_unsigned, quants, scales, sums);
     } else if (element == GGD_ELEMENT_BF16 && block == 64) {
-        int8_quantise_blocks(source, GGD_ELEMENT_BF16, n, 64, quants, scales, sums);
+        int8_quantise_blocks(source, GGD_ELEMENT_BF16, n, 64, is_unsigned, quants, scales, sums);
     } else {
-        rows_int8_quantise(source, element, n, block, quants, scales, sums);
-    }
-}
-
-static void uint8_quantise(const void *source, ggd_element element, size_t n, size_t block, uint8_t *quants, float *scales) {
-    for (size_t begin = 0, b = 0; begin < n; begin += block, b++) {
-        __m512 values[GGD_INT8_MAX_BLOCK / 16], largest = _mm512_setzero_ps();
-        for (size_t i = 0; i < block / 16; i++) {
-            values[i] = load_element(source, element, begin + 16 * i, n);
-            largest = _mm512_max_ps(largest, values[i]);
-        }
-        float top = _mm512_reduce_max_ps(largest);
-        __m512 inverse = _mm512_set1_ps(top > 0 ? GGD_UINT8_SIZE / top : 0);
-        for (size_t i = 0; i < block / 16; i++) {
-            __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(values[i], inverse));
-            _mm_storeu_si128((__m128i *)(quants + begin + 16 * i), _mm512_cvtusepi32_epi8(q));
-        }
-        scales[b] = top / GGD_UINT8_SIZE;
+        rows_int8_quantise(source, element, n, block, is_unsigned, quants, scales, sums);
     }
 }
 
@@ -369,6 +354,5 @@ const ggd_kernels ggd_kernels_avx512_bf16 = {
     .int8_pack = int8_pack,
     .int8_quantise = int8_quantise,
     .int8_pack_columns = int8_pack_columns,
-    .uint8_quantise = uint8_quantise,
     GGD_ROW_KERNELS,
 };

@@ -169,6 +169,5 @@ const ggd_kernels ggd_kernels_neon_bf16 = {
     .int8_pack = rows_int8_pack,
     .int8_quantise = rows_int8_quantise,
     .int8_pack_columns = rows_int8_pack_columns,
-    .uint8_quantise = rows_uint8_quantise,
     GGD_ROW_KERNELS,
 };

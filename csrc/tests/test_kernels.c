@@ -131,40 +131,25 @@ static void test_int8_unpacking(const ggd_kernels *set) {
     }
 }
 
-static void test_int8_quantising(const ggd_kernels *set, size_t n, ggd_element element, size_t block) {
+static void test_int8_quantising(const ggd_kernels *set, size_t n, ggd_element element, size_t block, int is_unsigned) {
     static float source[LD], scales[2][LD / GGD_INT8_MIN_BLOCK], sums[2][LD / GGD_INT8_MIN_BLOCK];
     static uint16_t source_bf16[LD];
     static uint8_t quants[2][LD];
     size_t n_blocks = (n + block - 1) / block;
     fill(source, LD, 2.0f);
     memset(source, 0, 32 * sizeof *source);  // a block of zeros has no scale
+    for (size_t i = 0; is_unsigned && i < LD; i++) {
+        source[i] = fabsf(source[i]);
+    }
     reference->to_bf16(source, source_bf16, LD);
     const ggd_kernels *both[2] = {set, reference};
     for (int i = 0; i < 2; i++) {
         const void *from = element == GGD_ELEMENT_BF16 ? (const void *)source_bf16 : source;
-        both[i]->int8_quantise(from, element, n, block, quants[i], scales[i], sums[i]);
+        both[i]->int8_quantise(from, element, n, block, is_unsigned, quants[i], scales[i], sums[i]);
     }
     expect_bytes(set->name, "int8_quantise", n, quants[0], quants[1], n_blocks * block);
     expect_bytes(set->name, "int8_quantise's scales", n, scales[0], scales[1], n_blocks * sizeof(float));
     expect_bytes(set->name, "int8_quantise's sums", n, sums[0], sums[1], n_blocks * sizeof(float));
-}
-
-static void test_uint8_quantising(const ggd_kernels *set, size_t n, ggd_element element) {
-    static float source[LD], scales[2][LD / 64];
-    static uint16_t source_bf16[LD];
-    static uint8_t quants[2][LD];
-    size_t n_blocks = (n + 63) / 64;
-    for (size_t i = 0; i < LD; i++) {
-        source[i] = i < 64 ? 0 : 1 + uniform();
-    }
-    reference->to_bf16(source, source_bf16, LD);
-    const ggd_kernels *both[2] = {set, reference};
-    for (int i = 0; i < 2; i++) {
-        both[i]->uint8_quantise(element == GGD_ELEMENT_BF16 ? (const void *)source_bf16 : source, element, n, 64, quants[i],
-                                scales[i]);
-    }
-    expect_bytes(set->name, "uint8_quantise", n, quants[0], quants[1], n_blocks * 64);
-    expect_bytes(set->name, "uint8_quantise's scales", n, scales[0], scales[1], n_blocks * sizeof(float));
 }
 
 // A panel in the format, by the set's own packer and the reference's; returns the reference's.
@@ -202,7 +187,7 @@ static void test_int8_tile(const ggd_kernels *set, const ggd_int8_format *format
     fill(source, GGD_TILE_ROWS * LD, 2.0f);
     memset(quants, 128, sizeof quants);
     for (size_t row = 0; row < GGD_TILE_ROWS; row++) {
-        reference->int8_quantise(source + row * LD, GGD_ELEMENT_F32, n, format->a_block, quants + row * LD, scales + row * 20,
+        reference->int8_quantise(source + row * LD, GGD_ELEMENT_F32, n, format->a_block, 0, quants + row * LD, scales + row * 20,
                                  sums + row * 20);
     }
     for (size_t rows = 1; rows <= GGD_TILE_ROWS; rows++) {
@@ -225,9 +210,9 @@ static void test_int8_tile(const ggd_kernels *set, const ggd_int8_format *format
 
 static void test_int8(const ggd_kernels *set, size_t n) {
     for (int element = 0; element < 2; element++) {
-        test_int8_quantising(set, n, (ggd_element)element, 32);
-        test_int8_quantising(set, n, (ggd_element)element, 64);
-        test_uint8_quantising(set, n, (ggd_element)element);
+        test_int8_quantising(set, n, (ggd_element)element, 32, 0);
+        test_int8_quantising(set, n, (ggd_element)element, 64, 0);
+        test_int8_quantising(set, n, (ggd_element)element, 64, 1);
     }
     test_int8_tile(set, &ggd_int8_backward_format, n);
     for (int type = 0; type < GGD_N_TYPES; type++) {
