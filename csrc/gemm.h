@@ -61,7 +61,8 @@ static inline void ggd_int8_set_strides(ggd_int8_rows *rows, size_t n, size_t bl
 // Scratch bytes of one thread for a product with this many reduction rows in all over an operand with this block size.
 size_t ggd_gemm_bytes_scratch(ggd_element element, size_t reduction, size_t block);
 
-// Packs columns [column, column + 32) of op(W) into a panel; `unpacked` holds GGD_UNPACKED_FLOATS floats.
+// Packs columns [column, column + 32) of op(W), whose blocks are no longer than that unless W is transposed, into a panel; `unpacked`
+// holds GGD_UNPACKED_FLOATS floats.
 enum { GGD_UNPACKED_FLOATS = 64 * (256 + 16) };
 void ggd_pack_panel(const ggd_compute *compute, ggd_operation operation, const ggd_matrix *w, size_t column, float scale,
                     float *unpacked, void *panel);

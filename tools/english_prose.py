@@ -88,7 +88,9 @@ def without_dangling_end(paragraph: str) -> str:
     """Cut a last sentence that ends in a colon: what it announced was dropped."""
     if not paragraph.endswith(":"):
         return paragraph
-    return re.match(r"(?:.*[.?!][\"')]*(?=\s+[A-Z\"'(]))?", paragraph, re.DOTALL)[0]  # type: ignore[index]
+    whole_sentences = re.match(r"(?:.*[.?!][\"')]*(?=\s+[A-Z\"'(]))?", paragraph, re.DOTALL)
+    assert whole_sentences is not None  # an empty text matches too
+    return whole_sentences[0]
 
 
 def is_prose(paragraph: str, min_words: int = MIN_WORDS) -> bool:
