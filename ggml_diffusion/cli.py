@@ -197,6 +197,14 @@ def generate(
     ],
     prompt: Annotated[str, typer.Option(help="Text that comes before; may be empty.")] = "",
     suffix: Annotated[str, typer.Option(help="Text that comes after: fills the hole between the two.")] = "",
+    chat: Annotated[
+        bool,
+        typer.Option(
+            "--chat",
+            help="Put the prompt into the model's chat template, as a message to be answered; for "
+            "conversions that were trained on messages.",
+        ),
+    ] = False,
     steps: Annotated[int | None, _generation("steps", "--steps")] = None,
     order: Annotated[str | None, _generation("order", "--order")] = None,
     temperature: Annotated[float | None, _generation("temperature", "--temperature")] = None,
@@ -228,7 +236,7 @@ def generate(
     }
     config = _from_flags(GenerationConfig, settings)
     model = DiffusionModel.load(base, _weights(adapter), threads, allow_other_base=allow_other_base)
-    _show_generation(Console(), model, prompt, suffix, config)
+    _show_generation(Console(), model, prompt, suffix, config, chat=chat)
 
 
 def _from_flags(kind: type[Settings], flags: dict[str, Any]) -> Settings:
@@ -242,14 +250,21 @@ def _from_flags(kind: type[Settings], flags: dict[str, Any]) -> Settings:
 
 
 def _show_generation(
-    console: Console, model: DiffusionModel, prompt: str, suffix: str, config: GenerationConfig
+    console: Console,
+    model: DiffusionModel,
+    prompt: str,
+    suffix: str,
+    config: GenerationConfig,
+    *,
+    chat: bool = False,
 ) -> None:
     if console.is_terminal:
         with DenoisingDisplay(console, model.tokenizer, model.mask_token_id) as display:
-            written = model.generate(prompt, config, display.step, suffix=suffix)
+            written = model.generate(prompt, config, display.step, suffix=suffix, chat=chat)
     else:
-        written = model.generate(prompt, config, suffix=suffix)
-    console.print(Text.assemble(prompt, (printable(written), "bold"), suffix), soft_wrap=True)
+        written = model.generate(prompt, config, suffix=suffix, chat=chat)
+    before = f"{prompt}\n" if chat else prompt
+    console.print(Text.assemble(before, (printable(written), "bold"), suffix), soft_wrap=True)
 
 
 def _weights(adapter: Path) -> Path:

@@ -162,6 +162,7 @@ class DiffusionModel:
         on_step: Callable[[DenoisingStep], None] | None = None,
         *,
         suffix: str = "",
+        chat: bool = False,
     ) -> str:
         """Write the text between a prompt and a suffix; both may be empty.
 
@@ -170,16 +171,20 @@ class DiffusionModel:
             config: None = the defaults; `config.length` tokens are denoised.
             on_step: called after every step with all tokens, prompt and suffix included.
             suffix: the text after the hole, for infilling.
+            chat: put the prompt into the model's chat template, as a user's message that is to be answered;
+                for conversions that were trained on messages.
 
         Returns:
             The text of the hole, up to the first end-of-text.
 
         Raises:
-            UserError: prompt, hole and suffix together are longer than the model's context.
+            UserError: prompt, hole and suffix together are longer than the model's context, or the model has
+                no chat template that could be used.
 
         """
         config = config or GenerationConfig()
-        before, after = self._start_tokens(prompt), self.tokenizer.encode(suffix)
+        before = self._chat_tokens(prompt) if chat else self._start_tokens(prompt)
+        after = self.tokenizer.encode(suffix)
         hole = np.full(config.length, self.mask_token_id, dtype=np.int32)
         end_of_text = self.tokenizer.eos_id
         filled = self._denoise(np.concatenate([before, hole, after]), config, on_step, end_of_text)
@@ -204,6 +209,15 @@ class DiffusionModel:
         return self._denoise(
             np.asarray(tokens, dtype=np.int32), config or GenerationConfig(), on_step, stop_token=None
         )
+
+    def _chat_tokens(self, prompt: str) -> NDArray[np.int32]:
+        """A user's message and what opens the answer, as the model's chat template writes them."""
+        template = self.tokenizer.open_chat_template()
+        if template is None:
+            raise UserError("this model has no chat template: give the prompt as it is")
+        with template:
+            text = template.render([{"role": "user", "content": prompt}], add_generation_prompt=True)
+        return self.tokenizer.encode(text, special=True)
 
     def _start_tokens(self, prompt: str) -> NDArray[np.int32]:
         """The prompt's tokens; an empty one gets the token that a shifted prediction needs to start from."""

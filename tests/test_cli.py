@@ -102,6 +102,11 @@ def test_generate_prints_prompt_text_and_suffix_and_nothing_else(base, finished_
     assert err == ""
 
 
+def test_chat_without_a_template_is_one_line(base, finished_run, capsys):
+    assert run("generate", base, finished_run, "--prompt", "the", "--chat") == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1].endswith("give the prompt as it is")
+
+
 def test_the_same_seed_writes_the_same_text(base, finished_run, capsys):
     texts = []
     for seed in (1, 1, 2):

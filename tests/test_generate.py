@@ -4,7 +4,9 @@ import itertools
 
 import numpy as np
 import pytest
+from test_chat_template import CHATML
 
+from ggml_diffusion.chat_template import ChatTemplate
 from ggml_diffusion.config import load_config
 from ggml_diffusion.corruption import NoiseSchedule
 from ggml_diffusion.diffusion_model import DiffusionModel
@@ -412,6 +414,28 @@ def test_a_hole_is_filled_wherever_it_is_and_the_mask_token_is_never_written(
     elif prediction == "shifted":
         assert tokens[0] == model.tokenizer.bos_id
     assert isinstance(text, str)
+
+
+def test_a_chat_prompt_is_a_users_message_with_what_opens_the_answer(engine, monkeypatch):
+    model = converted(engine)
+    opened = ChatTemplate(CHATML, "", "")
+    monkeypatch.setattr(model.tokenizer, "open_chat_template", lambda: opened)
+    last = []
+    text = model.generate(
+        "the cat", GenerationConfig(length=4, steps=1), last.append, suffix=" of", chat=True
+    )
+    with ChatTemplate(CHATML, "", "") as template:
+        asked = template.render([{"role": "user", "content": "the cat"}], add_generation_prompt=True)
+    before = model.tokenizer.encode(asked, special=True)
+    assert last[-1].tokens[: len(before)].tolist() == before.tolist()
+    assert len(last[-1].tokens) == len(before) + 4 + len(model.tokenizer.encode(" of"))
+    assert "assistant" not in text
+    assert opened._process is None, "the template's process has to end"
+
+
+def test_a_chat_prompt_needs_a_chat_template(engine):
+    with pytest.raises(UserError, match="no chat template: give the prompt as it is"):
+        converted(engine).generate("the", GenerationConfig(length=2), chat=True)
 
 
 class Scripted(DiffusionModel):

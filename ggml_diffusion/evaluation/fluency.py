@@ -139,25 +139,42 @@ def compare_texts(
         on_tokens: told about progress.
 
     """
+    reference = reference_texts(model, prompts, truths, config.seed, batch_size, on_tokens)
+    return reference + denoised_texts(model, prompts, len(truths[0]), config, batch_size, on_tokens)
+
+
+def reference_texts(
+    model: DiffusionModel,
+    prompts: list[NDArray[np.int32]],
+    truths: list[NDArray[np.int32]],
+    seed: int,
+    batch_size: int,
+    on_tokens: OnTokens = ignore_tokens,
+) -> list[WrittenText]:
+    """How the prompts went on, and samples of the base at temperature 1; see `compare_texts`."""
     engine, length = model.engine, len(truths[0])
-
-    def written(
-        origin: str,
-        texts: list[NDArray[np.int32]],
-        steps: int | None = None,
-        passes: float | None = None,
-        seconds: float | None = None,
-    ) -> WrittenText:
-        figures = fluency(engine, prompts, texts, batch_size, on_tokens)
-        speed = None if seconds is None else len(texts) * length / max(seconds, 1e-9)
-        return WrittenText(origin, steps, passes, figures, speed, [int(token) for token in texts[0]])
-
-    results = [written("held-out text", truths)]
+    held_out = fluency(engine, prompts, truths, batch_size, on_tokens)
     started_s = time.perf_counter()
-    generator = generator_of(config.seed, 0, STREAM_BASE_TEXT)
+    generator = generator_of(seed, 0, STREAM_BASE_TEXT)
     sampled = continue_sampled(engine, prompts, length, 1, generator, model.mask_token_id, on_tokens)[:, 0]
-    elapsed_s = time.perf_counter() - started_s
-    results.append(written("base", list(sampled), passes=float(length), seconds=elapsed_s))
+    tokens_per_second = sampled.size / max(time.perf_counter() - started_s, 1e-9)
+    base = fluency(engine, prompts, list(sampled), batch_size, on_tokens)
+    return [
+        WrittenText("held-out text", None, None, held_out, None, truths[0].tolist()),
+        WrittenText("base", None, float(length), base, tokens_per_second, sampled[0].tolist()),
+    ]
+
+
+def denoised_texts(
+    model: DiffusionModel,
+    prompts: list[NDArray[np.int32]],
+    length: int,
+    config: GenerationConfig,
+    batch_size: int,
+    on_tokens: OnTokens = ignore_tokens,
+) -> list[WrittenText]:
+    """Texts of K = `length` tokens denoised in each of `step_counts`; see `compare_texts`."""
+    results = []
     for steps in step_counts(length):
         started_s = time.perf_counter()
         texts, n_passes = [], 0
@@ -167,8 +184,12 @@ def compare_texts(
             texts.append(text)
             n_passes += passes
             on_tokens(passes * (len(prompt) + length))
-        elapsed_s = time.perf_counter() - started_s
-        results.append(written("converted", texts, steps, n_passes / len(texts), elapsed_s))
+        tokens_per_second = len(texts) * length / max(time.perf_counter() - started_s, 1e-9)
+        figures = fluency(model.engine, prompts, texts, batch_size, on_tokens)
+        passes_a_text = n_passes / len(texts)
+        results.append(
+            WrittenText("converted", steps, passes_a_text, figures, tokens_per_second, texts[0].tolist())
+        )
     return results
 
 
