@@ -56,7 +56,7 @@ kernels: build ## every kernel of this processor against its naive twin; part of
 	@$(BIN)/cmake --build $(BUILD) --target test_kernels >/dev/null
 	$(BUILD)/test_kernels
 
-# A static binary for 64-bit Arm, on a processor with bfloat16 and on one without.
+# A static binary for 64-bit Arm, on a processor with bfloat16 and int8 products and on one without.
 ARM_BUILD = $(VENV)/build-arm
 arm: $(BIN)/python ## the Arm kernels under an emulator, where Debian's gcc-aarch64-linux-gnu and qemu-user are installed
 	@if ! command -v aarch64-linux-gnu-gcc >/dev/null || ! command -v qemu-aarch64 >/dev/null; then \

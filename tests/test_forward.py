@@ -32,7 +32,7 @@ from ggml_diffusion.engine import Q4Model
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.model_file import read_model
 
-INT8_KERNELS = {"avx512_bf16", "neon_bf16"}
+INT8_KERNELS = {"avx512_bf16", "neon_bf16", "neon_i8mm"}
 FLOAT_TYPES = {"F32", "F16", "BF16"}  # always multiplied in float32
 RATIOS = (1.0, 0.0)  # the two that llama.cpp can do
 

@@ -6,17 +6,21 @@
 
 #if defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
-enum { HWCAP_BIT_DOT = 20, HWCAP2_BIT_BF16 = 14 };
+enum { HWCAP_BIT_DOT = 20, HWCAP2_BIT_I8MM = 13, HWCAP2_BIT_BF16 = 14 };
 static int has_neon_bf16(void) {
     return (getauxval(AT_HWCAP) >> HWCAP_BIT_DOT & 1) && (getauxval(AT_HWCAP2) >> HWCAP2_BIT_BF16 & 1);
 }
+static int has_neon_i8mm(void) { return has_neon_bf16() && (getauxval(AT_HWCAP2) >> HWCAP2_BIT_I8MM & 1); }
 #elif defined(__aarch64__) && defined(__APPLE__)
 #include <sys/sysctl.h>
-static int has_neon_bf16(void) {
-    int has = 0;  // every Apple processor with bfloat16 has the dot product
+static int has_feature(const char *name) {
+    int has = 0;
     size_t size = sizeof has;
-    return sysctlbyname("hw.optional.arm.FEAT_BF16", &has, &size, NULL, 0) == 0 && has;
+    return sysctlbyname(name, &has, &size, NULL, 0) == 0 && has;
 }
+// Every Apple processor with bfloat16 has the dot product.
+static int has_neon_bf16(void) { return has_feature("hw.optional.arm.FEAT_BF16"); }
+static int has_neon_i8mm(void) { return has_neon_bf16() && has_feature("hw.optional.arm.FEAT_I8MM"); }
 #endif
 
 #if defined(__x86_64__)
@@ -45,6 +49,11 @@ size_t ggd_kernels_available(const ggd_kernels *sets[GGD_MAX_KERNEL_SETS]) {
 #ifdef GGD_HAVE_AVX2
     if (has_avx2()) {
         sets[n++] = &ggd_kernels_avx2;
+    }
+#endif
+#ifdef GGD_HAVE_NEON_I8MM
+    if (has_neon_i8mm()) {
+        sets[n++] = &ggd_kernels_neon_i8mm;
     }
 #endif
 #ifdef GGD_HAVE_NEON_BF16

@@ -186,6 +186,9 @@ extern const ggd_kernels ggd_kernels_avx512_bf16;
 #ifdef GGD_HAVE_AVX2
 extern const ggd_kernels ggd_kernels_avx2;
 #endif
+#ifdef GGD_HAVE_NEON_I8MM
+extern const ggd_kernels ggd_kernels_neon_i8mm;
+#endif
 #ifdef GGD_HAVE_NEON_BF16
 extern const ggd_kernels ggd_kernels_neon_bf16;
 #endif

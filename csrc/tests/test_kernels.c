@@ -183,6 +183,7 @@ static void test_int8_tile(const ggd_kernels *set, const ggd_int8_format *format
     static float source[GGD_TILE_ROWS * LD], scales[GGD_TILE_ROWS * 20], sums[GGD_TILE_ROWS * 20];
     static uint8_t quants[GGD_TILE_ROWS * LD];
     static float got[GGD_TILE_ROWS * GGD_PANEL_COLUMNS], expected[GGD_TILE_ROWS * GGD_PANEL_COLUMNS];
+    static uint16_t got_bf16[GGD_TILE_ROWS * GGD_PANEL_COLUMNS], rounded[GGD_TILE_ROWS * GGD_PANEL_COLUMNS];
     const uint8_t *panel = int8_panel(set, format, n);
     fill(source, GGD_TILE_ROWS * LD, 2.0f);
     memset(quants, 128, sizeof quants);
@@ -205,6 +206,11 @@ static void test_int8_tile(const ggd_kernels *set, const ggd_int8_format *format
         tile.c = expected;
         reference->int8_tile(&tile);
         expect(set->name, "int8_tile", rows, got, expected, rows * GGD_PANEL_COLUMNS, ROUNDING, 0.3 * (double)n + 2);
+        tile.c = got_bf16;  // the same sums, rounded
+        tile.c_element = GGD_ELEMENT_BF16;
+        set->int8_tile(&tile);
+        reference->to_bf16(got, rounded, rows * GGD_PANEL_COLUMNS);
+        expect_bytes(set->name, "int8_tile to bfloat16", rows, got_bf16, rounded, rows * GGD_PANEL_COLUMNS * sizeof *rounded);
     }
 }
 
