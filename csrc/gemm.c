@@ -6,11 +6,12 @@
 #include <string.h>
 
 enum {
-    PIECE = 256,            // elements unpacked at a time along a row; a multiple of every block
-    ROWS_PIECE = 64,        // rows unpacked at a time across; an int8 block
-    UNPACKED_PADDING = 16,  // floats between such rows, or they would fall into a few sets of the first-level cache
-    MIN_CHUNK_ROWS = 96,    // below this, packing would cost more than the product
-    QUANTISE_ROWS = 16      // activations brought to int8 at a time
+    PIECE = 256,             // elements unpacked at a time along a row; a multiple of every block
+    ROWS_PIECE = 64,         // rows unpacked at a time across; an int8 block
+    UNPACKED_PADDING = 16,   // floats between such rows, or they would fall into a few sets of the first-level cache
+    NEAR_ROWS_BYTES = 1024,  // closer rows the processor fetches by itself
+    MIN_CHUNK_ROWS = 96,     // below this, packing would cost more than the product
+    QUANTISE_ROWS = 16       // activations brought to int8 at a time
 };
 
 static size_t result_columns(const ggd_gemm *g) { return g->operation == GGD_TIMES_TRANSPOSE ? g->w.n_rows : g->w.n_cols; }
@@ -37,18 +38,30 @@ size_t ggd_gemm_bytes_scratch(ggd_element element, size_t reduction, size_t bloc
     return ggd_round_up(bytes_panels, 64) + GGD_UNPACKED_FLOATS * sizeof(float);
 }
 
+// Bytes of a row's next piece to ask for ahead of their use: rows that are far apart the processor does not foresee.
+static size_t bytes_to_fetch(const ggd_matrix *w, size_t n) {
+    return w->bytes_row > NEAR_ROWS_BYTES ? n / w->block * w->bytes_block : 0;
+}
+static inline void fetch_early(const uint8_t *data, size_t bytes) {
+    for (size_t i = 0; i < bytes; i += 64) {
+        __builtin_prefetch((const void *)((uintptr_t)data + i));
+    }
+}
+
 // op(W) = W^T: panel columns are rows of W.
 static void pack_transposed(const ggd_compute *compute, const ggd_matrix *w, size_t column, float scale, float *unpacked,
                             uint8_t *panel) {
-    size_t n = w->n_rows - column < GGD_PANEL_COLUMNS ? w->n_rows - column : GGD_PANEL_COLUMNS;
+    size_t n = w->n_rows - column < GGD_PANEL_COLUMNS ? w->n_rows - column : GGD_PANEL_COLUMNS, bytes_row = w->bytes_row;
+    size_t bytes_piece = PIECE / w->block * w->bytes_block, bytes_early = bytes_to_fetch(w, PIECE);
     if (n < GGD_PANEL_COLUMNS) {
         memset(unpacked, 0, GGD_PANEL_COLUMNS * PIECE * sizeof *unpacked);
     }
     for (size_t k = 0; k < w->n_cols; k += PIECE) {
         size_t length = w->n_cols - k < PIECE ? w->n_cols - k : PIECE;
-        for (size_t i = 0; i < n; i++) {
-            const uint8_t *row = w->data + (column + i) * w->bytes_row;
-            compute->kernels->unpack[w->type](row + k / w->block * w->bytes_block, unpacked + i * PIECE, length);
+        const uint8_t *source = w->data + column * bytes_row + k / w->block * w->bytes_block;
+        for (size_t i = 0; i < n; i++, source += bytes_row) {
+            fetch_early(source + bytes_piece, bytes_early);
+            compute->kernels->unpack[w->type](source, unpacked + i * PIECE, length);
         }
         void *target = panel + k * GGD_PANEL_COLUMNS * ggd_element_bytes(compute->element);
         compute->kernels->pack_columns[compute->element](unpacked, PIECE, length, scale, target);
@@ -59,7 +72,8 @@ static void pack_transposed(const ggd_compute *compute, const ggd_matrix *w, siz
 static void pack_transposed_int8(const ggd_compute *compute, const ggd_matrix *w, size_t column, const ggd_int8_format *format,
                                  float *unpacked, uint8_t *panel) {
     enum { BLOCKS = PIECE / GGD_INT8_MIN_BLOCK };
-    size_t n = w->n_rows - column < GGD_PANEL_COLUMNS ? w->n_rows - column : GGD_PANEL_COLUMNS;
+    size_t n = w->n_rows - column < GGD_PANEL_COLUMNS ? w->n_rows - column : GGD_PANEL_COLUMNS, bytes_row = w->bytes_row;
+    size_t bytes_piece = PIECE / w->block * w->bytes_block, bytes_early = bytes_to_fetch(w, PIECE);
     float *scales = unpacked, *minima = scales + GGD_PANEL_COLUMNS * BLOCKS;
     int8_t *quants = (int8_t *)(minima + GGD_PANEL_COLUMNS * BLOCKS);
     if (n < GGD_PANEL_COLUMNS) {
@@ -67,8 +81,9 @@ static void pack_transposed_int8(const ggd_compute *compute, const ggd_matrix *w
     }
     for (size_t k = 0; k < w->n_cols; k += PIECE) {
         size_t length = w->n_cols - k < PIECE ? w->n_cols - k : PIECE;
-        for (size_t i = 0; i < n; i++) {
-            const uint8_t *source = w->data + (column + i) * w->bytes_row + k / w->block * w->bytes_block;
+        const uint8_t *source = w->data + column * bytes_row + k / w->block * w->bytes_block;
+        for (size_t i = 0; i < n; i++, source += bytes_row) {
+            fetch_early(source + bytes_piece, bytes_early);
             compute->kernels->int8_unpack[w->type](source, length, quants + i * PIECE, scales + i * BLOCKS, minima + i * BLOCKS);
         }
         uint8_t *target = panel + k / format->block * ggd_int8_block_bytes(format);
@@ -91,6 +106,8 @@ static void pack_plain(const ggd_compute *compute, const ggd_matrix *w, size_t c
     size_t ld = width > GGD_PANEL_COLUMNS ? width + UNPACKED_PADDING : width;
     size_t bytes_rows = int8 ? ggd_int8_block_bytes(&ggd_int8_backward_format)
                              : ROWS_PIECE * GGD_PANEL_COLUMNS * ggd_element_bytes(compute->element);
+    size_t bytes_row = w->bytes_row, bytes_early = bytes_to_fetch(w, width);
+    void (*unpack)(const uint8_t *, float *, size_t) = compute->kernels->unpack[w->type];
     for (size_t item = 0; item < (w->n_rows + ROWS_PIECE - 1) / ROWS_PIECE * n_pieces; item++) {
         size_t k = item / n_pieces * ROWS_PIECE, first = item % n_pieces * width;
         size_t rows = w->n_rows - k < ROWS_PIECE ? w->n_rows - k : ROWS_PIECE;
@@ -98,9 +115,10 @@ static void pack_plain(const ggd_compute *compute, const ggd_matrix *w, size_t c
         if (n < width) {
             memset(unpacked, 0, ROWS_PIECE * ld * sizeof *unpacked);
         }
-        for (size_t i = 0; n > 0 && i < rows; i++) {
-            const uint8_t *row = w->data + (k + i) * w->bytes_row;
-            compute->kernels->unpack[w->type](row + (column + first) / w->block * w->bytes_block, unpacked + i * ld, n);
+        const uint8_t *source = w->data + k * bytes_row + (column + first) / w->block * w->bytes_block;
+        for (size_t i = 0; n > 0 && i < rows; i++, source += bytes_row) {
+            fetch_early(source + ROWS_PIECE * bytes_row, bytes_early);
+            unpack(source, unpacked + i * ld, n);
         }
         for (size_t c = 0; c < width; c += GGD_PANEL_COLUMNS) {
             uint8_t *target = panel + (first + c) / GGD_PANEL_COLUMNS * bytes_panel + k / ROWS_PIECE * bytes_rows;
