@@ -73,10 +73,15 @@ class ConversionTrainingConfig(Settings):
     )
     sequence_length: int = Field(default=256, ge=2, description="Tokens a sequence.")
     learning_rate: float = Field(default=1e-4, gt=0.0, description="Learning rate after the warm-up.")
+    lora_b_rate_factor: float = Field(
+        default=1.0,
+        gt=0.0,
+        description="Learning rate of the LoRA matrices B, as a multiple of that of A; above 1 is LoRA+.",
+    )
     embedding_rate_factor: float = Field(
         default=1.0,
         gt=0.0,
-        description="Learning rate of the mask and time embeddings, as a multiple of that of the LoRA pairs.",
+        description="Learning rate of the mask and time embeddings, as a multiple of that of A.",
     )
     lr_schedule: LearningRateSchedule = Field(
         default="cosine", description="Learning rate after the warm-up: constant, or cosine = falling to 0."

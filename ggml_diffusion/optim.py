@@ -57,19 +57,21 @@ class AdamW:
 
         """
         self.parameters = parameters
-        self.decayed = list(decayed)
         self._parts = _cover(parameters.size, rate_factors)
+        self._decayed = [(part, self._factor_at(part.start)) for part in decayed]
         self.weight_decay = weight_decay
         self.beta1, self.beta2, self.epsilon = beta1, beta2, epsilon
         self.first_moment = np.zeros_like(parameters)
         self.second_moment = np.zeros_like(parameters)
         self.step_count = 0
 
+    def _factor_at(self, index: int) -> float:
+        return next(factor for part, factor in self._parts if index < part.stop)
+
     def step(self, gradients: NDArray[np.float32], learning_rate: float) -> None:
         """Move the parameters by one step against the gradients (n,), which are left as they are."""
         self.step_count += 1
-        for part in self.decayed:
-            factor = next(factor for whole, factor in self._parts if part.start < whole.stop)
+        for part, factor in self._decayed:
             self.parameters[part] *= np.float32(1.0 - learning_rate * factor * self.weight_decay)
         root_correction = np.float32(1.0 / math.sqrt(1.0 - self.beta2**self.step_count))
         new_share1, new_share2 = np.float32(1.0 - self.beta1), np.float32(1.0 - self.beta2)

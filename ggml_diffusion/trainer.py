@@ -137,25 +137,25 @@ class ConversionTrainer:
             self.parameters.flat,
             decayed=[self.parameters.slices[name] for name, shape in shapes.items() if len(shape) == 2],
             rate_factors=[
-                (self.parameters.slices[name], config.embedding_rate_factor * factor)
-                for name, factor in self._embedding_factors().items()
-                if name in shapes
+                (self.parameters.slices[name], self._rate_factor(name))
+                for name in shapes
+                if self._rate_factor(name) != 1.0
             ],
             weight_decay=config.weight_decay,
         )
 
-    def _embedding_factors(self) -> dict[str, float]:
-        """Learning rates of the embeddings relative to each other.
+    def _rate_factor(self, name: str) -> float:
+        """The learning rate of a parameter, as a multiple of that of the LoRA matrices A.
 
-        The projection adds up `dim` features of size one, and AdamW moves each of its entries by about the
-        learning rate: at the full rate its output outgrows the token embeddings within a few dozen steps.
+        The time projection adds up `dim` features of size one, and AdamW moves each of its entries by about
+        the learning rate: at the full rate its output outgrows the token embeddings within a few dozen steps.
         """
-        time_embedding = self.config.qlora.time_embedding
-        return {
-            MASK_EMBEDDING: 1.0,
-            WEIGHT_NAME: time_embedding.rate_factor or 1.0 / time_embedding.dim,
-            BIAS_NAME: 1.0,
-        }
+        config, time_embedding = self.config, self.config.qlora.time_embedding
+        if name.endswith(LORA_B_SUFFIX):
+            return config.lora_b_rate_factor
+        if name == WEIGHT_NAME:
+            return config.embedding_rate_factor * (time_embedding.rate_factor or 1.0 / time_embedding.dim)
+        return config.embedding_rate_factor if name in (MASK_EMBEDDING, BIAS_NAME) else 1.0
 
     # -- one optimizer step ----------------------------------------------------------------------
 

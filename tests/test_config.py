@@ -41,6 +41,7 @@ OTHER_VALUES = {
     "training.gradient_accumulation": 1,
     "training.sequence_length": 64,
     "training.learning_rate": 3e-5,
+    "training.lora_b_rate_factor": 8.0,
     "training.embedding_rate_factor": 4.0,
     "training.lr_schedule": "constant",
     "training.warmup_steps": 0,

@@ -272,19 +272,23 @@ def test_without_a_trained_mask_embedding_it_stays_zero_and_the_rest_is_trained(
     assert with_it.parameters.views["mask_embedding"].any()
 
 
-def test_the_embeddings_may_have_a_learning_rate_of_their_own(model):
+@pytest.mark.parametrize(
+    ("setting", "names"),
+    [("embedding_rate_factor", ("mask_embedding", "time_embedding")), ("lora_b_rate_factor", (".lora_b",))],
+)
+def test_embeddings_and_lora_b_may_have_a_learning_rate_of_their_own(model, setting, names):
     """The first step of AdamW is the learning rate, times the gradient's sign, for any gradient."""
     found = {}
     for factor in (1.0, 4.0):
-        trainer = make_trainer(model, training__embedding_rate_factor=factor, training__weight_decay=0.0)
+        trainer = make_trainer(model, **{f"training__{setting}": factor}, training__weight_decay=0.0)
         start = trainer.parameters.flat.copy()
         trainer.train_step(make_batch())
         moved = trainer.parameters.flat - start
         found[factor] = {name: moved[part] for name, part in trainer.parameters.slices.items()}
+    assert sum(any(part in name for part in names) for name in found[1.0]) > 1
     for name, moved in found[1.0].items():
-        is_embedding = name.startswith(("mask_embedding", "time_embedding"))
-        expected = moved * (4.0 if is_embedding else 1.0)
-        assert found[4.0][name] == pytest.approx(expected, rel=1e-4, abs=1e-7)
+        is_faster = any(part in name for part in names)
+        assert found[4.0][name] == pytest.approx(moved * (4.0 if is_faster else 1.0), rel=1e-4, abs=1e-7)
 
 
 def test_the_time_projection_moves_its_output_at_the_rate_of_a_vector(model):
