@@ -209,13 +209,14 @@ SETTINGS: Mapping[str, Setting] = {
     )
 }
 
-# The recipe that the PyTorch conversion of the same model follows: enough to be useful within an hour.
+# What the ablations (docs/results/ablations.md) leave of the PyTorch conversion's recipe.
 _SHORT_RECIPE: Mapping[str, Any] = {
     "model.target_modules": [module.value for module in TargetModule],
     "training.batch_size": 8,
     "training.gradient_accumulation": 1,
     "training.sequence_length": 128,
     "training.learning_rate": 5e-4,
+    "training.lora_b_rate_factor": 8.0,
     "training.held_out_fraction": 0.07,
     "training.checkpoint_every": 50,
     "mask_annealing.schedule": "linear",
@@ -229,12 +230,12 @@ _SHORT_RECIPE: Mapping[str, Any] = {
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     # The defaults are the seed's recipe; its base_model and num_threads belong to one machine.
     "seed": {},
-    # Useful within an hour on two cores.
+    # SmolLM2-135M in an hour on two cores; longer with more --steps.
     "laptop": {
         **_SHORT_RECIPE,
-        "training.total_steps": 400,
-        "training.warmup_steps": 20,
-        "mask_annealing.total_steps": 80,
+        "training.total_steps": 2000,
+        "training.warmup_steps": 100,
+        "mask_annealing.total_steps": 400,
     },
     # SmolLM2-135M on the text of `ggml-diffusion demo`, in about ten minutes on two cores.
     "demo": {

@@ -191,7 +191,7 @@ def test_short_presets_end_their_annealing_early_enough_to_train_bidirectionally
 def test_the_file_overrides_the_preset_and_flags_override_the_file(tmp_path):
     path = file_with(tmp_path, "[training]\nbatch_size = 3\nlearning_rate = 1e-3\n")
     config = load_config(path, {"training.batch_size": 5, "training.seed": None}, preset="laptop")
-    assert (config.batch_size, config.learning_rate, config.total_steps, config.seed) == (5, 1e-3, 400, 0)
+    assert (config.batch_size, config.learning_rate, config.total_steps, config.seed) == (5, 1e-3, 2000, 0)
 
 
 def test_nothing_given_means_the_defaults():

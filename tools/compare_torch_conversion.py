@@ -41,6 +41,7 @@ PEER_RECIPE: dict[str, Any] = {
     "training.learning_rate": 5e-4,
     "model.target_modules": [module.value for module in TargetModule],
     "mask_annealing.mask": "soft",
+    "training.lora_b_rate_factor": 1.0,
     "training.embedding_rate_factor": 1.0,
     "noise_schedule.masking": "bernoulli",
     "time_embedding.enabled": False,
