@@ -277,8 +277,7 @@ static void strip_gradient(const unit *u, size_t head, size_t first, size_t rows
         const float *dout = ggd_load_row(job->compute, job->dout, row, head * u->d, u->d, buffer + u->d);
         float delta = kernels->dot(out, dout, u->d);
         float lse = job->lse[row * job->heads->n_heads + head];
-        kernels->attention_probabilities(p, keys, first + i + 1, job->scale, job->future_bias, lse);
-        kernels->attention_score_gradient(p, dp, delta, job->scale, keys);
+        kernels->attention_gradient(p, dp, keys, first + i + 1, job->scale, job->future_bias, lse, delta);
         memset(p + keys, 0, (u->ld_t - keys) * sizeof *p);
         memset(dp + keys, 0, (u->ld_t - keys) * sizeof *dp);
     }

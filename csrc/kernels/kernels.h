@@ -143,10 +143,9 @@ typedef struct {
 
     // Scores of one query to probabilities in place: p_j = exp(scale s_j + (j >= first_future ? future_bias : 0) - lse); returns lse.
     float (*attention_softmax)(float *s, size_t n, size_t first_future, float scale, float future_bias);
-    // The same with lse known (backward's recomputation).
-    void (*attention_probabilities)(float *s, size_t n, size_t first_future, float scale, float future_bias, float lse);
-    // ds_j = scale p_j (dp_j - delta), into dp
-    void (*attention_score_gradient)(const float *p, float *dp, float delta, float scale, size_t n);
+    // The same with lse known (backward's recomputation), and from dp: ds_j = scale p_j (dp_j - delta), in place.
+    void (*attention_gradient)(float *s, float *dp, size_t n, size_t first_future, float scale, float future_bias, float lse,
+                               float delta);
 
     // out_j = exp(x_j - shift); returns the sum.
     float (*exp_sum)(const float *x, float shift, float *out, size_t n);

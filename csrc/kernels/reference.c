@@ -272,15 +272,11 @@ static float attention_softmax(float *s, size_t n, size_t first_future, float sc
     return largest + (float)log(sum);
 }
 
-static void attention_probabilities(float *s, size_t n, size_t first_future, float scale, float future_bias, float lse) {
+static void attention_gradient(float *s, float *dp, size_t n, size_t first_future, float scale, float future_bias, float lse,
+                               float delta) {
     for (size_t j = 0; j < n; j++) {
         s[j] = expf(biased_score(s[j], j, first_future, scale, future_bias) - lse);
-    }
-}
-
-static void attention_score_gradient(const float *p, float *dp, float delta, float scale, size_t n) {
-    for (size_t j = 0; j < n; j++) {
-        dp[j] = scale * p[j] * (dp[j] - delta);
+        dp[j] = scale * s[j] * (dp[j] - delta);
     }
 }
 
@@ -341,8 +337,7 @@ const ggd_kernels ggd_kernels_reference = {
     .swiglu = swiglu,
     .swiglu_backward = swiglu_backward,
     .attention_softmax = attention_softmax,
-    .attention_probabilities = attention_probabilities,
-    .attention_score_gradient = attention_score_gradient,
+    .attention_gradient = attention_gradient,
     .exp_sum = exp_sum,
     .max = max_element,
     .dot = dot,

@@ -174,45 +174,43 @@ static float rows_exp_sum(const float *restrict x, float shift, float *restrict 
     return sum;
 }
 
-static void scale_and_bias(float *restrict s, size_t begin, size_t end, float scale, float bias) {
-    for (size_t j = begin; j < end; j++) {
-        s[j] = s[j] * scale + bias;
+static void rows_scale(float *restrict x, float scale, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        x[i] *= scale;
     }
 }
 
-static void exp_in_place(float *restrict s, size_t n, float shift) {
-    for (size_t j = 0; j < n; j++) {
-        s[j] = fast_exp(s[j] - shift);
-    }
+// A score as the softmax has it. The bias is masked, not chosen: of a choice GCC makes two loops, the second of them no vectors.
+static inline float biased(const float *s, uint32_t j, uint32_t first_future, float scale, float future_bias) {
+    uint32_t bits;
+    memcpy(&bits, &future_bias, sizeof bits);
+    bits &= 0u - (uint32_t)(j >= first_future);
+    float bias;
+    memcpy(&bias, &bits, sizeof bias);
+    return s[j] * scale + bias;
 }
 
 static float rows_attention_softmax(float *s, size_t n, size_t first_future, float scale, float future_bias) {
-    size_t middle = first_future < n ? first_future : n;
-    scale_and_bias(s, 0, middle, scale, 0.0f);
-    scale_and_bias(s, middle, n, scale, future_bias);
-    float largest = rows_max(s, n), sum = 0;
-    exp_in_place(s, n, largest);
+    float largest = -INFINITY, sum = 0;
+#pragma omp simd reduction(max : largest)
+    for (uint32_t j = 0; j < (uint32_t)n; j++) {
+        s[j] = biased(s, j, (uint32_t)first_future, scale, future_bias);
+        largest = s[j] > largest ? s[j] : largest;
+    }
 #pragma omp simd reduction(+ : sum)
     for (size_t j = 0; j < n; j++) {
+        s[j] = fast_exp(s[j] - largest);
         sum += s[j];
     }
-    float inverse = 1.0f / sum;
-    for (size_t j = 0; j < n; j++) {
-        s[j] *= inverse;
-    }
+    rows_scale(s, 1.0f / sum, n);
     return largest + logf(sum);
 }
 
-static void rows_attention_probabilities(float *s, size_t n, size_t first_future, float scale, float future_bias, float lse) {
-    size_t middle = first_future < n ? first_future : n;
-    scale_and_bias(s, 0, middle, scale, 0.0f);
-    scale_and_bias(s, middle, n, scale, future_bias);
-    exp_in_place(s, n, lse);
-}
-
-static void rows_attention_score_gradient(const float *restrict p, float *restrict dp, float delta, float scale, size_t n) {
-    for (size_t j = 0; j < n; j++) {
-        dp[j] = scale * p[j] * (dp[j] - delta);
+static void rows_attention_gradient(float *restrict s, float *restrict ds, size_t n, size_t first_future, float scale,
+                                    float future_bias, float lse, float delta) {
+    for (uint32_t j = 0; j < (uint32_t)n; j++) {
+        s[j] = fast_exp(biased(s, j, (uint32_t)first_future, scale, future_bias) - lse);
+        ds[j] = scale * s[j] * (ds[j] - delta);
     }
 }
 
@@ -228,12 +226,6 @@ static float rows_dot(const float *restrict x, const float *restrict y, size_t n
 static void rows_add_scaled(const float *restrict x, float scale, float *restrict y, size_t n) {
     for (size_t i = 0; i < n; i++) {
         y[i] += scale * x[i];
-    }
-}
-
-static void rows_scale(float *restrict x, float scale, size_t n) {
-    for (size_t i = 0; i < n; i++) {
-        x[i] *= scale;
     }
 }
 
@@ -355,7 +347,7 @@ static inline void rows_int8_pack_columns(const ggd_int8_format *format, const i
     GGD_UNPACK_KERNELS, .to_bf16 = rows_to_bf16, .from_bf16 = rows_from_bf16, .rmsnorm = rows_rmsnorm,                           \
         .rmsnorm_backward = rows_rmsnorm_backward, .rope = rows_rope, .swiglu = rows_swiglu,                                     \
         .swiglu_backward = rows_swiglu_backward, .attention_softmax = rows_attention_softmax,                                    \
-        .attention_probabilities = rows_attention_probabilities, .attention_score_gradient = rows_attention_score_gradient,      \
-        .exp_sum = rows_exp_sum, .max = rows_max, .dot = rows_dot, .add_scaled = rows_add_scaled, .scale = rows_scale
+        .attention_gradient = rows_attention_gradient, .exp_sum = rows_exp_sum, .max = rows_max, .dot = rows_dot,                \
+        .add_scaled = rows_add_scaled, .scale = rows_scale
 
 #endif
