@@ -253,7 +253,7 @@ def load_config(
     preset: str | None = None,
 ) -> ConversionTrainingConfig:
     """Put a config together: defaults, then the preset, then the file, then the overrides; the last one
-    counts.
+    counts. Where `training.total_steps` is another than the preset's, its annealing and warm-up are scaled.
 
     Args:
         path: a TOML file in the layout of the seed's conversion_config.toml.
@@ -267,10 +267,8 @@ def load_config(
     """
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
-    if preset is not None:
-        if preset not in PRESETS:
-            raise UserError(f"no preset '{preset}', only {', '.join(PRESETS)}")
-        values.update(PRESETS[preset])
+    if preset is not None and preset not in PRESETS:
+        raise UserError(f"no preset '{preset}', only {', '.join(PRESETS)}")
     if path is not None:
         from_file = _read_toml(Path(path))
         values.update(from_file)
@@ -280,6 +278,8 @@ def load_config(
             section, _, key = name.rpartition(".")
             values[_known(section, key, "").name] = value
             origins.pop(name, None)
+    if preset is not None:
+        values = {**_preset_for(PRESETS[preset], values.get("training.total_steps")), **values}
     nested: dict[str, Any] = {}
     for name, value in values.items():
         *groups, field = SETTINGS[name].path
@@ -291,6 +291,16 @@ def load_config(
         return ConversionTrainingConfig.model_validate(nested)
     except ValidationError as error:
         raise UserError(_first_fault(error, origins)) from None
+
+
+def _preset_for(preset: Mapping[str, Any], total_steps: Any) -> dict[str, Any]:
+    """A preset's values in a run of another length: annealing and warm-up keep their share of the run."""
+    values = dict(preset)
+    of_run = preset.get("training.total_steps")
+    if of_run is not None and isinstance(total_steps, int):
+        for name in ("training.warmup_steps", "mask_annealing.total_steps"):
+            values[name] = max(1, round(preset[name] * total_steps / of_run))
+    return values
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

@@ -194,6 +194,16 @@ def test_the_file_overrides_the_preset_and_flags_override_the_file(tmp_path):
     assert (config.batch_size, config.learning_rate, config.total_steps, config.seed) == (5, 1e-3, 2000, 0)
 
 
+def test_a_presets_annealing_and_warm_up_keep_their_share_of_a_run_of_another_length(tmp_path):
+    path = file_with(tmp_path, "[training]\ntotal_steps = 400\n[mask_annealing]\ntotal_steps = 7\n")
+    from_file = load_config(path, preset="laptop")
+    assert (from_file.warmup_steps, from_file.qlora.mask_annealing.total_steps) == (20, 7)
+    config = load_config(None, {"training.total_steps": 5000}, preset="laptop")
+    assert (config.warmup_steps, config.qlora.mask_annealing.total_steps) == (250, 1000)
+    seed = load_config(None, {"training.total_steps": 30_000}, preset="seed")
+    assert (seed.warmup_steps, seed.qlora.mask_annealing.total_steps) == (1000, 20_000)
+
+
 def test_nothing_given_means_the_defaults():
     assert load_config() == ConversionTrainingConfig()
 

@@ -138,29 +138,37 @@ def collect(folder: Path, steps: int, on: str) -> list[dict[str, Any]]:
 
 
 def as_markdown(rows: list[dict[str, Any]]) -> str:
-    """A table: a variation's means over its seeds, and how far they are from those of the base."""
-
-    def means(name: str) -> tuple[int, list[float]]:
-        found = [row["after"] for row in rows if row["variation"] == name]
-        values = [
-            [score["visible"]["cross_entropy"] for score in after] + [after[1]["future_context_gain"]]
-            for after in found
-        ]
-        return len(found), list(np.mean(values, axis=0)) if found else []
-
-    _, base = means("base")
+    """A table: means over seeds, and how far they are from those of the base with the same seeds."""
+    figures: dict[str, dict[int, list[float]]] = {}
+    for row in rows:
+        after = row["after"]
+        values = [score["visible"]["cross_entropy"] for score in after]
+        figures.setdefault(row["variation"], {})[row["seed"]] = [*values, after[1]["future_context_gain"]]
     lines = [
-        "| variation | seeds | CE t = .15 | CE t = .5 | CE t = .85 | mean CE beside base's | "
+        "| variation | seeds | CE t = .15 | CE t = .5 | CE t = .85 | mean CE less base's, same seeds | "
         "future gain (a), t = .5 |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name in VARIATIONS:
-        n_seeds, values = means(name)
-        if values:
-            difference = f"{np.mean(values[:3]) - np.mean(base[:3]):+.3f}" if base else ""
-            cells = " | ".join(f"{value:.3f}" for value in values[:3])
-            lines.append(f"| {name} | {n_seeds} | {cells} | {difference} | {values[3]:+.3f} |")
+    for name, by_seed in figures.items():
+        cells = [f"{value:.3f}" for value in np.mean(list(by_seed.values()), axis=0)]
+        beside = beside_base(by_seed, figures.get("base", {}))
+        lines.append(
+            f"| {name} | {len(by_seed)} | {' | '.join(cells[:3])} | {beside} | {float(cells[3]):+.3f} |"
+        )
     return "\n".join(lines) + "\n"
+
+
+def beside_base(by_seed: Mapping[int, list[float]], base: Mapping[int, list[float]]) -> str:
+    """The mean difference over the seeds that both have, with its standard error where there are several."""
+    differences = [
+        float(np.mean(by_seed[seed][:3]) - np.mean(base[seed][:3])) for seed in by_seed if seed in base
+    ]
+    if not differences or by_seed is base:
+        return ""
+    text = f"{np.mean(differences):+.3f}"
+    if len(differences) > 1:
+        text += f" ± {np.std(differences, ddof=1) / len(differences) ** 0.5:.3f}"
+    return text
 
 
 def main() -> None:
