@@ -1,0 +1,76 @@
+"""The tools behind docs/results: their arithmetic, and that they run end to end on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import ablations
+import pytest
+import sampler_table
+from conftest import TinyModel
+
+from ggml_diffusion.config import load_config
+from ggml_diffusion.convert import run_conversion
+
+
+def result(variation: str, seed: int, cross_entropy: float) -> dict[str, Any]:
+    after = [{"visible": {"cross_entropy": cross_entropy + t}, "future_context_gain": 0.5} for t in range(3)]
+    return {"variation": variation, "seed": seed, "after": after}
+
+
+def test_variations_are_compared_with_the_base_seed_by_seed() -> None:
+    rows = [
+        result("base", 0, 3.0),
+        result("base", 1, 4.0),
+        result("rank-8", 0, 3.1),
+        result("rank-8", 1, 4.3),
+    ]
+    _, _, base, rank_8 = ablations.as_markdown(rows).splitlines()
+    assert base == "| base | 2 | 3.500 | 4.500 | 5.500 |  | +0.500 |"
+    # 0.1 and 0.3: their mean, and half of their distance as its standard error
+    assert rank_8 == "| rank-8 | 2 | 3.700 | 4.700 | 5.700 | +0.200 ± 0.100 | +0.500 |"
+    only_one = ablations.as_markdown(rows[:1] + rows[2:3]).splitlines()[-1]
+    assert "| +0.100 |" in only_one
+
+
+@pytest.mark.parametrize("name", ablations.VARIATIONS)
+def test_every_variation_is_a_config_of_as_many_tokens_a_step(name: str) -> None:
+    settings = ablations.settings_of(name, 100, "base")
+    config = load_config(overrides=settings, preset=ablations.BASE_PRESET)
+    twice = 2 if config.noise_schedule.complementary else 1
+    assert twice * config.batch_size * config.gradient_accumulation * config.sequence_length == 1024
+    assert config.total_steps == 100
+    assert (name == "base") == (
+        config == load_config(overrides=ablations.settings_of("base", 100, "base"), preset="demo")
+    )
+
+
+def test_the_table_of_samplers_has_a_row_for_each_sampler_and_number_of_steps(
+    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tiny_model(L=1, C=32, H=2, G=1, F=32)
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat and the dog ran to the mill of corn. " * 60)
+    overrides = {
+        "model.base_model": str(base),
+        "training.data": [str(text)],
+        "training.output": str(tmp_path / "run"),
+        "training.total_steps": 2,
+        "training.sequence_length": 32,
+        "training.held_out_fraction": 0.3,
+        "hardware.num_threads": 1,
+    }
+    run_conversion(load_config(overrides=overrides, preset="demo"), ablations.Quiet())
+    table = tmp_path / "table.md"
+    figures = tmp_path / "figures.json"
+    arguments = ["sampler_table.py", base, tmp_path / "run", "--samples", 2, "--prompt-length", 4]
+    arguments += ["--length", 8, "--json", figures, "--markdown", table]
+    monkeypatch.setattr(sys, "argv", [str(argument) for argument in arguments])
+    sampler_table.main()
+    # held-out text and the base, then for each sampler 2, 4 and 8 steps
+    assert len(table.read_text().splitlines()) == 2 + 2 + 3 * len(sampler_table.SAMPLERS)
+    assert list(json.loads(figures.read_text())) == ["reference", *sampler_table.SAMPLERS]
+    assert table.read_text() in capsys.readouterr().out
