@@ -74,40 +74,6 @@ static void unpack_q4_1(const uint8_t *restrict source, float *restrict y, size_
     }
 }
 
-// The fifth bits of a block's 32 quants lie in one 32-bit word.
-static inline void unpack_fifth_bits(const uint8_t *restrict word, const uint8_t *restrict q, int32_t *restrict quants) {
-    uint32_t high;
-    memcpy(&high, word, sizeof high);
-    for (int i = 0; i < 16; i++) {
-        quants[i] = (int32_t)((q[i] & 15) | (high >> i & 1) << 4);
-    }
-    for (int i = 0; i < 16; i++) {
-        quants[16 + i] = (int32_t)(q[i] >> 4 | (high >> (16 + i) & 1) << 4);
-    }
-}
-
-static void unpack_q5_0(const uint8_t *restrict source, float *restrict y, size_t n) {
-    for (size_t block = 0; block < n / 32; block++, source += 22, y += 32) {
-        int32_t quants[32];
-        float d = unpack_half(source);
-        unpack_fifth_bits(source + 2, source + 6, quants);
-        for (int i = 0; i < 32; i++) {
-            y[i] = (float)(quants[i] - 16) * d;
-        }
-    }
-}
-
-static void unpack_q5_1(const uint8_t *restrict source, float *restrict y, size_t n) {
-    for (size_t block = 0; block < n / 32; block++, source += 24, y += 32) {
-        int32_t quants[32];
-        float d = unpack_half(source), m = unpack_half(source + 2);
-        unpack_fifth_bits(source + 4, source + 8, quants);
-        for (int i = 0; i < 32; i++) {
-            y[i] = (float)quants[i] * d + m;
-        }
-    }
-}
-
 static void unpack_q8_0(const uint8_t *restrict source, float *restrict y, size_t n) {
     for (size_t block = 0; block < n / 32; block++, source += 34, y += 32) {
         float d = unpack_half(source);
@@ -280,22 +246,38 @@ static void int8_unpack_q6_k(const uint8_t *restrict source, size_t n, int8_t *r
     }
 }
 
-// y = scale q in blocks of 16; not inlined, or GCC 12 takes the caller's arrays apart into scalars.
-static __attribute__((noinline)) void scale_quants(const int8_t *restrict q, const float *restrict scales, size_t n,
-                                                   float *restrict y) {
-    for (size_t i = 0; i < n; i++) {
-        y[i] = (float)q[i] * scales[i / 16];
+// ---- types whose blocks are quicker to take apart as int8 first ----
+
+// y = scale q + minimum, sixteen at a time, as they were stored: a wider load would wait for two stores. Not inlined, or GCC 12 takes the
+// arrays of its callers apart into scalars.
+static __attribute__((noinline)) void scale_16(const int8_t *restrict q, float scale, float *restrict y) {
+    for (int i = 0; i < 16; i++) {
+        y[i] = (float)q[i] * scale;
+    }
+}
+static __attribute__((noinline)) void scale_16_minimum(const int8_t *restrict q, float scale, float minimum, float *restrict y) {
+    for (int i = 0; i < 16; i++) {
+        y[i] = (float)q[i] * scale + minimum;
     }
 }
 
-static void unpack_q6_k(const uint8_t *restrict source, float *restrict y, size_t n) {
-    int8_t quants[256];
-    float scales[16];
-    for (size_t i = 0; i < n; i += 256, source += 210) {
-        int8_unpack_q6_k(source, 256, quants, scales, NULL);
-        scale_quants(quants, scales, 256, y + i);
+// Elements at a time, whole blocks of every type.
+enum { UNPACK_PIECE = 256 };
+#define GGD_UNPACK_BY_INT8(name, bytes_piece, scale)                                                                             \
+    static void unpack_##name(const uint8_t *restrict source, float *restrict y, size_t n) {                                     \
+        int8_t q[UNPACK_PIECE];                                                                                                  \
+        float scales[UNPACK_PIECE / 16], minima[UNPACK_PIECE / 16];                                                              \
+        for (size_t begin = 0; begin < n; begin += UNPACK_PIECE, source += bytes_piece, y += UNPACK_PIECE) {                     \
+            size_t length = n - begin < UNPACK_PIECE ? n - begin : UNPACK_PIECE;                                                 \
+            int8_unpack_##name(source, length, q, scales, minima);                                                               \
+            for (size_t i = 0; i < length; i += 16) {                                                                            \
+                scale;                                                                                                           \
+            }                                                                                                                    \
+        }                                                                                                                        \
     }
-}
+GGD_UNPACK_BY_INT8(q5_0, 8 * 22, scale_16(q + i, scales[i / 32], y + i))
+GGD_UNPACK_BY_INT8(q5_1, 8 * 24, scale_16_minimum(q + i, scales[i / 32], minima[i / 32], y + i))
+GGD_UNPACK_BY_INT8(q6_k, 210, scale_16(q + i, scales[i / 16], y + i))
 
 #define GGD_UNPACK_KERNELS                                                                                                       \
     .unpack =                                                                                                                    \
