@@ -209,6 +209,8 @@ SETTINGS: Mapping[str, Setting] = {
     )
 }
 
+MIN_WARMUP_STEPS = 10
+
 # What the ablations (docs/results/ablations.md) leave of the PyTorch conversion's recipe.
 _SHORT_RECIPE: Mapping[str, Any] = {
     "model.target_modules": [module.value for module in TargetModule],
@@ -294,12 +296,16 @@ def load_config(
 
 
 def _preset_for(preset: Mapping[str, Any], total_steps: Any) -> dict[str, Any]:
-    """A preset's values in a run of another length: annealing and warm-up keep their share of the run."""
+    """A preset's values in a run of another length: annealing and warm-up keep their share of the run.
+
+    But a warm-up is not cut below a few steps: Adam knows too little of its gradients by then, and at the
+    full rate of the LoRA matrices B the model would lose what the base knows.
+    """
     values = dict(preset)
     of_run = preset.get("training.total_steps")
     if of_run is not None and isinstance(total_steps, int):
-        for name in ("training.warmup_steps", "mask_annealing.total_steps"):
-            values[name] = max(1, round(preset[name] * total_steps / of_run))
+        for name, least in (("training.warmup_steps", MIN_WARMUP_STEPS), ("mask_annealing.total_steps", 1)):
+            values[name] = max(least, round(preset[name] * total_steps / of_run))
     return values
 
 

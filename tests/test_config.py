@@ -200,6 +200,8 @@ def test_a_presets_annealing_and_warm_up_keep_their_share_of_a_run_of_another_le
     assert (from_file.warmup_steps, from_file.qlora.mask_annealing.total_steps) == (20, 7)
     config = load_config(None, {"training.total_steps": 5000}, preset="laptop")
     assert (config.warmup_steps, config.qlora.mask_annealing.total_steps) == (250, 1000)
+    short = load_config(None, {"training.total_steps": 60}, preset="laptop")
+    assert (short.warmup_steps, short.qlora.mask_annealing.total_steps) == (10, 12)
     seed = load_config(None, {"training.total_steps": 30_000}, preset="seed")
     assert (seed.warmup_steps, seed.qlora.mask_annealing.total_steps) == (1000, 20_000)
 

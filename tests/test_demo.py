@@ -66,8 +66,6 @@ def test_a_short_conversion_of_a_real_model_learns_to_use_the_right_side(smollm2
         "training.data": [str(write_demo_text(tmp_path))],
         "training.output": str(tmp_path / "run"),
         "training.total_steps": 60,
-        # at the learning rate of so short a run the time embedding outgrows the token embeddings
-        "time_embedding.enabled": False,
     }
     listener = TrainingDisplay(Console(file=io.StringIO()))
     conversion = run_conversion(load_config(overrides=overrides, preset="demo"), listener, evaluate_on=16)

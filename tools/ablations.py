@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from ggml_diffusion.config import load_config
+from ggml_diffusion.config import MIN_WARMUP_STEPS, load_config
 from ggml_diffusion.convert import EVALUATION, METRICS, run_conversion
 from ggml_diffusion.demo import demo_model, write_demo_text
 from ggml_diffusion.metrics import TrainMetrics
@@ -85,7 +85,7 @@ def settings_of(name: str, steps: int, on: str) -> dict[str, Any]:
     """What a variation of `on` sets: warm-up and annealing in the proportions of the preset (5%, 20%)."""
     settings: dict[str, Any] = {
         "training.total_steps": steps,
-        "training.warmup_steps": max(1, round(0.05 * steps)),
+        "training.warmup_steps": max(MIN_WARMUP_STEPS, round(0.05 * steps)),
         "mask_annealing.total_steps": round(0.2 * steps),
         **VARIATIONS[on],
         **VARIATIONS[name],
