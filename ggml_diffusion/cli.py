@@ -21,7 +21,7 @@ from ggml_diffusion import demo as demo_parts
 from ggml_diffusion.adapter_file import DiffusionCheckpoint
 from ggml_diffusion.checkpoint import load_latest
 from ggml_diffusion.config import PRESETS, SETTINGS, ConversionTrainingConfig, load_config
-from ggml_diffusion.convert import CHECKPOINTS, EXPORTS, run_conversion
+from ggml_diffusion.convert import CHECKPOINTS, EXPORTS, exported_weights, run_conversion
 from ggml_diffusion.diffusion_model import DiffusionModel
 from ggml_diffusion.display import DenoisingDisplay, TrainingDisplay, printable, show_evidence
 from ggml_diffusion.errors import UserError, one_line
@@ -235,7 +235,7 @@ def generate(
         "remasking": remasking,
     }
     config = _from_flags(GenerationConfig, settings)
-    model = DiffusionModel.load(base, _weights(adapter), threads, allow_other_base=allow_other_base)
+    model = DiffusionModel.load(base, exported_weights(adapter), threads, allow_other_base=allow_other_base)
     _show_generation(Console(), model, prompt, suffix, config, chat=chat)
 
 
@@ -265,11 +265,6 @@ def _show_generation(
         written = model.generate(prompt, config, suffix=suffix, chat=chat)
     before = f"{prompt}\n" if chat else prompt
     console.print(Text.assemble(before, (printable(written), "bold"), suffix), soft_wrap=True)
-
-
-def _weights(adapter: Path) -> Path:
-    """The file of a conversion that is named by its output folder or by itself."""
-    return adapter / EXPORTS[0] if adapter.is_dir() else adapter
 
 
 # -- evaluate ----------------------------------------------------------------------------------------
@@ -330,8 +325,8 @@ def evaluate(
     evaluation = run_evaluation(
         EvaluationInputs(
             base,
-            _weights(adapter),
-            control=None if control is None else _weights(control),
+            exported_weights(adapter),
+            control=None if control is None else exported_weights(control),
             data=tuple(data or ()),
             sequence_length=sequence_length,
             held_out_fraction=held_out_fraction,
@@ -383,7 +378,7 @@ def export(
 
 def _conversion_in(source: Path) -> DiffusionCheckpoint:
     if not source.is_dir() or (source / EXPORTS[0]).exists():
-        return DiffusionCheckpoint.load(source / EXPORTS[0] if source.is_dir() else source)
+        return DiffusionCheckpoint.load(exported_weights(source))
     loaded = load_latest(source / CHECKPOINTS)
     if loaded is None:
         raise UserError(f"{source}: holds neither {EXPORTS[0]} nor a checkpoint")

@@ -172,6 +172,11 @@ def run_conversion(
 # -- before the loop ---------------------------------------------------------------------------------
 
 
+def exported_weights(adapter: Path) -> Path:
+    """The safetensors file of a conversion that is named by its output folder or by itself."""
+    return adapter / EXPORTS[0] if adapter.is_dir() else adapter
+
+
 def _paths(config: ConversionTrainingConfig) -> tuple[Path, Path]:
     if config.base_model is None:
         raise UserError("which model? name a GGUF file")

@@ -137,9 +137,9 @@ class ConversionTrainer:
             self.parameters.flat,
             decayed=[self.parameters.slices[name] for name, shape in shapes.items() if len(shape) == 2],
             rate_factors=[
-                (self.parameters.slices[name], self._rate_factor(name))
+                (self.parameters.slices[name], factor)
                 for name in shapes
-                if self._rate_factor(name) != 1.0
+                if (factor := self._rate_factor(name)) != 1.0
             ],
             weight_decay=config.weight_decay,
         )

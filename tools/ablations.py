@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from ggml_diffusion.config import MIN_WARMUP_STEPS, load_config
+from ggml_diffusion.config import load_config
 from ggml_diffusion.convert import EVALUATION, METRICS, run_conversion
 from ggml_diffusion.demo import demo_model, write_demo_text
 from ggml_diffusion.metrics import TrainMetrics
@@ -82,15 +82,9 @@ class Quiet:
 
 
 def settings_of(name: str, steps: int, on: str) -> dict[str, Any]:
-    """What a variation of `on` sets: warm-up and annealing in the proportions of the preset (5%, 20%)."""
-    settings: dict[str, Any] = {
-        "training.total_steps": steps,
-        "training.warmup_steps": max(MIN_WARMUP_STEPS, round(0.05 * steps)),
-        "mask_annealing.total_steps": round(0.2 * steps),
-        **VARIATIONS[on],
-        **VARIATIONS[name],
-    }
-    share = settings["mask_annealing.total_steps"]
+    """What a variation of `on` sets; an annealing below 1 is a share of the run."""
+    settings: dict[str, Any] = {"training.total_steps": steps, **VARIATIONS[on], **VARIATIONS[name]}
+    share = settings.get("mask_annealing.total_steps")
     if isinstance(share, float):
         settings["mask_annealing.total_steps"] = round(share * steps)
     return settings

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ggml_diffusion.adapter_file import DiffusionCheckpoint
-from ggml_diffusion.convert import EXPORTS
+from ggml_diffusion.convert import exported_weights
 from ggml_diffusion.diffusion_model import DiffusionModel
 from ggml_diffusion.engine import Q4Model
 from ggml_diffusion.evaluation.fluency import WrittenText, cut_prompts, denoised_texts, reference_texts
@@ -42,8 +42,7 @@ EVERYTHING = {"temperature": 1.0, "top_p": 1.0, "block_length": 0}
 
 def measure(arguments: argparse.Namespace) -> dict[str, list[WrittenText]]:
     """All texts: those to compare with, then those of each sampler."""
-    path = arguments.run / EXPORTS[0] if arguments.run.is_dir() else arguments.run
-    checkpoint = DiffusionCheckpoint.load(path)
+    checkpoint = DiffusionCheckpoint.load(exported_weights(arguments.run))
     with Q4Model.from_gguf(arguments.model) as engine:
         checkpoint.check_base(engine.sha256)
         model = DiffusionModel.from_checkpoint(engine, Tokenizer.from_gguf(arguments.model), checkpoint)
