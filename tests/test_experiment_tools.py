@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import ablations
+import learning_curve
+import numpy as np
 import pytest
 import sampler_table
 from conftest import TinyModel
@@ -74,3 +76,32 @@ def test_the_table_of_samplers_has_a_row_for_each_sampler_and_number_of_steps(
     assert len(table.read_text().splitlines()) == 2 + 2 + 3 * len(sampler_table.SAMPLERS)
     assert list(json.loads(figures.read_text())) == ["reference", *sampler_table.SAMPLERS]
     assert table.read_text() in capsys.readouterr().out
+
+
+def test_a_trailing_mean_begins_with_what_there_is() -> None:
+    means = learning_curve.trailing_mean(np.array([1.0, 3.0, 5.0, 7.0]), 2)
+    assert means.tolist() == [1.0, 2.0, 4.0, 6.0]
+
+
+def test_the_learning_curve_draws_every_step_of_each_run_against_its_tokens(tmp_path: Path) -> None:
+    for name, losses in {"one": [8.0, 6.0, 5.0], "other": [7.0, 6.5]}.items():
+        (tmp_path / name).mkdir()
+        steps = [
+            {
+                "step": i + 1,
+                "tokens": 2e6 * (i + 1),
+                "loss": loss,
+                "masked_accuracy": 0.1 * i,
+                "causal_ratio": max(0, 1 - i),
+            }
+            for i, loss in enumerate(losses)
+        ]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    runs = {name: learning_curve.read_metrics(tmp_path / name) for name in ("one", "other")}
+    loss, accuracy = learning_curve.draw(runs, window=2).axes
+    raw, mean, annealed = loss.lines[:3]
+    assert raw.get_xdata().tolist() == [2.0, 4.0, 6.0]
+    assert raw.get_ydata().tolist() == [8.0, 6.0, 5.0]
+    assert mean.get_ydata().tolist() == [8.0, 7.0, 5.5]
+    assert annealed.get_xdata() == [4.0, 4.0]  # bidirectional from the second step on
+    assert [text.get_text() for text in accuracy.get_legend().get_texts()] == ["one", "other"]

@@ -90,7 +90,9 @@ def settings_of(name: str, steps: int, on: str) -> dict[str, Any]:
     return settings
 
 
-def run(folder: Path, name: str, seed: int, steps: int, on: str, text: Path) -> None:
+def run(
+    folder: Path, name: str, seed: int, steps: int, on: str, text: Path, n_threads: int | None = None
+) -> None:
     """One conversion, unless its folder has its evaluation already."""
     output = folder / f"{name}-seed{seed}"
     if (output / EVALUATION).exists():
@@ -102,6 +104,8 @@ def run(folder: Path, name: str, seed: int, steps: int, on: str, text: Path) -> 
         "training.output": str(output),
         "training.seed": seed,
     }
+    if n_threads is not None:
+        overrides["hardware.num_threads"] = n_threads
     config = load_config(overrides=overrides, preset=BASE_PRESET)
     begin = time.monotonic()
     if run_conversion(config, Quiet(), evaluate_on=HELD_OUT_SEQUENCES).interrupted_by is not None:
@@ -177,6 +181,9 @@ def main() -> None:
         "--on", default="base", help="variation that the others differ from by one thing (base)"
     )
     parser.add_argument("--seeds", default="0", help="seeds, separated by commas (0)")
+    parser.add_argument(
+        "--n-threads", type=int, help="threads of a run: with 1, two of these commands share two cores well"
+    )
     parser.add_argument("--json", type=Path, help="write all figures there")
     parser.add_argument("--markdown", type=Path, help="write the table there")
     parser.add_argument("--list", action="store_true", help="show the variations and stop")
@@ -193,7 +200,7 @@ def main() -> None:
     text = write_demo_text(arguments.folder)
     for seed in map(int, arguments.seeds.split(",")):
         for name in names:
-            run(arguments.folder, name, seed, arguments.steps, arguments.on, text)
+            run(arguments.folder, name, seed, arguments.steps, arguments.on, text, arguments.n_threads)
     rows = collect(arguments.folder, arguments.steps, arguments.on)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
