@@ -50,22 +50,38 @@ def test_every_variation_is_a_config_of_as_many_tokens_a_step(name: str) -> None
     )
 
 
-def test_the_table_of_samplers_has_a_row_for_each_sampler_and_number_of_steps(
-    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def tiny_run(tiny_model: TinyModel, folder: Path, evaluate_on: int = 0) -> Path:
+    """A conversion of two steps in folder / "run"; returns its base."""
     base = tiny_model(L=1, C=32, H=2, G=1, F=32)
-    text = tmp_path / "text.txt"
+    text = folder / "text.txt"
     text.write_text("the cat sat on the mat and the dog ran to the mill of corn. " * 60)
     overrides = {
         "model.base_model": str(base),
         "training.data": [str(text)],
-        "training.output": str(tmp_path / "run"),
+        "training.output": str(folder / "run"),
         "training.total_steps": 2,
         "training.sequence_length": 32,
         "training.held_out_fraction": 0.3,
         "hardware.num_threads": 1,
     }
-    run_conversion(load_config(overrides=overrides, preset="demo"), ablations.Quiet())
+    config = load_config(overrides=overrides, preset="demo")
+    run_conversion(config, ablations.Quiet(), evaluate_on=evaluate_on)
+    return base
+
+
+def test_a_run_is_measured_as_convert_measures_it(tiny_model: TinyModel, tmp_path: Path) -> None:
+    base = tiny_run(tiny_model, tmp_path, evaluate_on=ablations.HELD_OUT_SEQUENCES)
+    evaluation = tmp_path / "run" / "evaluation.json"
+    by_convert = json.loads(evaluation.read_text())
+    ablations.measure(tmp_path / "run", base, 1)
+    measured = json.loads(evaluation.read_text())
+    assert measured == {name: by_convert[name] for name in ("n_sequences", "after")}
+
+
+def test_the_table_of_samplers_has_a_row_for_each_sampler_and_number_of_steps(
+    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tiny_run(tiny_model, tmp_path)
     table = tmp_path / "table.md"
     figures = tmp_path / "figures.json"
     arguments = ["sampler_table.py", base, tmp_path / "run", "--samples", 2, "--prompt-length", 4]

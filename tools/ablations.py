@@ -19,13 +19,19 @@ from typing import Any
 
 import numpy as np
 
+from ggml_diffusion.adapter_file import DiffusionCheckpoint
 from ggml_diffusion.config import load_config
-from ggml_diffusion.convert import EVALUATION, METRICS, run_conversion
+from ggml_diffusion.convert import EVALUATION, METRICS, exported_weights, run_conversion
 from ggml_diffusion.demo import demo_model, write_demo_text
+from ggml_diffusion.diffusion_model import DiffusionModel
+from ggml_diffusion.engine import Q4Model
+from ggml_diffusion.evaluate import as_rows, masked_scores
+from ggml_diffusion.evaluation.suite import load_held_out
 from ggml_diffusion.metrics import TrainMetrics
+from ggml_diffusion.tokenizer import Tokenizer
 
 QKVO = ["q_proj", "k_proj", "v_proj", "o_proj"]
-HELD_OUT_SEQUENCES = 62
+HELD_OUT_SEQUENCES, BATCH_SIZE = 62, 8
 
 # The recipe that all others differ from by one thing, at 1,024 tokens a step.
 BASE_PRESET = "demo"
@@ -108,9 +114,22 @@ def run(
         overrides["hardware.num_threads"] = n_threads
     config = load_config(overrides=overrides, preset=BASE_PRESET)
     begin = time.monotonic()
-    if run_conversion(config, Quiet(), evaluate_on=HELD_OUT_SEQUENCES).interrupted_by is not None:
+    if run_conversion(config, Quiet()).interrupted_by is not None:
         sys.exit("interrupted; the same command goes on")
+    measure(output, demo_model(), n_threads)
     print(f"{output}: {time.monotonic() - begin:.0f} s", flush=True)
+
+
+def measure(output: Path, base: Path, n_threads: int | None) -> None:
+    """Put into a run's folder what the held-out text says of it; of the base it says the same for all."""
+    checkpoint = DiffusionCheckpoint.load(exported_weights(output))
+    tokenizer = Tokenizer.from_gguf(base)
+    held_out = load_held_out(checkpoint, tokenizer, HELD_OUT_SEQUENCES).held_out
+    with Q4Model.from_gguf(base, n_threads) as engine:
+        converted = DiffusionModel.from_checkpoint(engine, tokenizer, checkpoint)
+        after = as_rows(masked_scores(converted, held_out, BATCH_SIZE))
+    text = json.dumps({"n_sequences": len(held_out), "after": after}, indent=1) + "\n"
+    (output / EVALUATION).write_text(text, encoding="utf-8")
 
 
 def collect(folder: Path, steps: int, on: str) -> list[dict[str, Any]]:
