@@ -201,7 +201,8 @@ typedef struct {
     const ggd_compute *compute;
     const ggd_batch *batch;
     const ggd_heads *heads;
-    const float *qkv;
+    size_t n_heads;
+    const float *x;
     size_t ld;
     ggd_activation rotated;
 } rope_job;
@@ -211,21 +212,19 @@ static void rope_forward_item(void *context, size_t item, size_t thread) {
     const ggd_segment *segment = &job->batch->segments[item];
     const ggd_heads *heads = job->heads;
     const ggd_kernels *kernels = job->compute->kernels;
-    size_t half = heads->head_size / 2, n_keys = heads->n_kv_heads * heads->head_size;
+    size_t half = heads->head_size / 2, n = job->n_heads * heads->head_size;
     float *buffer = (float *)ggd_scratch(job->compute, thread);
     for (size_t i = 0; i < (size_t)segment->n_rows; i++) {
         size_t row = (size_t)segment->first_row + i;
-        memcpy(buffer, job->qkv + row * job->ld, (heads->v_column + n_keys) * sizeof *buffer);
-        kernels->rope(buffer, heads->cosine + i * half, heads->sine + i * half, 1.0f, heads->n_heads, heads->head_size);
-        kernels->rope(buffer + heads->k_column, heads->cosine + i * half, heads->sine + i * half, 1.0f, heads->n_kv_heads,
-                      heads->head_size);
-        ggd_store_row(job->compute, buffer, job->rotated, row, 0, heads->v_column + n_keys);
+        memcpy(buffer, job->x + row * job->ld, n * sizeof *buffer);
+        kernels->rope(buffer, heads->cosine + i * half, heads->sine + i * half, 1.0f, job->n_heads, heads->head_size);
+        ggd_store_row(job->compute, buffer, job->rotated, row, 0, n);
     }
 }
 
-void ggd_rope_forward(const ggd_compute *compute, const ggd_batch *batch, const ggd_heads *heads, const float *qkv, size_t ld,
-                      ggd_activation rotated) {
-    rope_job job = {compute, batch, heads, qkv, ld, rotated};
+void ggd_rope_forward(const ggd_compute *compute, const ggd_batch *batch, const ggd_heads *heads, size_t n_heads, const float *x,
+                      size_t ld, ggd_activation rotated) {
+    rope_job job = {compute, batch, heads, n_heads, x, ld, rotated};
     ggd_parallel(compute->threads, "rope", (size_t)batch->n_segments, rope_forward_item, &job);
 }
 

@@ -30,9 +30,9 @@ void ggd_rmsnorm_repeat(const ggd_compute *compute, size_t m, size_t n, ggd_acti
 void ggd_rmsnorm_backward(const ggd_compute *compute, size_t m, size_t n, const float *dy, size_t ld, ggd_activation saved,
                           const float *weight, const float *scales, float *dx, ggd_activation dx_activation);
 
-// float32 Q, K, V to activations, Q and K rotated by each row's place in its segment.
-void ggd_rope_forward(const ggd_compute *compute, const ggd_batch *batch, const ggd_heads *heads, const float *qkv, size_t ld,
-                      ggd_activation rotated);
+// float32 queries or keys, (M, n_heads D), to activations, rotated by each row's place in its segment.
+void ggd_rope_forward(const ggd_compute *compute, const ggd_batch *batch, const ggd_heads *heads, size_t n_heads, const float *x,
+                      size_t ld, ggd_activation rotated);
 
 // h = silu(gate) * up; to h_int8 too, in blocks of the forward, unless that is NULL.
 void ggd_swiglu_forward(const ggd_compute *compute, size_t m, size_t n, ggd_activation gate, ggd_activation up, ggd_activation h,

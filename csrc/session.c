@@ -94,12 +94,10 @@ static ggd_int8_rows take_int8(const ggd_session *s, arena *a, size_t rows, size
 static void lay_out_layer_backward(const ggd_session *s, arena *a, const ggd_capacity *c, ggd_buffers *b) {
     size_t m = c->gradients ? c->n_rows : 0, ld_rank = panel_multiple(c->max_rank), widest = widest_operand(s);
     ggd_element e = s->compute.element;
-    b->dnormed = take(a, m * s->ld_hidden, sizeof(float));
     size_t begin = a->offset, end;  // the feed-forward block is done when the attention block begins
     b->dgate = take_activation(a, e, m, s->ld_ffn);
     end = a->offset;
     a->offset = begin;
-    b->dattn_out = take_activation(a, e, m, s->ld_queries);
     b->dqkv = take_activation(a, e, m, s->ld_qkv);
     a->offset = larger(end, a->offset);
     b->linear.q = take_activation(a, e, c->max_rank > 0 ? m : 0, ld_rank);
@@ -163,7 +161,7 @@ static size_t thread_scratch_bytes(const ggd_session *s, const ggd_capacity *c) 
 // (Where activations are in pairs their rows have no padding to be zero: quantised types come in blocks of 32.)
 static void lay_out_phases(const ggd_session *s, arena *a, const ggd_capacity *c, ggd_buffers *b) {
     size_t begin = a->offset, end;
-    b->qkv = take(a, c->n_rows * s->ld_qkv, sizeof(float));
+    b->before_rope = take(a, c->n_rows * s->ld_queries, sizeof(float));
     end = a->offset;
     a->offset = begin;
     b->h = take_activation(a, s->compute.element, c->n_rows, s->ld_ffn);
@@ -200,7 +198,11 @@ static size_t lay_out(const ggd_session *s, void *base, const ggd_capacity *c, g
     b->layers = take(&a, n_layers, sizeof *b->layers);
     b->pairs = take(&a, n_layers * GGD_N_TARGETS, sizeof *b->pairs);
     b->x = take(&a, c->n_rows * s->ld_hidden, sizeof(float));
-    b->normed = take_activation(&a, s->compute.element, c->n_rows, s->ld_hidden);
+    b->normed = take_activation(&a, s->compute.element, c->n_rows, larger(s->ld_hidden, s->ld_queries));
+    b->normed.ld = s->ld_hidden;
+    // A layer's backward reads neither the residual stream nor, while it goes through the attention, what the norm made of it.
+    b->dnormed = b->x;
+    b->dattn_out = (ggd_activation){b->normed.data, s->ld_queries};
     b->boundaries = take_copies(s, &a, c, GGD_KEEP_BOUNDARIES);
     b->middles = take_copies(s, &a, c, GGD_KEEP_WITHOUT_FFN);
     lay_out_layers(s, &a, c, b);

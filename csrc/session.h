@@ -33,10 +33,10 @@ typedef struct {
     ggd_activation normed;  // (M, C)
     ggd_layer_activations *layers;                          // (L)
     const ggd_lora_pair **pairs;                            // (L, GGD_N_TARGETS), NULL where there is none
-    float *qkv;                                             // (M, [Q | K | V]) float32, before RoPE
+    float *before_rope;                                     // (M, H D) float32: Q, then K
     ggd_activation h;                                       // (M, F)
     float *cosine, *sine;                                   // (longest segment, D / 2)
-    float *dx, *dnormed;                                    // (M, C) float32
+    float *dx, *dnormed;                                    // (M, C) float32; dnormed is x, see session.c
     ggd_activation dx_activation;                           // (M, C)
     ggd_activation dgate;                                   // (M, F): d h, then d gate
     ggd_activation dattn_out, dqkv;                         // (M, H D), (M, [dQ | dK | dV])

@@ -20,9 +20,10 @@ static ggd_linear linear_of(const ggd_session *s, size_t layer, int target) {
     };
 }
 
-// Columns of Q, K and V in the joint buffers.
-static size_t qkv_column(const ggd_session *s, int target) {
-    return target == GGD_ATTN_Q ? 0 : target == GGD_ATTN_K ? s->heads.k_column : s->heads.v_column;
+// The part of Q, K or V in a joint buffer.
+static ggd_activation columns_of(const ggd_session *s, ggd_activation qkv, int target) {
+    size_t column = target == GGD_ATTN_Q ? 0 : target == GGD_ATTN_K ? s->heads.k_column : s->heads.v_column;
+    return (ggd_activation){ggd_activation_at(qkv, 0, column, s->compute.element), qkv.ld};
 }
 
 // Room for an operand of the forward's frozen products in int8, (M, n); NULL where they are not in int8.
@@ -55,10 +56,16 @@ static void attention_block_forward(ggd_session *s, const ggd_batch *batch, size
                         act->attn_scales, act->x);
     for (int target = GGD_ATTN_Q; target <= GGD_ATTN_V; target++) {
         ggd_linear linear = linear_of(s, l, target);
-        ggd_linear_forward(compute, &linear, m, b->normed, normed_int8, NULL, 0, b->qkv + qkv_column(s, target), s->ld_qkv,
-                           GGD_ELEMENT_F32);
+        ggd_activation out = columns_of(s, act->qkv, target);
+        if (target == GGD_ATTN_V) {
+            ggd_linear_forward(compute, &linear, m, b->normed, normed_int8, NULL, 0, out.data, out.ld, compute->element);
+        } else {
+            ggd_linear_forward(compute, &linear, m, b->normed, normed_int8, NULL, 0, b->before_rope, s->ld_queries,
+                               GGD_ELEMENT_F32);
+            size_t n_heads = target == GGD_ATTN_Q ? s->heads.n_heads : s->heads.n_kv_heads;
+            ggd_rope_forward(compute, batch, &s->heads, n_heads, b->before_rope, s->ld_queries, out);
+        }
     }
-    ggd_rope_forward(compute, batch, &s->heads, b->qkv, s->ld_qkv, act->qkv);
     ggd_attention_forward(compute, batch, &s->heads, act->qkv, act->attn_out, act->lse);
     ggd_linear output = linear_of(s, l, GGD_ATTN_OUTPUT);
     const ggd_int8_rows *attn_int8 = in_int8(s, m, shape->n_heads * shape->head_size, act->attn_out);
@@ -145,7 +152,7 @@ static void attention_block_backward(ggd_session *s, const ggd_batch *batch, siz
     ggd_rmsnorm_repeat(compute, m, hidden, act->x, s->model->layers[l].attn_norm, s->model->rms_eps, b->normed);
     for (int target = GGD_ATTN_Q; target <= GGD_ATTN_V; target++) {
         ggd_linear linear = linear_of(s, l, target);
-        ggd_activation dy = {ggd_activation_at(b->dqkv, 0, qkv_column(s, target), compute->element), b->dqkv.ld};
+        ggd_activation dy = columns_of(s, b->dqkv, target);
         const float *sum = target == GGD_ATTN_Q ? NULL : b->dnormed;
         ggd_linear_backward_input(compute, &linear, m, dy, &b->linear, sum, b->dnormed, s->ld_hidden, GGD_ELEMENT_F32);
         ggd_linear_backward_lora(compute, &linear, m, b->normed, dy, &b->linear);
