@@ -117,14 +117,14 @@ static void lay_out_loss(const ggd_session *s, arena *a, const ggd_capacity *c, 
     size_t rows = c->n_rows < GGD_LOSS_ROWS ? c->n_rows : GGD_LOSS_ROWS, teacher = c->teacher ? 1 : 0;
     size_t gradient_rows = c->gradients ? rows : 0;
     ggd_element e = s->compute.element;
-    b->loss.normed = take_activation(a, e, rows, s->ld_hidden);
+    b->loss.normed = b->normed;
     b->loss.scales = take(a, rows, sizeof(float));
     b->loss.weights = take_activation(a, e, gradient_rows, GGD_LOSS_TOKENS);
     b->loss.target_logit = take(a, rows, sizeof(float));
     b->loss.rows = take(a, c->n_rows, sizeof(int32_t));
     b->loss.ld = s->ld_hidden;
     lay_out_softmax(a, rows, gradient_rows, s->ld_hidden, &b->loss.own);
-    b->normed_int8 = take_int8(s, a, rows, s->ld_hidden);
+    b->normed_int8 = b->int8;
     b->teacher_int8 = take_int8(s, a, teacher * rows, s->ld_hidden);
     ggd_int8_set_strides(&b->normed_int8, s->ld_hidden, GGD_INT8_FORWARD_BLOCK);
     ggd_int8_set_strides(&b->teacher_int8, s->ld_hidden, GGD_INT8_FORWARD_BLOCK);
@@ -137,14 +137,13 @@ static void lay_out_loss(const ggd_session *s, arena *a, const ggd_capacity *c, 
 }
 
 static size_t thread_scratch_bytes(const ggd_session *s, const ggd_capacity *c) {
-    size_t block = 1, reduction = s->ld_ffn > s->ld_qkv ? s->ld_ffn : s->ld_qkv;
+    size_t block = 1, reduction = widest_operand(s) + c->max_rank;
     for (int32_t l = 0; l < s->model->shape.n_layers; l++) {
         for (int target = 0; target < GGD_N_TARGETS; target++) {
             block = s->model->layers[l].linear[target].block > block ? s->model->layers[l].linear[target].block : block;
         }
     }
     block = s->model->head.block > block ? s->model->head.block : block;
-    reduction = (s->ld_hidden > reduction ? s->ld_hidden : reduction) + c->max_rank;
     reduction = GGD_LOSS_TOKENS > reduction ? GGD_LOSS_TOKENS : reduction;
     size_t bytes = ggd_gemm_bytes_scratch(s->compute.element, reduction, block);
     // LoRA gradients reduce over all rows, with operands that have no blocks.
@@ -197,12 +196,14 @@ static size_t lay_out(const ggd_session *s, void *base, const ggd_capacity *c, g
     *b = (ggd_buffers){0};
     b->layers = take(&a, n_layers, sizeof *b->layers);
     b->pairs = take(&a, n_layers * GGD_N_TARGETS, sizeof *b->pairs);
-    b->x = take(&a, c->n_rows * s->ld_hidden, sizeof(float));
-    b->normed = take_activation(&a, s->compute.element, c->n_rows, larger(s->ld_hidden, s->ld_queries));
-    b->normed.ld = s->ld_hidden;
-    // A layer's backward reads neither the residual stream nor, while it goes through the attention, what the norm made of it.
+    size_t bytes_x = s->ld_hidden * sizeof(float), bytes_attn_out = s->ld_queries * ggd_element_bytes(s->compute.element);
+    b->x = take(&a, c->n_rows, larger(bytes_x, bytes_attn_out));
+    b->normed = take_activation(&a, s->compute.element, c->n_rows, s->ld_hidden);
+    // A layer's backward does not read the residual stream. Its place has the gradient of the attention's output, and when that is
+    // done the gradient of what a norm made; and what a norm made is needed only once the block's dx has been read.
+    b->dattn_out = (ggd_activation){b->x, s->ld_queries};
     b->dnormed = b->x;
-    b->dattn_out = (ggd_activation){b->normed.data, s->ld_queries};
+    b->dx_activation = b->normed;
     b->boundaries = take_copies(s, &a, c, GGD_KEEP_BOUNDARIES);
     b->middles = take_copies(s, &a, c, GGD_KEEP_WITHOUT_FFN);
     lay_out_layers(s, &a, c, b);
@@ -210,7 +211,6 @@ static size_t lay_out(const ggd_session *s, void *base, const ggd_capacity *c, g
     b->sine = take(&a, c->max_segment_rows * (size_t)shape->head_size / 2, sizeof(float));
     b->int8 = take_int8(s, &a, c->n_rows, widest_operand(s));
     b->dx = take(&a, c->gradients ? c->n_rows * s->ld_hidden : 0, sizeof(float));
-    b->dx_activation = take_activation(&a, s->compute.element, c->gradients ? c->n_rows : 0, s->ld_hidden);
     b->loss.teacher_normed = take_activation(&a, s->compute.element, c->teacher ? c->n_rows : 0, s->ld_hidden);
     lay_out_phases(s, &a, c, b);
     *bytes_thread = thread_scratch_bytes(s, c);

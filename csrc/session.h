@@ -27,19 +27,19 @@ typedef struct {
 } ggd_capacity;
 
 typedef struct {
-    float *x;               // (M, C) float32: the residual stream
+    float *x;               // (M, C) float32: the residual stream; in the backward dattn_out, then dnormed
     float **boundaries;     // (L): a copy of it before each layer where layers are computed again, else NULL
     float **middles;        // (L): a copy of it before each feed-forward block where only those are computed again, else NULL
-    ggd_activation normed;  // (M, C)
+    ggd_activation normed;  // (M, C); in the backward also dx_activation; in the loss its operand
     ggd_layer_activations *layers;                          // (L)
     const ggd_lora_pair **pairs;                            // (L, GGD_N_TARGETS), NULL where there is none
     float *before_rope;                                     // (M, H D) float32: Q, then K
     ggd_activation h;                                       // (M, F)
     float *cosine, *sine;                                   // (longest segment, D / 2)
-    float *dx, *dnormed;                                    // (M, C) float32; dnormed is x, see session.c
-    ggd_activation dx_activation;                           // (M, C)
+    float *dx, *dnormed;                                    // (M, C) float32; dnormed lies in x
+    ggd_activation dx_activation;                           // (M, C), dx as the first products of a block read it; lies in normed
     ggd_activation dgate;                                   // (M, F): d h, then d gate
-    ggd_activation dattn_out, dqkv;                         // (M, H D), (M, [dQ | dK | dV])
+    ggd_activation dattn_out, dqkv;                         // (M, H D), lies in x; (M, [dQ | dK | dV])
     ggd_int8_rows int8;                                     // (M, the widest operand): what a product in int8 reads
     ggd_int8_rows weights_int8, normed_int8, teacher_int8;  // the same of the loss
     ggd_linear_scratch linear;

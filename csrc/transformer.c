@@ -181,10 +181,13 @@ static void recompute_layer(ggd_session *s, const ggd_batch *batch, size_t l) {
 }
 
 void ggd_transformer_backward(ggd_session *s, const ggd_batch *batch, const ggd_adapter *adapter, float *grad_offset) {
-    size_t m = (size_t)batch->n_rows, hidden = (size_t)s->model->shape.hidden_size;
-    ggd_to_activation(&s->compute, m, hidden, s->buffers.dx, s->ld_hidden, s->buffers.dx_activation);
-    for (size_t l = (size_t)s->model->shape.n_layers; l-- > 0;) {
+    size_t m = (size_t)batch->n_rows, hidden = (size_t)s->model->shape.hidden_size, n_layers = (size_t)s->model->shape.n_layers;
+    int recomputes = s->buffers.boundaries != NULL || s->buffers.middles != NULL;
+    for (size_t l = n_layers; l-- > 0;) {
         recompute_layer(s, batch, l);
+        if (recomputes || l + 1 == n_layers) {  // else the layer after it left its dx there
+            ggd_to_activation(&s->compute, m, hidden, s->buffers.dx, s->ld_hidden, s->buffers.dx_activation);
+        }
         ffn_block_backward(s, batch, l);
         attention_block_backward(s, batch, l);
     }

@@ -23,7 +23,7 @@ from ggml_diffusion.trainer import ConversionTrainer
 # Training all in bfloat16, which people do, is 4.5e-3 from float32 in this measure in PyTorch on SmolLM2
 # (tests/test_peer_torch.py); int8 must not be further away than that.
 MIN_COSINE = 1.0 - 4.5e-3
-_PIECE = 1 << 18
+_PIECE = 1 << 15
 _CHOICES: tuple[Int8, ...] = ("both", "backward")  # fastest first
 _PRODUCTS: Mapping[Int8, str] = {"both": "forward and backward", "backward": "backward", "none": "nothing"}
 
@@ -54,7 +54,7 @@ def choose_int8(trainer: ConversionTrainer, batch: TokenBatch) -> Int8Report:
     except UserError:
         return Int8Report(cosines, "none")
     model.int8 = "none"
-    fine = trainer.first_gradient(batch)
+    fine = trainer.first_gradient(batch).copy()  # the only copy: a second one would be the run's peak
     for products in _CHOICES:
         model.int8 = products
         coarse = trainer.first_gradient(batch)
@@ -76,7 +76,7 @@ def without_int8(model: Q4Model) -> Iterator[None]:
 
 
 def _cosine(x: NDArray[np.float32], y: NDArray[np.float32]) -> float:
-    """Cosine of two flat gradients, summed in float64 by pieces: a copy of both would be the run's peak."""
+    """Cosine of two flat gradients, summed in float64 by pieces: copies of them would be the run's peak."""
     products = np.zeros(3)
     for start in range(0, len(x), _PIECE):
         a, b = (flat[start : start + _PIECE].astype(np.float64) for flat in (x, y))

@@ -61,8 +61,9 @@ class AdamW:
         self._decayed = [(part, self._factor_at(part.start)) for part in decayed]
         self.weight_decay = weight_decay
         self.beta1, self.beta2, self.epsilon = beta1, beta2, epsilon
-        self.first_moment = np.zeros_like(parameters)
-        self.second_moment = np.zeros_like(parameters)
+        # zeros, not zeros_like, which writes them: these take no memory before the first step
+        self.first_moment = np.zeros(parameters.size, dtype=np.float32)
+        self.second_moment = np.zeros(parameters.size, dtype=np.float32)
         self.step_count = 0
 
     def _factor_at(self, index: int) -> float:

@@ -203,11 +203,11 @@ class ConversionTrainer:
         )
 
     def first_gradient(self, batch: TokenBatch) -> NDArray[np.float32]:
-        """The flat gradient of the next step's first micro-batch; changes nothing."""
-        gradients = ParameterStore({name: view.shape for name, view in self.parameters.views.items()})
+        """The flat gradient of the next step's first micro-batch, until the next gradient is computed."""
+        self._gradients.flat[...] = 0.0
         part = self.corrupt(batch).part(slice(0, self.config.batch_size))
-        self._accumulate(part, self.annealer.causal_ratio_at(self.step_count), gradients)
-        return gradients.flat
+        self._accumulate(part, self.annealer.causal_ratio_at(self.step_count), self._gradients)
+        return self._gradients.flat
 
     def corrupt(self, batch: TokenBatch) -> NoisyBatch:
         """The noise that the next step adds to a batch: a function of (seed, step) and the batch."""

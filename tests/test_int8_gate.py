@@ -37,7 +37,7 @@ def trainer_of(model: Q4Model) -> ConversionTrainer:
 
 def test_int8_is_used_where_the_gradient_agrees(model: Q4Model) -> None:
     trainer = trainer_of(model)
-    fine = trainer.first_gradient(batch())
+    fine = trainer.first_gradient(batch()).copy()
     report = choose_int8(trainer, batch())
     coarse = trainer.first_gradient(batch())
     assert model.int8 == report.used == "both"
