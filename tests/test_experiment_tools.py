@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -121,3 +122,25 @@ def test_the_learning_curve_draws_every_step_of_each_run_against_its_tokens(tmp_
     assert mean.get_ydata().tolist() == [8.0, 7.0, 5.5]
     assert annealed.get_xdata() == [4.0, 4.0]  # bidirectional from the second step on
     assert [text.get_text() for text in accuracy.get_legend().get_texts()] == ["one", "other"]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["learning_curve.py", "no_run", "--plot", "curve.png"],
+        ["sampler_table.py", "no_model.gguf", "no_run"],
+        ["ablations.py", "a_file/runs", "--only", "base"],
+        ["make_large_gguf.py", "no_folder/model.gguf"],
+        ["make_english_text.py", "text.txt"],
+    ],
+)
+def test_wrong_input_gets_one_line_and_exit_code_2(command: list[str], tmp_path: Path) -> None:
+    (tmp_path / "a_file").touch()
+    tool = Path(ablations.__file__).with_name(command[0])
+    result = subprocess.run(
+        [sys.executable, tool, *command[1:]], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ")
+    assert len(result.stderr.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["a_file"]

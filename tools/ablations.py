@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tool_errors import run_tool
 
 from ggml_diffusion.adapter_file import DiffusionCheckpoint
 from ggml_diffusion.config import load_config
@@ -230,4 +231,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

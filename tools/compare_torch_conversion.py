@@ -17,18 +17,19 @@ import argparse
 import json
 import pydoc_data.topics
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tool_errors import run_tool
 
 from ggml_diffusion.config import ConversionTrainingConfig, load_config
 from ggml_diffusion.data import TokenBatch
 from ggml_diffusion.demo import demo_model
 from ggml_diffusion.diffusion_model import DiffusionModel
 from ggml_diffusion.engine import Q4Model
+from ggml_diffusion.errors import UserError
 from ggml_diffusion.evaluation.scoring import score_masked, untrained
 from ggml_diffusion.int8_gate import choose_int8, without_int8
 from ggml_diffusion.lora import TargetModule
@@ -65,7 +66,7 @@ def peer_masks(folder: Path, peer_python: str | None) -> NDArray[np.bool_]:
     path = folder / "masks.npz"
     if not path.exists():
         if peer_python is None:
-            sys.exit(f"{path} is not there yet: name a Python with torch by --peer-python")
+            raise UserError(f"{path} is not there yet: name a Python with torch by --peer-python")
         subprocess.run([peer_python, "-c", MASKS_CODE, str(path)], check=True)
     masks: NDArray[np.bool_] = np.load(path)["masks"]
     return masks
@@ -165,4 +166,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

@@ -14,7 +14,6 @@ import argparse
 import hashlib
 import json
 import re
-import sys
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from pathlib import Path
 
 import english_prose
 from english_sources import SOURCES, Source, fetch
+from tool_errors import run_tool
 
 from ggml_diffusion.durable import replace_file
 from ggml_diffusion.errors import UserError
@@ -156,7 +156,7 @@ def as_table(rows: list[Row], *, with_tokens: bool) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
+def main() -> None:
     """Parse, write, show the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -168,19 +168,14 @@ def main() -> int:
     parser.add_argument("--model", type=Path, help="a GGUF whose tokens are counted")
     arguments = parser.parse_args()
     cache = arguments.cache or arguments.output.parent / "english_cache"
-    try:
-        if arguments.output.suffix != ".jsonl":
-            raise UserError(f"{arguments.output}: the output's name must end in .jsonl")
-        if not arguments.output.parent.is_dir():
-            raise UserError(f"{arguments.output.parent}: no such folder")
-        rows = write_text(arguments.output, SOURCES, cache, arguments.model)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if arguments.output.suffix != ".jsonl":
+        raise UserError(f"{arguments.output}: the output's name must end in .jsonl")
+    if not arguments.output.parent.is_dir():
+        raise UserError(f"{arguments.output.parent}: no such folder")
+    rows = write_text(arguments.output, SOURCES, cache, arguments.model)
     print(as_table(rows, with_tokens=arguments.model is not None))
     print(f"sha256 {hashlib.sha256(arguments.output.read_bytes()).hexdigest()}  {arguments.output}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_tool(main)

@@ -25,6 +25,7 @@ import gguf
 import numpy as np
 from make_tiny_gguf import TENSOR_TYPES, _add_metadata, bpe_vocabulary, quantise
 from numpy.typing import NDArray
+from tool_errors import run_tool
 
 SHAPE_7B = {"L": 32, "C": 4096, "H": 32, "G": 32, "F": 11008, "V": 32000}
 
@@ -155,4 +156,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

@@ -16,6 +16,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from tool_errors import run_tool
+
 from ggml_diffusion.adapter_file import DiffusionCheckpoint
 from ggml_diffusion.convert import exported_weights
 from ggml_diffusion.diffusion_model import DiffusionModel
@@ -145,4 +147,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)
