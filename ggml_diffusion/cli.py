@@ -189,7 +189,7 @@ def _convert(config: ConversionTrainingConfig, *, fresh: bool, evaluate_on: int)
 # -- generate ----------------------------------------------------------------------------------------
 
 
-@app.command(epilog='Example: ggml-diffusion generate model.gguf run --prompt "Once upon a time" --steps 32')
+@app.command(epilog='Example: ggml-diffusion generate model.gguf run --prompt "Once upon a time" --length 32')
 def generate(
     base: Annotated[Path, typer.Argument(help="The GGUF that was converted.", metavar="MODEL.gguf")],
     adapter: Annotated[

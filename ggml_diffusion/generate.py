@@ -22,12 +22,21 @@ from ggml_diffusion.sampling import RevealOrder, block_steps, highest, propose, 
 Predictor = Callable[[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]], NDArray[np.float32]]
 
 
+# A text whose surest tokens are written first, wherever they are, repeats itself (docs/results/samplers.md).
+DEFAULT_BLOCK_LENGTH = 8
+
+
 class GenerationConfig(BaseModel):
     """How text is denoised. One field = one setting: the flags of `generate` and their help come of it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    steps: int = Field(default=64, ge=1, description="Denoising steps; each is one forward pass.")
+    steps: int | None = Field(
+        default=None,
+        ge=1,
+        description="Denoising steps; each is one forward pass, and every block takes at least one. Left "
+        "out, one for each token to write.",
+    )
     order: RevealOrder = Field(
         default=RevealOrder.CONFIDENCE,
         description="Positions revealed first: at random, the surest by confidence, margin or entropy, or by "
@@ -62,7 +71,7 @@ class GenerationConfig(BaseModel):
         default=None,
         ge=0,
         description="Finish blocks of this many tokens from left to right; 0 = all at once; left out, as the "
-        "conversion was trained.",
+        f"conversion was trained, {DEFAULT_BLOCK_LENGTH} if it was on whole texts.",
     )
     remasking: float = Field(
         default=0.0,
@@ -102,7 +111,8 @@ def denoise(
         mask_token_id: never drawn, as `predict` gives it a logit of -inf.
         predict: the network.
         mask_probability: the noise schedule p(t), which sets how many tokens each step reveals.
-        config: `length` is not used here, the masks are counted; a `block_length` of None is 0 here.
+        config: `length` is not used here, the masks are counted; a `block_length` of None is 0 here, `steps`
+            of None as many as there are masks.
         stop_token: if set, it ends the text where nothing but masks to fill lies behind it: what follows is
             out of sight, as it was in training, and is left as it is; no further block is begun.
         hide_later_blocks: cut off the masks behind the current block, as block diffusion was trained; text
@@ -121,7 +131,7 @@ def denoise(
     generator = np.random.Generator(np.random.Philox(key=config.seed))
     block_length = config.block_length or len(holes)
     blocks = [holes[start : start + block_length] for start in range(0, len(holes), block_length)]
-    steps_of_blocks = block_steps([len(block) for block in blocks], config.steps)
+    steps_of_blocks = block_steps([len(block) for block in blocks], config.steps or len(holes))
     step = 0
     for block, n_steps in zip(blocks, steps_of_blocks, strict=True):
         surety = np.zeros(len(tokens))  # of each token written in this block, as it was when it was written

@@ -368,6 +368,16 @@ def test_a_conversion_that_was_trained_in_blocks_writes_in_blocks(engine):
     assert lengths == [8, 8]
 
 
+def test_a_conversion_of_whole_texts_writes_a_token_a_step_in_blocks_of_eight(engine):
+    model, steps = converted(engine), []
+    written = [model.fill([30, *[MASK] * 12], GenerationConfig(), steps.append)]
+    assert len(steps) == steps[0].n_steps == 12
+    # the first block is full before the second is begun
+    assert [int((step.tokens[9:] != MASK).sum()) for step in steps] == [0] * 8 + [1, 2, 3, 4]
+    written += [model.fill([30, *[MASK] * 12], GenerationConfig(steps=12, block_length=n)) for n in (8, 0)]
+    assert written[0].tolist() == written[1].tolist() != written[2].tolist()
+
+
 def test_hidden_blocks_change_what_is_predicted_only_by_what_is_hidden(engine):
     """The first block comes out as if the text ended with it."""
     model = converted(engine)

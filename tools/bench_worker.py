@@ -195,7 +195,7 @@ class Worker:
         tokens = np.full(prompt_length + length, model.mask_token_id, dtype=np.int32)
         tokens[:prompt_length] = self._tokens(prompt_length)
         started_s = time.perf_counter()
-        model.fill(tokens, GenerationConfig(steps=steps))
+        model.fill(tokens, GenerationConfig(steps=steps, block_length=0))
         return {"time_s": time.perf_counter() - started_s}
 
 

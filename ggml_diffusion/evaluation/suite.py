@@ -246,7 +246,7 @@ def evaluate_conversion(
                 model,
                 prompts,
                 truths,
-                _generation_config(settings),
+                _generation_config(settings, model),
                 batch_size=settings.batch_size,
                 on_tokens=_teller(listener, "writing"),
             )
@@ -362,9 +362,11 @@ def _prompts(
         return [], []
 
 
-def _generation_config(settings: EvaluationSettings) -> GenerationConfig:
-    shared = ("order", "temperature", "top_p", "threshold", "block_length", "remasking", "seed")
-    return GenerationConfig(**{name: getattr(settings, name) for name in shared})
+def _generation_config(settings: EvaluationSettings, model: DiffusionModel) -> GenerationConfig:
+    shared = ("order", "temperature", "top_p", "threshold", "remasking", "seed")
+    as_trained = model.block_size or 0
+    block_length = as_trained if settings.block_length is None else settings.block_length
+    return GenerationConfig(block_length=block_length, **{name: getattr(settings, name) for name in shared})
 
 
 def _probe(engine: Q4Model, held_out: TokenBatch, adapter: LoraAdapter | None) -> NDArray[np.float32]:
