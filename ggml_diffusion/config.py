@@ -209,7 +209,7 @@ SETTINGS: Mapping[str, Setting] = {
     )
 }
 
-MIN_WARMUP_STEPS = 20  # with 10, some runs lose what the base knows (docs/results/ablations.md)
+MIN_WARMUP_STEPS = 10
 
 # What the ablations (docs/results/ablations.md) leave of the PyTorch conversion's recipe.
 _SHORT_RECIPE: Mapping[str, Any] = {
@@ -243,7 +243,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "demo": {
         **_SHORT_RECIPE,
         "training.total_steps": 200,
-        "training.warmup_steps": MIN_WARMUP_STEPS,
+        "training.warmup_steps": 10,
         "mask_annealing.total_steps": 40,
     },
 }

@@ -184,7 +184,7 @@ def test_short_presets_end_their_annealing_early_enough_to_train_bidirectionally
     config = load_config(preset=preset)
     assert scaled_to_run(config) == (config, None)
     assert config.qlora.mask_annealing.total_steps == config.total_steps / 5
-    assert config.warmup_steps == max(20, config.total_steps / 20)
+    assert config.warmup_steps == config.total_steps / 20
     assert set(config.qlora.target_modules) == set(TargetModule)
 
 
@@ -201,7 +201,7 @@ def test_a_presets_annealing_and_warm_up_keep_their_share_of_a_run_of_another_le
     config = load_config(None, {"training.total_steps": 5000}, preset="laptop")
     assert (config.warmup_steps, config.qlora.mask_annealing.total_steps) == (250, 1000)
     short = load_config(None, {"training.total_steps": 60}, preset="laptop")
-    assert (short.warmup_steps, short.qlora.mask_annealing.total_steps) == (20, 12)
+    assert (short.warmup_steps, short.qlora.mask_annealing.total_steps) == (10, 12)
     seed = load_config(None, {"training.total_steps": 30_000}, preset="seed")
     assert (seed.warmup_steps, seed.qlora.mask_annealing.total_steps) == (1000, 20_000)
 

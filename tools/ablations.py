@@ -45,7 +45,6 @@ VARIATIONS: Mapping[str, Mapping[str, Any]] = {
     "lora-b-1-lr-1e-3": {"training.lora_b_rate_factor": 1.0, "training.learning_rate": 1e-3},
     "lora-b-16": {"training.lora_b_rate_factor": 16.0},
     "lora-b-20-lr-2e-4": {"training.lora_b_rate_factor": 20.0, "training.learning_rate": 2e-4},
-    "warmup-10": {"training.warmup_steps": 10},
     "annealing-none": {"mask_annealing.total_steps": 0},
     "annealing-half": {"mask_annealing.total_steps": 0.5},
     "bernoulli-mask": {"mask_annealing.mask": "bernoulli"},
