@@ -153,7 +153,7 @@ WORKS = (
     Work("all seven 8x256, 350 MiB", 8, 256, targets=ALL_TARGETS, memory_mib=350),
     Work("q,k,v,o 8x512, 650 MiB", 8, 512, memory_mib=650),
     Work("7B layer Q4_0 8x128", 8, 128, "Q4_0"),
-    Work("7B layer Q4_0 8x128, 110 MiB", 8, 128, "Q4_0", memory_mib=110),
+    Work("7B layer Q4_0 8x128, 80 MiB", 8, 128, "Q4_0", memory_mib=80),
     Work("7B layer Q4_0 8x256, 200 MiB", 8, 256, "Q4_0", memory_mib=200),
     Work("7B layer Q4_K 8x128", 8, 128, "Q4_K"),
     Work("7B layer Q4_K 8x128, 110 MiB", 8, 128, "Q4_K", memory_mib=110),
