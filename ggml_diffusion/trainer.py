@@ -203,7 +203,7 @@ class ConversionTrainer:
         )
 
     def first_gradient(self, batch: TokenBatch) -> NDArray[np.float32]:
-        """The flat gradient of the next step's first micro-batch, until the next gradient is computed."""
+        """The gradient (n,) of the next step's first micro-batch; the next gradient overwrites it."""
         self._gradients.flat[...] = 0.0
         part = self.corrupt(batch).part(slice(0, self.config.batch_size))
         self._accumulate(part, self.annealer.causal_ratio_at(self.step_count), self._gradients)
