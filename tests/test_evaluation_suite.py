@@ -5,6 +5,7 @@ import io
 import json
 import math
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -334,6 +335,15 @@ def test_a_folder_that_cannot_be_made_is_one_line(measured, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be used as output folder"):
         save_evaluation(measured[0], tmp_path / "file", print)
+
+
+@pytest.mark.parametrize(
+    ("asked", "trained", "expected"), [(None, None, 0), (None, 4, 4), (0, 4, 0), (8, None, 8)]
+)
+def test_texts_are_written_at_once_unless_blocks_were_trained_or_asked_for(asked, trained, expected):
+    model = SimpleNamespace(block_size=trained)
+    config = suite._generation_config(EvaluationSettings(block_length=asked, top_p=0.5), model)
+    assert (config.block_length, config.top_p) == (expected, 0.5)
 
 
 def test_progress_is_plain_lines_where_there_is_no_terminal():
