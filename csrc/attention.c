@@ -27,7 +27,7 @@ typedef struct {
     uint8_t *keys;           // panels of K for S = Q K^T
     uint8_t *values;         // panels of V for O = P V
     uint8_t *values_t;       // panels of V for dP = dO V^T
-    uint8_t *keys_plain;     // panels of K for dQ = dS K
+    uint8_t *keys_w;         // panels of K for dQ = dS K
     uint8_t *strip_panel;    // one panel over the strip's rows
     float *scores;           // (STRIP_ROWS, ld_t): S, then P
     float *dscores;          // (STRIP_ROWS, ld_t): dP, then dS
@@ -57,7 +57,7 @@ static attention_scratch lay_out(uint8_t *base, ggd_element element, size_t head
     s.rows = (float *)take(base, &offset, STRIP_ROWS * ld_d * sizeof(float));
     size_t n = gradients ? 1 : 0;
     s.values_t = take(base, &offset, n * ld_t * ld_d * bytes);
-    s.keys_plain = take(base, &offset, n * ld_t * ld_d * bytes);
+    s.keys_w = take(base, &offset, n * ld_t * ld_d * bytes);
     s.strip_panel = take(base, &offset, n * ld_strip * GGD_PANEL_COLUMNS * bytes);
     s.dscores = (float *)take(base, &offset, n * STRIP_ROWS * ld_t * sizeof(float));
     s.transposed = take(base, &offset, n * ld_d * ld_strip * bytes);
@@ -102,9 +102,9 @@ static ggd_matrix head_matrix(const unit *u, ggd_activation x, size_t column, si
 
 static void pack_all(const unit *u, ggd_operation operation, const ggd_matrix *w, uint8_t *panels) {
     const ggd_compute *compute = u->job->compute;
-    size_t columns = operation == GGD_TIMES_TRANSPOSE ? w->n_rows : w->n_cols;
-    size_t reduction = operation == GGD_TIMES_TRANSPOSE ? w->n_cols : w->n_rows;
-    size_t bytes_panel = ggd_panel_k(compute->element, reduction) * GGD_PANEL_COLUMNS * ggd_element_bytes(compute->element);
+    size_t columns = operation == GGD_TIMES_WT ? w->n_rows : w->n_cols;
+    size_t reduction = operation == GGD_TIMES_WT ? w->n_cols : w->n_rows;
+    size_t bytes_panel = ggd_panel_bytes(compute->element, reduction);
     for (size_t column = 0; column < columns; column += GGD_PANEL_COLUMNS) {
         ggd_pack_panel(compute, operation, w, column, 1.0f, u->s.unpacked, panels + column / GGD_PANEL_COLUMNS * bytes_panel);
     }
@@ -115,7 +115,7 @@ static void multiply(const unit *u, size_t rows, size_t columns, const void *a, 
                      const float *init, float *c, size_t ld_c) {
     const ggd_compute *compute = u->job->compute;
     size_t k_panel = ggd_panel_k(compute->element, k);
-    size_t bytes_panel = k_panel * GGD_PANEL_COLUMNS * ggd_element_bytes(compute->element);
+    size_t bytes_panel = ggd_panel_bytes(compute->element, k);
     for (size_t column = 0; column < columns; column += GGD_PANEL_COLUMNS) {
         ggd_tile tile = {.a1 = a,
                          .ld_a1 = ld_a,
@@ -187,7 +187,7 @@ static const void *strip_activation(const unit *u, float *values, size_t rows, s
 static void forward_strip(const unit *u, size_t head, size_t first) {
     const attention_job *job = u->job;
     const ggd_compute *compute = job->compute;
-    size_t rows = u->t - first < STRIP_ROWS ? u->t - first : STRIP_ROWS, keys = visible_keys(u, first, rows);
+    size_t rows = ggd_min(u->t - first, STRIP_ROWS), keys = visible_keys(u, first, rows);
     size_t first_row = (size_t)u->segment->first_row + first;
     strip_scores(u, head, first, rows);
     for (size_t i = 0; i < rows; i++) {
@@ -197,7 +197,7 @@ static void forward_strip(const unit *u, size_t head, size_t first) {
     }
     const void *p = strip_activation(u, u->s.scores, rows, keys);
     // The panels of V hold all t rows; a causal strip stops early in each of them.
-    size_t bytes_panel = ggd_panel_k(compute->element, u->t) * GGD_PANEL_COLUMNS * ggd_element_bytes(compute->element);
+    size_t bytes_panel = ggd_panel_bytes(compute->element, u->t);
     for (size_t column = 0; column < u->d; column += GGD_PANEL_COLUMNS) {
         multiply(u, rows, GGD_PANEL_COLUMNS, p, u->ld_t, keys, u->s.values + column / GGD_PANEL_COLUMNS * bytes_panel, NULL,
                  u->s.rows + column, u->ld_d);
@@ -212,8 +212,8 @@ static void forward_item(void *context, size_t item, size_t thread) {
     unit u = unit_of(job, item, thread, 0);
     ggd_matrix keys = head_matrix(&u, job->qkv, job->heads->k_column + u.kv_head * u.d, 0, u.t);
     ggd_matrix values = head_matrix(&u, job->qkv, job->heads->v_column + u.kv_head * u.d, 0, u.t);
-    pack_all(&u, GGD_TIMES_TRANSPOSE, &keys, u.s.keys);
-    pack_all(&u, GGD_TIMES_PLAIN, &values, u.s.values);
+    pack_all(&u, GGD_TIMES_WT, &keys, u.s.keys);
+    pack_all(&u, GGD_TIMES_W, &values, u.s.values);
     for (size_t head = u.first_head; head < u.first_head + u.n_heads; head++) {
         for (size_t first = 0; first < u.t; first += STRIP_ROWS) {
             forward_strip(&u, head, first);
@@ -296,7 +296,7 @@ static void store_query_gradient(const unit *u, size_t head, size_t first, size_
 static void backward_strip(const unit *u, size_t head, size_t first) {
     const attention_job *job = u->job;
     const ggd_compute *compute = job->compute;
-    size_t rows = u->t - first < STRIP_ROWS ? u->t - first : STRIP_ROWS, keys = visible_keys(u, first, rows);
+    size_t rows = ggd_min(u->t - first, STRIP_ROWS), keys = visible_keys(u, first, rows);
     size_t first_row = (size_t)u->segment->first_row + first;
     strip_scores(u, head, first, rows);
     const void *dout = ggd_activation_at(job->dout, first_row, head * u->d, compute->element);
@@ -307,9 +307,9 @@ static void backward_strip(const unit *u, size_t head, size_t first) {
     transpose_strip(u, job->qkv, head * u->d, first, rows);
     add_transposed_product(u, u->s.dscores, rows, keys, u->s.dkeys);
     const void *ds = strip_activation(u, u->s.dscores, rows, keys);
-    size_t bytes_panel = ggd_panel_k(compute->element, u->t) * GGD_PANEL_COLUMNS * ggd_element_bytes(compute->element);
+    size_t bytes_panel = ggd_panel_bytes(compute->element, u->t);
     for (size_t column = 0; column < u->d; column += GGD_PANEL_COLUMNS) {
-        multiply(u, rows, GGD_PANEL_COLUMNS, ds, u->ld_t, keys, u->s.keys_plain + column / GGD_PANEL_COLUMNS * bytes_panel, NULL,
+        multiply(u, rows, GGD_PANEL_COLUMNS, ds, u->ld_t, keys, u->s.keys_w + column / GGD_PANEL_COLUMNS * bytes_panel, NULL,
                  u->s.rows + column, u->ld_d);
     }
     store_query_gradient(u, head, first, rows);
@@ -339,9 +339,9 @@ static void backward_item(void *context, size_t item, size_t thread) {
     unit u = unit_of(job, item, thread, 1);
     ggd_matrix keys = head_matrix(&u, job->qkv, job->heads->k_column + u.kv_head * u.d, 0, u.t);
     ggd_matrix values = head_matrix(&u, job->qkv, job->heads->v_column + u.kv_head * u.d, 0, u.t);
-    pack_all(&u, GGD_TIMES_TRANSPOSE, &keys, u.s.keys);
-    pack_all(&u, GGD_TIMES_TRANSPOSE, &values, u.s.values_t);
-    pack_all(&u, GGD_TIMES_PLAIN, &keys, u.s.keys_plain);
+    pack_all(&u, GGD_TIMES_WT, &keys, u.s.keys);
+    pack_all(&u, GGD_TIMES_WT, &values, u.s.values_t);
+    pack_all(&u, GGD_TIMES_W, &keys, u.s.keys_w);
     memset(u.s.dkeys, 0, u.d * u.ld_t * sizeof(float));
     memset(u.s.dvalues, 0, u.d * u.ld_t * sizeof(float));
     for (size_t head = u.first_head; head < u.first_head + u.n_heads; head++) {

@@ -14,26 +14,24 @@ enum {
     QUANTISE_ROWS = 16       // activations brought to int8 at a time
 };
 
-static size_t result_columns(const ggd_gemm *g) { return g->operation == GGD_TIMES_TRANSPOSE ? g->w.n_rows : g->w.n_cols; }
+static size_t result_columns(const ggd_gemm *g) { return g->operation == GGD_TIMES_WT ? g->w.n_rows : g->w.n_cols; }
 static size_t reduction_of(ggd_operation operation, const ggd_matrix *w) {
-    return operation == GGD_TIMES_TRANSPOSE ? w->n_cols : w->n_rows;
+    return operation == GGD_TIMES_WT ? w->n_cols : w->n_rows;
 }
 
 // Panels that are packed together. Along the rows of W: as many as one block spans, and a few where there are many, or each row's cache
 // line would be fetched again for the next 32 columns. (Where there are few, groups would leave threads idle.)
 enum { GROUP_PANELS = 4, GROUPS_A_THREAD = 16 };
 static size_t panels_a_group(const ggd_gemm *g, size_t n_panels, size_t n_threads) {
-    if (g->operation == GGD_TIMES_TRANSPOSE || g->w.block == 1) {
+    if (g->operation == GGD_TIMES_WT || g->w.block == 1) {
         return 1;
     }
-    size_t group = n_panels / (GROUPS_A_THREAD * n_threads), block = (g->w.block + GGD_PANEL_COLUMNS - 1) / GGD_PANEL_COLUMNS;
-    group = group < GROUP_PANELS ? group : GROUP_PANELS;
-    group = group > 1 ? group : 1;
-    return block > group ? block : group;
+    size_t group = n_panels / (GROUPS_A_THREAD * n_threads), block = ggd_ceil_div(g->w.block, GGD_PANEL_COLUMNS);
+    return ggd_max(ggd_max(ggd_min(group, GROUP_PANELS), 1), block);
 }
 
 size_t ggd_gemm_bytes_scratch(ggd_element element, size_t reduction, size_t block) {
-    size_t panels = block > GROUP_PANELS * GGD_PANEL_COLUMNS ? block / GGD_PANEL_COLUMNS : GROUP_PANELS;
+    size_t panels = ggd_max(block / GGD_PANEL_COLUMNS, GROUP_PANELS);
     size_t bytes_panels = panels * (reduction + 4) * GGD_PANEL_COLUMNS * ggd_element_bytes(element);
     return ggd_round_up(bytes_panels, 64) + GGD_UNPACKED_FLOATS * sizeof(float);
 }
@@ -49,15 +47,15 @@ static inline void fetch_early(const uint8_t *data, size_t bytes) {
 }
 
 // op(W) = W^T: panel columns are rows of W.
-static void pack_transposed(const ggd_compute *compute, const ggd_matrix *w, size_t column, float scale, float *unpacked,
-                            uint8_t *panel) {
-    size_t n = w->n_rows - column < GGD_PANEL_COLUMNS ? w->n_rows - column : GGD_PANEL_COLUMNS, bytes_row = w->bytes_row;
+static void pack_columns_of_wt(const ggd_compute *compute, const ggd_matrix *w, size_t column, float scale, float *unpacked,
+                               uint8_t *panel) {
+    size_t n = ggd_min(w->n_rows - column, GGD_PANEL_COLUMNS), bytes_row = w->bytes_row;
     size_t bytes_piece = PIECE / w->block * w->bytes_block, bytes_early = bytes_to_fetch(w, PIECE);
     if (n < GGD_PANEL_COLUMNS) {
         memset(unpacked, 0, GGD_PANEL_COLUMNS * PIECE * sizeof *unpacked);
     }
     for (size_t k = 0; k < w->n_cols; k += PIECE) {
-        size_t length = w->n_cols - k < PIECE ? w->n_cols - k : PIECE;
+        size_t length = ggd_min(w->n_cols - k, PIECE);
         const uint8_t *source = w->data + column * bytes_row + k / w->block * w->bytes_block;
         for (size_t i = 0; i < n; i++, source += bytes_row) {
             fetch_early(source + bytes_piece, bytes_early);
@@ -69,10 +67,10 @@ static void pack_transposed(const ggd_compute *compute, const ggd_matrix *w, siz
 }
 
 // The same in int8, in W's own blocks.
-static void pack_transposed_int8(const ggd_compute *compute, const ggd_matrix *w, size_t column, const ggd_int8_format *format,
-                                 float *unpacked, uint8_t *panel) {
+static void pack_columns_of_wt_int8(const ggd_compute *compute, const ggd_matrix *w, size_t column, const ggd_int8_format *format,
+                                    float *unpacked, uint8_t *panel) {
     enum { BLOCKS = PIECE / GGD_INT8_MIN_BLOCK };
-    size_t n = w->n_rows - column < GGD_PANEL_COLUMNS ? w->n_rows - column : GGD_PANEL_COLUMNS, bytes_row = w->bytes_row;
+    size_t n = ggd_min(w->n_rows - column, GGD_PANEL_COLUMNS), bytes_row = w->bytes_row;
     size_t bytes_piece = PIECE / w->block * w->bytes_block, bytes_early = bytes_to_fetch(w, PIECE);
     float *scales = unpacked, *minima = scales + GGD_PANEL_COLUMNS * BLOCKS;
     int8_t *quants = (int8_t *)(minima + GGD_PANEL_COLUMNS * BLOCKS);
@@ -80,7 +78,7 @@ static void pack_transposed_int8(const ggd_compute *compute, const ggd_matrix *w
         memset(unpacked, 0, GGD_PANEL_COLUMNS * (2 * BLOCKS * sizeof *scales + PIECE));
     }
     for (size_t k = 0; k < w->n_cols; k += PIECE) {
-        size_t length = w->n_cols - k < PIECE ? w->n_cols - k : PIECE;
+        size_t length = ggd_min(w->n_cols - k, PIECE);
         const uint8_t *source = w->data + column * bytes_row + k / w->block * w->bytes_block;
         for (size_t i = 0; i < n; i++, source += bytes_row) {
             fetch_early(source + bytes_piece, bytes_early);
@@ -94,24 +92,23 @@ static void pack_transposed_int8(const ggd_compute *compute, const ggd_matrix *w
 // op(W) = W: panel columns are columns of W. `n_panels` neighbouring panels, `bytes_panel` apart, are packed together, as int8 blocks or
 // in the element type. Of each piece of rows as many columns are unpacked at a time as one block of W spans, so that they stay in the
 // first-level cache until they are packed.
-static void pack_plain(const ggd_compute *compute, const ggd_matrix *w, size_t column, size_t n_panels, float scale, int int8,
-                       float *unpacked, uint8_t *panel, size_t bytes_panel) {
+static void pack_rows_of_w(const ggd_compute *compute, const ggd_matrix *w, size_t column, size_t n_panels, float scale, int int8,
+                           float *unpacked, uint8_t *panel, size_t bytes_panel) {
     if (w->type == GGD_BF16 && compute->element == GGD_ELEMENT_BF16 && scale == 1.0f && n_panels == 1 && !int8 &&
         w->n_cols - column >= GGD_PANEL_COLUMNS) {
         const uint16_t *source = (const uint16_t *)w->data + column;
         compute->kernels->pack_rows_from_bf16(source, w->bytes_row / sizeof *source, w->n_rows, panel);
         return;
     }
-    size_t width = w->block > GGD_PANEL_COLUMNS ? w->block : GGD_PANEL_COLUMNS, n_pieces = n_panels * GGD_PANEL_COLUMNS / width;
+    size_t width = ggd_max(w->block, GGD_PANEL_COLUMNS), n_pieces = n_panels * GGD_PANEL_COLUMNS / width;
     size_t ld = width > GGD_PANEL_COLUMNS ? width + UNPACKED_PADDING : width;
-    size_t bytes_rows = int8 ? ggd_int8_block_bytes(&ggd_int8_backward_format)
-                             : ROWS_PIECE * GGD_PANEL_COLUMNS * ggd_element_bytes(compute->element);
+    size_t bytes_rows = int8 ? ggd_int8_block_bytes(&ggd_int8_backward_format) : ggd_panel_bytes(compute->element, ROWS_PIECE);
     size_t bytes_row = w->bytes_row, bytes_early = bytes_to_fetch(w, width);
     void (*unpack)(const uint8_t *, float *, size_t) = compute->kernels->unpack[w->type];
-    for (size_t item = 0; item < (w->n_rows + ROWS_PIECE - 1) / ROWS_PIECE * n_pieces; item++) {
+    for (size_t item = 0; item < ggd_ceil_div(w->n_rows, ROWS_PIECE) * n_pieces; item++) {
         size_t k = item / n_pieces * ROWS_PIECE, first = item % n_pieces * width;
-        size_t rows = w->n_rows - k < ROWS_PIECE ? w->n_rows - k : ROWS_PIECE;
-        size_t left = w->n_cols - column > first ? w->n_cols - column - first : 0, n = left < width ? left : width;
+        size_t rows = ggd_min(w->n_rows - k, ROWS_PIECE);
+        size_t left = w->n_cols - column > first ? w->n_cols - column - first : 0, n = ggd_min(left, width);
         if (n < width) {
             memset(unpacked, 0, ROWS_PIECE * ld * sizeof *unpacked);
         }
@@ -133,10 +130,10 @@ static void pack_plain(const ggd_compute *compute, const ggd_matrix *w, size_t c
 
 void ggd_pack_panel(const ggd_compute *compute, ggd_operation operation, const ggd_matrix *w, size_t column, float scale,
                     float *unpacked, void *panel) {
-    if (operation == GGD_TIMES_TRANSPOSE) {
-        pack_transposed(compute, w, column, scale, unpacked, panel);
+    if (operation == GGD_TIMES_WT) {
+        pack_columns_of_wt(compute, w, column, scale, unpacked, panel);
     } else {
-        pack_plain(compute, w, column, 1, scale, 0, unpacked, panel, 0);
+        pack_rows_of_w(compute, w, column, 1, scale, 0, unpacked, panel, 0);
     }
 }
 
@@ -144,7 +141,7 @@ void ggd_multiply_panel(const ggd_compute *compute, size_t m, const ggd_tile *pr
     ggd_tile tile = *prototype;
     size_t bytes = ggd_element_bytes(compute->element), bytes_c = ggd_element_bytes(tile.c_element);
     for (size_t row = 0; row < m; row += GGD_TILE_ROWS) {
-        tile.n_rows = m - row < GGD_TILE_ROWS ? m - row : GGD_TILE_ROWS;
+        tile.n_rows = ggd_min(m - row, GGD_TILE_ROWS);
         compute->kernels->tile[compute->element](&tile);
         tile.a1 = (const uint8_t *)tile.a1 + GGD_TILE_ROWS * tile.ld_a1 * bytes;
         tile.a2 = tile.a2 != NULL ? (const uint8_t *)tile.a2 + GGD_TILE_ROWS * tile.ld_a2 * bytes : NULL;
@@ -166,17 +163,21 @@ typedef struct {
 static void pack_group(const gemm_job *job, size_t first_panel, size_t n_panels, uint8_t *panels, float *unpacked) {
     const ggd_gemm *g = job->gemm;
     size_t column = first_panel * GGD_PANEL_COLUMNS;
-    if (g->operation == GGD_TIMES_TRANSPOSE && g->a_int8 != NULL) {
-        pack_transposed_int8(job->compute, &g->w, column, &job->format, unpacked, panels);
-    } else if (g->operation == GGD_TIMES_TRANSPOSE) {
-        pack_transposed(job->compute, &g->w, column, g->scale, unpacked, panels);
+    if (g->operation == GGD_TIMES_WT && g->a.int8 != NULL) {
+        pack_columns_of_wt_int8(job->compute, &g->w, column, &job->format, unpacked, panels);
+    } else if (g->operation == GGD_TIMES_WT) {
+        pack_columns_of_wt(job->compute, &g->w, column, g->scale, unpacked, panels);
     } else {
-        pack_plain(job->compute, &g->w, column, n_panels, g->scale, g->a_int8 != NULL, unpacked, panels, job->bytes_panel);
+        pack_rows_of_w(job->compute, &g->w, column, n_panels, g->scale, g->a.int8 != NULL, unpacked, panels, job->bytes_panel);
     }
     for (size_t p = 0; job->k2 > 0 && p < n_panels; p++) {
         ggd_pack_panel(job->compute, g->operation, &g->w2, column + p * GGD_PANEL_COLUMNS, g->scale2, unpacked,
                        panels + p * job->bytes_panel + job->bytes_w);
     }
+}
+
+static void *place_at(const ggd_place *place, size_t row, size_t column) {
+    return (uint8_t *)place->data + (row * place->ld + column) * ggd_element_bytes(place->element);
 }
 
 // All row tiles of one panel in int8; a second operand goes first, in the element type, by way of a small float32 tile.
@@ -186,8 +187,8 @@ static void multiply_panel_int8(const gemm_job *job, size_t first_row, size_t ro
     ggd_element element = job->compute->element;
     float second[GGD_TILE_ROWS * GGD_PANEL_COLUMNS];
     for (size_t row = first_row; row < first_row + rows; row += GGD_TILE_ROWS) {
-        size_t n_rows = first_row + rows - row < GGD_TILE_ROWS ? first_row + rows - row : GGD_TILE_ROWS;
-        const float *init = g->init != NULL ? g->init + row * g->ld_init + column : NULL;
+        size_t n_rows = ggd_min(first_row + rows - row, GGD_TILE_ROWS);
+        const float *init = g->init.data != NULL ? g->init.data + row * g->init.ld + column : NULL;
         if (job->k2 > 0) {
             ggd_tile tile = {.n_rows = n_rows,
                              .a1 = ggd_activation_at(g->a2, row, 0, element),
@@ -195,14 +196,14 @@ static void multiply_panel_int8(const gemm_job *job, size_t first_row, size_t ro
                              .k1 = job->k2,
                              .panel = panel + job->bytes_w,
                              .init = init,
-                             .ld_init = g->ld_init,
+                             .ld_init = g->init.ld,
                              .c = second,
                              .ld_c = GGD_PANEL_COLUMNS,
                              .c_element = GGD_ELEMENT_F32};
             kernels->tile[element](&tile);
             init = second;
         }
-        ggd_int8_rows a = *g->a_int8;
+        ggd_int8_rows a = *g->a.int8;
         a.quants += row * a.ld;
         a.scales += row * a.ld_scales;
         a.sums += row * a.ld_scales;
@@ -212,10 +213,10 @@ static void multiply_panel_int8(const gemm_job *job, size_t first_row, size_t ro
                               .a = a,
                               .panel = panel,
                               .init = init,
-                              .ld_init = job->k2 > 0 ? GGD_PANEL_COLUMNS : g->ld_init,
-                              .c = (uint8_t *)g->c + (row * g->ld_c + column) * ggd_element_bytes(g->c_element),
-                              .ld_c = g->ld_c,
-                              .c_element = g->c_element};
+                              .ld_init = job->k2 > 0 ? GGD_PANEL_COLUMNS : g->init.ld,
+                              .c = place_at(&g->c, row, column),
+                              .ld_c = g->c.ld,
+                              .c_element = g->c.element};
         kernels->int8_tile(&tile);
     }
 }
@@ -224,18 +225,18 @@ static void multiply_panel(const gemm_job *job, size_t first_row, size_t rows, s
     const ggd_gemm *g = job->gemm;
     ggd_element element = job->compute->element;
     ggd_tile tile = {
-        .a1 = ggd_activation_at(g->a, first_row, 0, element),
-        .ld_a1 = g->a.ld,
+        .a1 = ggd_activation_at(g->a.x, first_row, 0, element),
+        .ld_a1 = g->a.x.ld,
         .k1 = job->k1,
         .a2 = job->k2 > 0 ? ggd_activation_at(g->a2, first_row, 0, element) : NULL,
         .ld_a2 = g->a2.ld,
         .k2 = job->k2,
         .panel = panel,
-        .init = g->init != NULL ? g->init + first_row * g->ld_init + column : NULL,
-        .ld_init = g->ld_init,
-        .c = (uint8_t *)g->c + (first_row * g->ld_c + column) * ggd_element_bytes(g->c_element),
-        .ld_c = g->ld_c,
-        .c_element = g->c_element,
+        .init = g->init.data != NULL ? g->init.data + first_row * g->init.ld + column : NULL,
+        .ld_init = g->init.ld,
+        .c = place_at(&g->c, first_row, column),
+        .ld_c = g->c.ld,
+        .c_element = g->c.element,
     };
     ggd_multiply_panel(job->compute, rows, &tile);
 }
@@ -243,13 +244,13 @@ static void multiply_panel(const gemm_job *job, size_t first_row, size_t rows, s
 static void gemm_item(void *context, size_t item, size_t thread) {
     const gemm_job *job = context;
     size_t first_panel = item / job->n_chunks * job->group, first_row = item % job->n_chunks * job->rows_chunk;
-    size_t n_panels = job->n_panels - first_panel < job->group ? job->n_panels - first_panel : job->group;
-    size_t rows = job->gemm->m - first_row < job->rows_chunk ? job->gemm->m - first_row : job->rows_chunk;
+    size_t n_panels = ggd_min(job->n_panels - first_panel, job->group);
+    size_t rows = ggd_min(job->gemm->m - first_row, job->rows_chunk);
     uint8_t *panels = ggd_scratch(job->compute, thread) + GGD_UNPACKED_FLOATS * sizeof(float);
     pack_group(job, first_panel, n_panels, panels, (float *)ggd_scratch(job->compute, thread));
     for (size_t p = 0; p < n_panels; p++) {
         size_t column = (first_panel + p) * GGD_PANEL_COLUMNS;
-        if (job->gemm->a_int8 != NULL) {
+        if (job->gemm->a.int8 != NULL) {
             multiply_panel_int8(job, first_row, rows, column, panels + p * job->bytes_panel);
         } else {
             multiply_panel(job, first_row, rows, column, panels + p * job->bytes_panel);
@@ -260,12 +261,10 @@ static void gemm_item(void *context, size_t item, size_t thread) {
 // Rows are split too where there are too few panels to keep the threads busy; each chunk then packs its panels again.
 static void split_rows(gemm_job *job, size_t n_groups) {
     size_t wanted = 4 * ggd_threads_count(job->compute->threads);
-    size_t chunks = ggd_threads_count(job->compute->threads) == 1 ? 1 : (wanted + n_groups - 1) / n_groups;
-    size_t most = job->gemm->m / MIN_CHUNK_ROWS;
-    chunks = chunks > most ? most : chunks;
-    chunks = chunks < 1 ? 1 : chunks;
-    job->rows_chunk = ggd_round_up((job->gemm->m + chunks - 1) / chunks, GGD_TILE_ROWS);
-    job->n_chunks = (job->gemm->m + job->rows_chunk - 1) / job->rows_chunk;
+    size_t chunks = ggd_threads_count(job->compute->threads) == 1 ? 1 : ggd_ceil_div(wanted, n_groups);
+    chunks = ggd_max(ggd_min(chunks, job->gemm->m / MIN_CHUNK_ROWS), 1);
+    job->rows_chunk = ggd_round_up(ggd_ceil_div(job->gemm->m, chunks), GGD_TILE_ROWS);
+    job->n_chunks = ggd_ceil_div(job->gemm->m, job->rows_chunk);
 }
 
 void ggd_gemm_run(const ggd_compute *compute, const ggd_gemm *gemm) {
@@ -273,26 +272,26 @@ void ggd_gemm_run(const ggd_compute *compute, const ggd_gemm *gemm) {
         return;
     }
     gemm_job job = {.compute = compute, .gemm = gemm};
-    job.n_panels = (result_columns(gemm) + GGD_PANEL_COLUMNS - 1) / GGD_PANEL_COLUMNS;
+    job.n_panels = ggd_ceil_div(result_columns(gemm), GGD_PANEL_COLUMNS);
     job.group = panels_a_group(gemm, job.n_panels, ggd_threads_count(compute->threads));
     size_t reduction = reduction_of(gemm->operation, &gemm->w),
            bytes_row = GGD_PANEL_COLUMNS * ggd_element_bytes(compute->element);
     job.k1 = ggd_panel_k(compute->element, reduction);
     job.k2 = gemm->a2.data != NULL ? ggd_panel_k(compute->element, reduction_of(gemm->operation, &gemm->w2)) : 0;
     job.bytes_w = job.k1 * bytes_row;
-    if (gemm->a_int8 != NULL) {
+    if (gemm->a.int8 != NULL) {
         job.format = ggd_gemm_int8_format(gemm->operation, &gemm->w);
         job.k1 = ggd_round_up(reduction, job.format.block);
         job.bytes_w = job.k1 / job.format.block * ggd_int8_block_bytes(&job.format);
     }
     job.bytes_panel = job.bytes_w + job.k2 * bytes_row;
-    size_t n_groups = (job.n_panels + job.group - 1) / job.group;
+    size_t n_groups = ggd_ceil_div(job.n_panels, job.group);
     split_rows(&job, n_groups);
     ggd_parallel(compute->threads, gemm->part, n_groups * job.n_chunks, gemm_item, &job);
 }
 
 ggd_int8_format ggd_gemm_int8_format(ggd_operation operation, const ggd_matrix *w) {
-    return operation == GGD_TIMES_TRANSPOSE ? ggd_int8_format_of(w->type) : ggd_int8_backward_format;
+    return operation == GGD_TIMES_WT ? ggd_int8_format_of(w->type) : ggd_int8_backward_format;
 }
 
 typedef struct {
@@ -306,7 +305,7 @@ static void quantise_item(void *context, size_t item, size_t thread) {
     (void)thread;
     const quantise_job *job = context;
     ggd_element element = job->compute->element;
-    size_t end = (item + 1) * QUANTISE_ROWS < job->m ? (item + 1) * QUANTISE_ROWS : job->m;
+    size_t end = ggd_min((item + 1) * QUANTISE_ROWS, job->m);
     for (size_t row = item * QUANTISE_ROWS; row < end; row++) {
         const void *x = ggd_activation_at(job->x, row, 0, element);
         ggd_int8_quantise_row(job->compute, x, element, job->n, job->block, job->rows, row, 0);
@@ -323,5 +322,5 @@ void ggd_int8_quantise_row(const ggd_compute *compute, const void *x, ggd_elemen
 void ggd_int8_quantise_rows(const ggd_compute *compute, size_t m, size_t n, ggd_activation x, size_t block, ggd_int8_rows *rows) {
     ggd_int8_set_strides(rows, n, block);
     quantise_job job = {compute, m, n, block, x, rows};
-    ggd_parallel(compute->threads, "int8 activations", (m + QUANTISE_ROWS - 1) / QUANTISE_ROWS, quantise_item, &job);
+    ggd_parallel(compute->threads, "int8 activations", ggd_ceil_div(m, QUANTISE_ROWS), quantise_item, &job);
 }

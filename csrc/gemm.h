@@ -15,26 +15,46 @@ typedef struct {
 } ggd_compute;
 
 typedef enum {
-    GGD_TIMES_TRANSPOSE,  // op(W) = W^T: C (m, w.n_rows), reduction over w's columns. The forward of a linear layer.
-    GGD_TIMES_PLAIN       // op(W) = W:   C (m, w.n_cols), reduction over w's rows. The backward of a linear layer.
+    GGD_TIMES_WT,  // op(W) = W^T: C (m, w.n_rows), reduction over w's columns. The forward of a linear layer.
+    GGD_TIMES_W    // op(W) = W:   C (m, w.n_cols), reduction over w's rows. The backward of a linear layer.
 } ggd_operation;
+
+// The left side of a product, (m, k): activations, and the same in int8 where they are multiplied so, else NULL.
+typedef struct {
+    ggd_activation x;
+    const ggd_int8_rows *int8;
+} ggd_operand;
+
+// What a product is added to: (m, ld) float32, or one row for all with ld = 0, or NULL for zero.
+typedef struct {
+    const float *data;
+    size_t ld;
+} ggd_addend;
+
+// Where a product goes: (m, ld) with ld a multiple of GGD_PANEL_COLUMNS.
+typedef struct {
+    void *data;
+    size_t ld;
+    ggd_element element;
+} ggd_place;
 
 typedef struct {
     const char *part;  // what its time counts as
     ggd_operation operation;
-    size_t m;                     // rows of A and C
-    ggd_activation a;             // (m, k)
-    const ggd_int8_rows *a_int8;  // A again in int8, in the blocks of ggd_gemm_int8_format, to multiply by W in int8; or NULL
+    size_t m;       // rows of A and C
+    ggd_operand a;  // (m, k); in int8 in the blocks of ggd_gemm_int8_format
     ggd_matrix w;
     ggd_activation a2;    // (m, k2), data NULL for none
     ggd_matrix w2;        // same shape as w across the result's columns
-    float scale, scale2;  // of W and W2
-    const float *init;    // (m, n) float32 or NULL; may be C
-    size_t ld_init;
-    void *c;  // (m, ld_c), ld_c a multiple of GGD_PANEL_COLUMNS
-    size_t ld_c;
-    ggd_element c_element;
+    float scale, scale2;  // of W and W2; a product in int8 takes W as it is
+    ggd_addend init;      // may be C
+    ggd_place c;
 } ggd_gemm;
+
+static inline ggd_place ggd_place_f32(float *data, size_t ld) { return (ggd_place){data, ld, GGD_ELEMENT_F32}; }
+static inline ggd_place ggd_place_of(const ggd_compute *compute, ggd_activation x) {
+    return (ggd_place){x.data, x.ld, compute->element};
+}
 
 void ggd_gemm_run(const ggd_compute *compute, const ggd_gemm *gemm);
 

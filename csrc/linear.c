@@ -17,40 +17,33 @@ static ggd_matrix lora_b(const ggd_linear *linear) {
 void ggd_linear_forward_lora(const ggd_compute *compute, const ggd_linear *linear, size_t m, ggd_activation x) {
     if (linear->lora != NULL) {
         ggd_gemm p = {.part = "LoRA products",
-                      .operation = GGD_TIMES_TRANSPOSE,
+                      .operation = GGD_TIMES_WT,
                       .m = m,
-                      .a = x,
+                      .a = {.x = x},
                       .w = lora_a(linear),
                       .scale = 1.0f,
-                      .c = linear->p.data,
-                      .ld_c = linear->p.ld,
-                      .c_element = compute->element};
+                      .c = ggd_place_of(compute, linear->p)};
         ggd_gemm_run(compute, &p);
     }
 }
 
-void ggd_linear_forward(const ggd_compute *compute, const ggd_linear *linear, size_t m, ggd_activation x,
-                        const ggd_int8_rows *x_int8, const float *init, size_t ld_init, void *c, size_t ld_c,
-                        ggd_element c_element) {
-    ggd_gemm y = {.part = "frozen forward",
-                  .operation = GGD_TIMES_TRANSPOSE,
-                  .m = m,
-                  .a = x,
-                  .a_int8 = x_int8,
-                  .w = *linear->weight,
-                  .scale = 1.0f,
-                  .init = init,
-                  .ld_init = ld_init,
-                  .c = c,
-                  .ld_c = ld_c,
-                  .c_element = c_element};
-    ggd_linear_forward_lora(compute, linear, m, x);
+void ggd_linear_forward(const ggd_compute *compute, const ggd_linear *linear, size_t m, ggd_operand x, ggd_addend init,
+                        ggd_place y) {
+    ggd_gemm product = {.part = "frozen forward",
+                        .operation = GGD_TIMES_WT,
+                        .m = m,
+                        .a = x,
+                        .w = *linear->weight,
+                        .scale = 1.0f,
+                        .init = init,
+                        .c = y};
+    ggd_linear_forward_lora(compute, linear, m, x.x);
     if (linear->lora != NULL) {
-        y.a2 = linear->p;
-        y.w2 = lora_b(linear);
-        y.scale2 = linear->lora->scale;
+        product.a2 = linear->p;
+        product.w2 = lora_b(linear);
+        product.scale2 = linear->lora->scale;
     }
-    ggd_gemm_run(compute, &y);
+    ggd_gemm_run(compute, &product);
 }
 
 typedef struct {
@@ -65,7 +58,7 @@ static void transpose_item(void *context, size_t item, size_t thread) {
     (void)thread;
     const transpose_job *job = context;
     size_t begin = item * TRANSPOSE_ROWS;
-    size_t end = job->n_rows < begin + TRANSPOSE_ROWS ? job->n_rows : begin + TRANSPOSE_ROWS;
+    size_t end = ggd_min(job->n_rows, begin + TRANSPOSE_ROWS);
     for (size_t column = 0; column < job->n_cols; column++) {
         for (size_t row = begin; row < end; row++) {
             if (job->compute->element == GGD_ELEMENT_BF16) {
@@ -87,7 +80,7 @@ static void transpose(const ggd_compute *compute, ggd_activation source, size_t 
             memset(ggd_activation_at(target, column, n_rows, compute->element), 0, ggd_element_bytes(compute->element));
         }
     }
-    ggd_parallel(compute->threads, "LoRA gradients", (n_rows + TRANSPOSE_ROWS - 1) / TRANSPOSE_ROWS, transpose_item, &job);
+    ggd_parallel(compute->threads, "LoRA gradients", ggd_ceil_div(n_rows, TRANSPOSE_ROWS), transpose_item, &job);
 }
 
 // product (R, n) = thin^T wide, a reduction over all rows of the batch.
@@ -96,14 +89,12 @@ static void reduce_over_rows(const ggd_compute *compute, const ggd_linear *linea
     size_t rank = (size_t)linear->lora->rank;
     transpose(compute, thin, m, rank, scratch->transposed);
     ggd_gemm product = {.part = "LoRA gradients",
-                        .operation = GGD_TIMES_PLAIN,
+                        .operation = GGD_TIMES_W,
                         .m = rank,
-                        .a = scratch->transposed,
+                        .a = {.x = scratch->transposed},
                         .w = ggd_matrix_of(wide, m, n, compute->element),
                         .scale = 1.0f,
-                        .c = scratch->product,
-                        .ld_c = scratch->ld_product,
-                        .c_element = GGD_ELEMENT_F32};
+                        .c = ggd_place_f32(scratch->product, scratch->ld_product)};
     ggd_gemm_run(compute, &product);
 }
 
@@ -132,29 +123,23 @@ static void add_gradient_b_item(void *context, size_t item, size_t thread) {
 }
 
 void ggd_linear_backward_input(const ggd_compute *compute, const ggd_linear *linear, size_t m, ggd_activation dy,
-                               const ggd_linear_scratch *scratch, const float *init, void *dx, size_t ld_dx,
-                               ggd_element dx_element) {
+                               const ggd_linear_scratch *scratch, ggd_addend init, ggd_place dx) {
     ggd_gemm gradient = {.part = "frozen backward",
-                         .operation = GGD_TIMES_PLAIN,
+                         .operation = GGD_TIMES_W,
                          .m = m,
-                         .a = dy,
+                         .a = {.x = dy},
                          .w = *linear->weight,
                          .scale = 1.0f,
                          .init = init,
-                         .ld_init = ld_dx,
-                         .c = dx,
-                         .ld_c = ld_dx,
-                         .c_element = dx_element};
+                         .c = dx};
     if (linear->lora != NULL) {
         ggd_gemm q = {.part = "LoRA products",
-                      .operation = GGD_TIMES_PLAIN,
+                      .operation = GGD_TIMES_W,
                       .m = m,
-                      .a = dy,
+                      .a = {.x = dy},
                       .w = lora_b(linear),
                       .scale = linear->lora->scale,
-                      .c = scratch->q.data,
-                      .ld_c = scratch->q.ld,
-                      .c_element = compute->element};
+                      .c = ggd_place_of(compute, scratch->q)};
         ggd_gemm_run(compute, &q);
         gradient.a2 = scratch->q;
         gradient.w2 = lora_a(linear);
@@ -162,7 +147,7 @@ void ggd_linear_backward_input(const ggd_compute *compute, const ggd_linear *lin
     }
     if (scratch->dy_int8 != NULL) {
         ggd_int8_quantise_rows(compute, m, linear->weight->n_rows, dy, ggd_int8_backward_format.a_block, scratch->dy_int8);
-        gradient.a_int8 = scratch->dy_int8;
+        gradient.a.int8 = scratch->dy_int8;
     }
     ggd_gemm_run(compute, &gradient);
 }

@@ -1,4 +1,4 @@
-// linear.h - a frozen, packed linear layer with a LoRA delta: y = W x + scale * B (A x).
+// linear.h - a frozen, packed linear layer with a bias and a LoRA delta: y = W x + bias + scale * B (A x).
 #ifndef GGD_LINEAR_H
 #define GGD_LINEAR_H
 
@@ -20,18 +20,16 @@ typedef struct {
     size_t ld_product;          // at least the largest of in and out, a multiple of GGD_PANEL_COLUMNS
 } ggd_linear_scratch;
 
-// C (M, out) = init + X W^T + scale * (X A^T) B^T; X W^T in int8 where X is given in int8 too.
-void ggd_linear_forward(const ggd_compute *compute, const ggd_linear *linear, size_t m, ggd_activation x,
-                        const ggd_int8_rows *x_int8, const float *init, size_t ld_init, void *c, size_t ld_c,
-                        ggd_element c_element);
+// y (M, out) = init + X W^T + scale * (X A^T) B^T; X W^T in int8 where X is given in int8 too. A bias is an `init` of one row.
+void ggd_linear_forward(const ggd_compute *compute, const ggd_linear *linear, size_t m, ggd_operand x, ggd_addend init,
+                        ggd_place y);
 
 // P = X A^T alone, where the layer has a LoRA pair.
 void ggd_linear_forward_lora(const ggd_compute *compute, const ggd_linear *linear, size_t m, ggd_activation x);
 
 // dX (M, in) = init + dY W + scale * (dY B) A, and scratch->q = scale * dY B for the LoRA gradients.
 void ggd_linear_backward_input(const ggd_compute *compute, const ggd_linear *linear, size_t m, ggd_activation dy,
-                               const ggd_linear_scratch *scratch, const float *init, void *dx, size_t ld_dx,
-                               ggd_element dx_element);
+                               const ggd_linear_scratch *scratch, ggd_addend init, ggd_place dx);
 
 // dB += scale * dY^T (X A^T);  dA += (scale * dY B)^T X. Follows ggd_linear_backward_input of the same layer.
 void ggd_linear_backward_lora(const ggd_compute *compute, const ggd_linear *linear, size_t m, ggd_activation x, ggd_activation dy,

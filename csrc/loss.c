@@ -29,8 +29,6 @@ typedef struct {
     float *logits;                 // ggd_logits_run only
 } loss_job;
 
-static size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
-
 static int has_teacher(const loss_job *job) { return job->objective != NULL && job->objective->teacher_tokens != NULL; }
 
 static void start_softmax(const loss_job *job, const ggd_online_softmax *softmax, size_t item) {
@@ -43,7 +41,7 @@ static void start_softmax(const loss_job *job, const ggd_online_softmax *softmax
 
 // Whether the logits are products in int8.
 static int logits_in_int8(const loss_job *job) {
-    return job->scratch->normed_int8 != NULL && ggd_gemm_int8_format(GGD_TIMES_TRANSPOSE, &job->head->head).block != 0;
+    return job->scratch->normed_int8 != NULL && ggd_gemm_int8_format(GGD_TIMES_WT, &job->head->head).block != 0;
 }
 
 // A row of the head's operand also in int8, where it is multiplied so.
@@ -76,15 +74,12 @@ static void norm_item(void *context, size_t item, size_t thread) {
 // Logits (n, n_tokens) of the tile.
 static void tile_logits(const loss_job *job, ggd_activation normed, const ggd_int8_rows *normed_int8, float *logits) {
     ggd_gemm product = {.part = "head logits",
-                        .operation = GGD_TIMES_TRANSPOSE,
+                        .operation = GGD_TIMES_WT,
                         .m = job->n,
-                        .a = normed,
-                        .a_int8 = logits_in_int8(job) ? normed_int8 : NULL,
+                        .a = {normed, logits_in_int8(job) ? normed_int8 : NULL},
                         .w = ggd_matrix_rows(&job->head->head, job->first_token, job->n_tokens),
                         .scale = 1.0f,
-                        .c = logits,
-                        .ld_c = GGD_LOSS_TOKENS,
-                        .c_element = GGD_ELEMENT_F32};
+                        .c = ggd_place_f32(logits, GGD_LOSS_TOKENS)};
     ggd_gemm_run(job->compute, &product);
 }
 
@@ -93,9 +88,9 @@ static void tile_logits(const loss_job *job, ggd_activation normed, const ggd_in
 static float join_tile(const loss_job *job, const ggd_online_softmax *softmax, size_t item, float *weights) {
     const ggd_kernels *kernels = job->compute->kernels;
     float *logits = softmax->logits + item * GGD_LOSS_TOKENS, factor = 1.0f;
-    size_t n = job->n_tokens, hidden_token = (size_t)job->head->hidden_token;
-    if (job->head->hidden_token >= 0 && hidden_token >= job->first_token && hidden_token < job->first_token + n) {
-        logits[hidden_token - job->first_token] = -INFINITY;
+    size_t n = job->n_tokens, mask_token = (size_t)job->head->mask_token;
+    if (job->head->mask_token >= 0 && mask_token >= job->first_token && mask_token < job->first_token + n) {
+        logits[mask_token - job->first_token] = -INFINITY;
     }
     float largest = kernels->max(logits, n);
     if (largest > softmax->largest[item]) {
@@ -113,7 +108,7 @@ static float join_tile(const loss_job *job, const ggd_online_softmax *softmax, s
 static void store_weights(const loss_job *job, float *weights, size_t item) {
     if (job->dx != NULL) {
         weights[job->n_tokens] = 0;  // the pair of an odd last token
-        ggd_store_row(job->compute, weights, job->scratch->weights, item, 0, min_size(job->n_tokens + 1, GGD_LOSS_TOKENS));
+        ggd_store_row(job->compute, weights, job->scratch->weights, item, 0, ggd_min(job->n_tokens + 1, GGD_LOSS_TOKENS));
     }
 }
 
@@ -134,10 +129,10 @@ static void teacher_item(void *context, size_t item, size_t thread) {
     const loss_job *job = context;
     const ggd_loss_scratch *s = job->scratch;
     float *weights = (float *)ggd_scratch(job->compute, thread), *own_logits = s->own.logits + item * GGD_LOSS_TOKENS;
-    size_t hidden_token = (size_t)job->head->hidden_token;
+    size_t mask_token = (size_t)job->head->mask_token;
     s->cross[item] *= join_tile(job, &s->teacher, item, weights);
-    if (job->head->hidden_token >= 0 && hidden_token >= job->first_token && hidden_token < job->first_token + job->n_tokens) {
-        own_logits[hidden_token - job->first_token] = 0;  // 0 * -inf would be no number
+    if (job->head->mask_token >= 0 && mask_token >= job->first_token && mask_token < job->first_token + job->n_tokens) {
+        own_logits[mask_token - job->first_token] = 0;  // 0 * -inf would be no number
     }
     s->cross[item] += job->compute->kernels->dot(weights, own_logits, job->n_tokens);
     store_weights(job, weights, item);
@@ -146,20 +141,17 @@ static void teacher_item(void *context, size_t item, size_t thread) {
 static void add_weighted_rows(const loss_job *job, float *mean) {
     const ggd_loss_scratch *s = job->scratch;
     ggd_gemm product = {.part = "head gradient",
-                        .operation = GGD_TIMES_PLAIN,
+                        .operation = GGD_TIMES_W,
                         .m = job->n,
-                        .a = s->weights,
+                        .a = {.x = s->weights},
                         .w = ggd_matrix_rows(&job->head->head, job->first_token, job->n_tokens),
                         .scale = 1.0f,
-                        .init = mean,
-                        .ld_init = s->ld,
-                        .c = mean,
-                        .ld_c = s->ld,
-                        .c_element = GGD_ELEMENT_F32};
+                        .init = {mean, s->ld},
+                        .c = ggd_place_f32(mean, s->ld)};
     if (s->weights_int8 != NULL) {
         size_t block = ggd_int8_backward_format.a_block;
         ggd_int8_quantise_rows(job->compute, job->n, job->n_tokens, s->weights, block, s->weights_int8);
-        product.a_int8 = s->weights_int8;
+        product.a.int8 = s->weights_int8;
     }
     ggd_gemm_run(job->compute, &product);
 }
@@ -212,7 +204,7 @@ static void loss_chunk(loss_job *job) {
     size_t vocab = job->head->head.n_rows;
     ggd_parallel(job->compute->threads, "head", job->n, norm_item, job);
     for (job->first_token = 0; job->first_token < vocab; job->first_token += GGD_LOSS_TOKENS) {
-        job->n_tokens = min_size(vocab - job->first_token, GGD_LOSS_TOKENS);
+        job->n_tokens = ggd_min(vocab - job->first_token, GGD_LOSS_TOKENS);
         loss_tile(job);
     }
     ggd_parallel(job->compute->threads, "head", job->n, finish_item, job);
@@ -241,7 +233,7 @@ void ggd_loss_run(const ggd_compute *compute, const ggd_head *head, const ggd_lo
     }
     for (size_t first = 0; first < n_rows; first += GGD_LOSS_ROWS) {
         job.rows = scratch->rows + first;
-        job.n = min_size(n_rows - first, GGD_LOSS_ROWS);
+        job.n = ggd_min(n_rows - first, GGD_LOSS_ROWS);
         loss_chunk(&job);
     }
     objective->loss = objective->teacher_loss = 0;
@@ -281,11 +273,11 @@ void ggd_logits_run(const ggd_compute *compute, const ggd_head *head, const ggd_
     size_t vocab = head->head.n_rows;
     for (size_t first = 0; first < n_rows; first += GGD_LOSS_ROWS) {
         job.rows = rows + first;
-        job.n = min_size(n_rows - first, GGD_LOSS_ROWS);
+        job.n = ggd_min(n_rows - first, GGD_LOSS_ROWS);
         job.logits = logits + first * vocab;
         ggd_parallel(compute->threads, "head", job.n, norm_item, &job);
         for (job.first_token = 0; job.first_token < vocab; job.first_token += GGD_LOSS_TOKENS) {
-            job.n_tokens = min_size(vocab - job.first_token, GGD_LOSS_TOKENS);
+            job.n_tokens = ggd_min(vocab - job.first_token, GGD_LOSS_TOKENS);
             tile_logits(&job, scratch->normed, scratch->normed_int8, scratch->own.logits);
             ggd_parallel(compute->threads, "head", job.n, copy_item, &job);
         }

@@ -12,7 +12,7 @@ typedef struct {
     ggd_matrix head;    // (V, C)
     const float *norm;  // (C)
     float rms_eps;
-    int32_t hidden_token;  // its logit is -inf, -1: none
+    int32_t mask_token;  // its logit is -inf, -1: none
 } ggd_head;
 
 // A softmax over the vocabulary whose tiles arrive one after the other, for the rows of a chunk.

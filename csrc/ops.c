@@ -5,8 +5,8 @@
 
 enum { BLOCK_ROWS = 16, PIECE = 512 };
 
-static size_t n_blocks(size_t m) { return (m + BLOCK_ROWS - 1) / BLOCK_ROWS; }
-static size_t block_end(size_t m, size_t item) { return m < (item + 1) * BLOCK_ROWS ? m : (item + 1) * BLOCK_ROWS; }
+static size_t n_blocks(size_t m) { return ggd_ceil_div(m, BLOCK_ROWS); }
+static size_t block_end(size_t m, size_t item) { return ggd_min(m, (item + 1) * BLOCK_ROWS); }
 
 const float *ggd_load_row(const ggd_compute *compute, ggd_activation x, size_t row, size_t column, size_t n, float *buffer) {
     const void *source = ggd_activation_at(x, row, column, compute->element);
@@ -75,7 +75,7 @@ void ggd_embedding_forward(const ggd_compute *compute, const ggd_matrix *embeddi
 static void embedding_backward_item(void *context, size_t item, size_t thread) {
     (void)thread;
     const embedding_job *job = context;
-    size_t column = item * PIECE, n = job->hidden - column < PIECE ? job->hidden - column : PIECE;
+    size_t column = item * PIECE, n = ggd_min(job->hidden - column, PIECE);
     const ggd_kernels *kernels = job->compute->kernels;
     float *grad_mask = job->adapter != NULL ? job->adapter->grad_mask_embedding : NULL;
     for (size_t b = 0; job->grad_offset != NULL && b < (size_t)job->batch->n_sequences; b++) {
@@ -100,19 +100,18 @@ void ggd_embedding_backward(const ggd_compute *compute, const ggd_batch *batch, 
                             const float *dx, size_t ld, float *grad_offset) {
     embedding_job job = {
         .compute = compute, .batch = batch, .adapter = adapter, .hidden = hidden, .ld = ld, .dx = dx, .grad_offset = grad_offset};
-    ggd_parallel(compute->threads, "embedding", (hidden + PIECE - 1) / PIECE, embedding_backward_item, &job);
+    ggd_parallel(compute->threads, "embedding", ggd_ceil_div(hidden, PIECE), embedding_backward_item, &job);
 }
 
 // ---- RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467) ----
 
 typedef struct {
     const ggd_compute *compute;
-    size_t m, n, ld;
-    const float *x, *weight, *dy;
-    float eps;
-    ggd_activation y, saved;
-    const ggd_int8_rows *y_int8;
-    float *scales, *dx;
+    const ggd_norm *norm;
+    size_t m, ld;
+    const float *x, *dy;
+    ggd_operand y;
+    float *dx;
 } norm_job;
 
 // A piece of a row to its place in int8, if that is wanted.
@@ -125,73 +124,55 @@ static void store_int8(const ggd_compute *compute, const float *values, const gg
 
 static void rmsnorm_forward_item(void *context, size_t item, size_t thread) {
     const norm_job *job = context;
+    const ggd_norm *norm = job->norm;
     float *buffer = (float *)ggd_scratch(job->compute, thread);
     for (size_t row = item * BLOCK_ROWS; row < block_end(job->m, item); row++) {
         const float *x = job->x + row * job->ld;
-        job->scales[row] = job->compute->kernels->rmsnorm(x, job->weight, job->eps, buffer, job->n);
-        ggd_store_row(job->compute, buffer, job->y, row, 0, job->n);
-        store_int8(job->compute, buffer, job->y_int8, row, 0, job->n);
-        if (job->saved.data != NULL) {
-            ggd_store_row(job->compute, x, job->saved, row, 0, job->n);
+        norm->scales[row] = job->compute->kernels->rmsnorm(x, norm->weight, norm->eps, buffer, norm->n);
+        ggd_store_row(job->compute, buffer, job->y.x, row, 0, norm->n);
+        store_int8(job->compute, buffer, job->y.int8, row, 0, norm->n);
+        if (norm->saved.data != NULL) {
+            ggd_store_row(job->compute, x, norm->saved, row, 0, norm->n);
         }
     }
 }
 
-void ggd_rmsnorm_forward(const ggd_compute *compute, size_t m, size_t n, const float *x, size_t ld, const float *weight,
-                         float eps, ggd_activation y, const ggd_int8_rows *y_int8, float *scales, ggd_activation saved) {
-    norm_job job = {.compute = compute,
-                    .m = m,
-                    .n = n,
-                    .ld = ld,
-                    .x = x,
-                    .weight = weight,
-                    .eps = eps,
-                    .y = y,
-                    .saved = saved,
-                    .y_int8 = y_int8,
-                    .scales = scales};
+void ggd_rmsnorm_forward(const ggd_compute *compute, const ggd_norm *norm, size_t m, const float *x, size_t ld, ggd_operand y) {
+    norm_job job = {.compute = compute, .norm = norm, .m = m, .ld = ld, .x = x, .y = y};
     ggd_parallel(compute->threads, "norm", n_blocks(m), rmsnorm_forward_item, &job);
 }
 
 static void rmsnorm_repeat_item(void *context, size_t item, size_t thread) {
     const norm_job *job = context;
+    const ggd_norm *norm = job->norm;
     float *buffer = (float *)ggd_scratch(job->compute, thread);
     for (size_t row = item * BLOCK_ROWS; row < block_end(job->m, item); row++) {
-        const float *x = ggd_load_row(job->compute, job->saved, row, 0, job->n, buffer + job->n);
-        job->compute->kernels->rmsnorm(x, job->weight, job->eps, buffer, job->n);
-        ggd_store_row(job->compute, buffer, job->y, row, 0, job->n);
+        const float *x = ggd_load_row(job->compute, norm->saved, row, 0, norm->n, buffer + norm->n);
+        job->compute->kernels->rmsnorm(x, norm->weight, norm->eps, buffer, norm->n);
+        ggd_store_row(job->compute, buffer, job->y.x, row, 0, norm->n);
     }
 }
 
-void ggd_rmsnorm_repeat(const ggd_compute *compute, size_t m, size_t n, ggd_activation saved, const float *weight, float eps,
-                        ggd_activation y) {
-    norm_job job = {.compute = compute, .m = m, .n = n, .weight = weight, .eps = eps, .y = y, .saved = saved};
+void ggd_rmsnorm_repeat(const ggd_compute *compute, const ggd_norm *norm, size_t m, ggd_activation y) {
+    norm_job job = {.compute = compute, .norm = norm, .m = m, .y = {.x = y}};
     ggd_parallel(compute->threads, "norm", n_blocks(m), rmsnorm_repeat_item, &job);
 }
 
 static void rmsnorm_backward_item(void *context, size_t item, size_t thread) {
     const norm_job *job = context;
+    const ggd_norm *norm = job->norm;
     float *buffer = (float *)ggd_scratch(job->compute, thread);
     for (size_t row = item * BLOCK_ROWS; row < block_end(job->m, item); row++) {
-        const float *x = ggd_load_row(job->compute, job->saved, row, 0, job->n, buffer);
+        const float *x = ggd_load_row(job->compute, norm->saved, row, 0, norm->n, buffer);
         float *dx = job->dx + row * job->ld;
-        job->compute->kernels->rmsnorm_backward(job->dy + row * job->ld, x, job->weight, job->scales[row], dx, job->n);
-        ggd_store_row(job->compute, dx, job->y, row, 0, job->n);
+        job->compute->kernels->rmsnorm_backward(job->dy + row * job->ld, x, norm->weight, norm->scales[row], dx, norm->n);
+        ggd_store_row(job->compute, dx, job->y.x, row, 0, norm->n);
     }
 }
 
-void ggd_rmsnorm_backward(const ggd_compute *compute, size_t m, size_t n, const float *dy, size_t ld, ggd_activation saved,
-                          const float *weight, const float *scales, float *dx, ggd_activation dx_activation) {
-    norm_job job = {.compute = compute,
-                    .m = m,
-                    .n = n,
-                    .ld = ld,
-                    .weight = weight,
-                    .dy = dy,
-                    .y = dx_activation,
-                    .saved = saved,
-                    .scales = (float *)scales,
-                    .dx = dx};
+void ggd_rmsnorm_backward(const ggd_compute *compute, const ggd_norm *norm, size_t m, const float *dy, size_t ld, float *dx,
+                          ggd_activation dx_activation) {
+    norm_job job = {.compute = compute, .norm = norm, .m = m, .ld = ld, .dy = dy, .dx = dx, .y = {.x = dx_activation}};
     ggd_parallel(compute->threads, "norm", n_blocks(m), rmsnorm_backward_item, &job);
 }
 
@@ -233,8 +214,8 @@ void ggd_rope_forward(const ggd_compute *compute, const ggd_batch *batch, const 
 typedef struct {
     const ggd_compute *compute;
     size_t m, n;
-    ggd_activation gate, up, h, dh;
-    const ggd_int8_rows *h_int8;
+    ggd_activation gate, up, dh;
+    ggd_operand h;
 } swiglu_job;
 
 static void swiglu_forward_item(void *context, size_t item, size_t thread) {
@@ -242,19 +223,18 @@ static void swiglu_forward_item(void *context, size_t item, size_t thread) {
     float *buffer = (float *)ggd_scratch(job->compute, thread);
     for (size_t row = item * BLOCK_ROWS; row < block_end(job->m, item); row++) {
         for (size_t column = 0; column < job->n; column += PIECE) {
-            size_t n = job->n - column < PIECE ? job->n - column : PIECE;
+            size_t n = ggd_min(job->n - column, PIECE);
             const float *gate = ggd_load_row(job->compute, job->gate, row, column, n, buffer);
             const float *up = ggd_load_row(job->compute, job->up, row, column, n, buffer + PIECE);
             job->compute->kernels->swiglu(gate, up, buffer + 2 * PIECE, n);
-            ggd_store_row(job->compute, buffer + 2 * PIECE, job->h, row, column, n);
-            store_int8(job->compute, buffer + 2 * PIECE, job->h_int8, row, column, n);
+            ggd_store_row(job->compute, buffer + 2 * PIECE, job->h.x, row, column, n);
+            store_int8(job->compute, buffer + 2 * PIECE, job->h.int8, row, column, n);
         }
     }
 }
 
-void ggd_swiglu_forward(const ggd_compute *compute, size_t m, size_t n, ggd_activation gate, ggd_activation up, ggd_activation h,
-                        const ggd_int8_rows *h_int8) {
-    swiglu_job job = {.compute = compute, .m = m, .n = n, .gate = gate, .up = up, .h = h, .h_int8 = h_int8};
+void ggd_swiglu_forward(const ggd_compute *compute, size_t m, size_t n, ggd_activation gate, ggd_activation up, ggd_operand h) {
+    swiglu_job job = {.compute = compute, .m = m, .n = n, .gate = gate, .up = up, .h = h};
     ggd_parallel(compute->threads, "swiglu", n_blocks(m), swiglu_forward_item, &job);
 }
 
@@ -264,7 +244,7 @@ static void swiglu_backward_item(void *context, size_t item, size_t thread) {
     float *dgate = buffer + 3 * PIECE, *dup = buffer + 4 * PIECE, *h = buffer + 5 * PIECE;
     for (size_t row = item * BLOCK_ROWS; row < block_end(job->m, item); row++) {
         for (size_t column = 0; column < job->n; column += PIECE) {
-            size_t n = job->n - column < PIECE ? job->n - column : PIECE;
+            size_t n = ggd_min(job->n - column, PIECE);
             const float *gate = ggd_load_row(job->compute, job->gate, row, column, n, buffer);
             const float *up = ggd_load_row(job->compute, job->up, row, column, n, buffer + PIECE);
             const float *dh = ggd_load_row(job->compute, job->dh, row, column, n, buffer + 2 * PIECE);
@@ -284,15 +264,22 @@ void ggd_swiglu_backward(const ggd_compute *compute, size_t m, size_t n, ggd_act
 
 // ---- conversion ----
 
+typedef struct {
+    const ggd_compute *compute;
+    size_t m, n, ld;
+    const float *x;
+    ggd_activation y;
+} convert_job;
+
 static void to_activation_item(void *context, size_t item, size_t thread) {
     (void)thread;
-    const norm_job *job = context;
+    const convert_job *job = context;
     for (size_t row = item * BLOCK_ROWS; row < block_end(job->m, item); row++) {
         ggd_store_row(job->compute, job->x + row * job->ld, job->y, row, 0, job->n);
     }
 }
 
 void ggd_to_activation(const ggd_compute *compute, size_t m, size_t n, const float *x, size_t ld, ggd_activation y) {
-    norm_job job = {.compute = compute, .m = m, .n = n, .ld = ld, .x = x, .y = y};
+    convert_job job = {compute, m, n, ld, x, y};
     ggd_parallel(compute->threads, "norm", n_blocks(m), to_activation_item, &job);
 }

@@ -19,24 +19,29 @@ void ggd_embedding_forward(const ggd_compute *compute, const ggd_matrix *embeddi
 void ggd_embedding_backward(const ggd_compute *compute, const ggd_batch *batch, const ggd_adapter *adapter, size_t hidden,
                             const float *dx, size_t ld, float *grad_offset);
 
-// y_j = x_j r w_j, r = 1 / sqrt(mean(x^2) + eps) kept in `scales` (M), and x itself as activation in `saved` if that has memory. y goes
-// to y_int8 too, in blocks of the forward, unless that is NULL.
-void ggd_rmsnorm_forward(const ggd_compute *compute, size_t m, size_t n, const float *x, size_t ld, const float *weight,
-                         float eps, ggd_activation y, const ggd_int8_rows *y_int8, float *scales, ggd_activation saved);
+// y_j = x_j r w_j, r = 1 / sqrt(mean(x^2) + eps), over rows of n.
+typedef struct {
+    const float *weight;  // (n)
+    float eps;
+    size_t n;
+    float *scales;         // (M): r of each row, written by the forward and read by the backward
+    ggd_activation saved;  // (M, n): x, likewise; without memory where no backward follows
+} ggd_norm;
+
+// x (M, ld) float32 to an operand, in int8 too where the operand has room for it.
+void ggd_rmsnorm_forward(const ggd_compute *compute, const ggd_norm *norm, size_t m, const float *x, size_t ld, ggd_operand y);
 // y again from the saved x.
-void ggd_rmsnorm_repeat(const ggd_compute *compute, size_t m, size_t n, ggd_activation saved, const float *weight, float eps,
-                        ggd_activation y);
-// dx (M, n) float32 += the norm's input gradient; dx again as activation for the products that follow.
-void ggd_rmsnorm_backward(const ggd_compute *compute, size_t m, size_t n, const float *dy, size_t ld, ggd_activation saved,
-                          const float *weight, const float *scales, float *dx, ggd_activation dx_activation);
+void ggd_rmsnorm_repeat(const ggd_compute *compute, const ggd_norm *norm, size_t m, ggd_activation y);
+// dx (M, ld) float32 += the norm's input gradient from dy (M, ld); dx again as activation for the products that follow.
+void ggd_rmsnorm_backward(const ggd_compute *compute, const ggd_norm *norm, size_t m, const float *dy, size_t ld, float *dx,
+                          ggd_activation dx_activation);
 
 // float32 queries or keys, (M, n_heads D), to activations, rotated by each row's place in its segment.
 void ggd_rope_forward(const ggd_compute *compute, const ggd_batch *batch, const ggd_heads *heads, size_t n_heads, const float *x,
                       size_t ld, ggd_activation rotated);
 
-// h = silu(gate) * up; to h_int8 too, in blocks of the forward, unless that is NULL.
-void ggd_swiglu_forward(const ggd_compute *compute, size_t m, size_t n, ggd_activation gate, ggd_activation up, ggd_activation h,
-                        const ggd_int8_rows *h_int8);
+// h = silu(gate) * up, in int8 too where the operand has room for it.
+void ggd_swiglu_forward(const ggd_compute *compute, size_t m, size_t n, ggd_activation gate, ggd_activation up, ggd_operand h);
 // All in place: dh becomes d gate, up becomes d up, gate becomes h.
 void ggd_swiglu_backward(const ggd_compute *compute, size_t m, size_t n, ggd_activation gate, ggd_activation up,
                          ggd_activation dh);

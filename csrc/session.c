@@ -78,9 +78,7 @@ static void lay_out_layers(const ggd_session *s, arena *a, const ggd_capacity *c
     }
 }
 
-static size_t larger(size_t a, size_t b) { return a > b ? a : b; }
-
-static size_t widest_operand(const ggd_session *s) { return larger(s->ld_ffn, larger(s->ld_hidden, s->ld_queries)); }
+static size_t widest_operand(const ggd_session *s) { return ggd_max(s->ld_ffn, ggd_max(s->ld_hidden, s->ld_queries)); }
 
 static ggd_int8_rows take_int8(const ggd_session *s, arena *a, size_t rows, size_t n) {
     size_t count = has_int8(s) ? rows * ggd_int8_ld(n) : 0;
@@ -99,7 +97,7 @@ static void lay_out_layer_backward(const ggd_session *s, arena *a, const ggd_cap
     end = a->offset;
     a->offset = begin;
     b->dqkv = take_activation(a, e, m, s->ld_qkv);
-    a->offset = larger(end, a->offset);
+    a->offset = ggd_max(end, a->offset);
     b->linear.q = take_activation(a, e, c->max_rank > 0 ? m : 0, ld_rank);
     b->linear.transposed = take_activation(a, e, m > 0 ? ld_rank : 0, panel_multiple(m + 1));
     b->linear.product = take(a, m > 0 ? ld_rank * widest : 0, sizeof(float));
@@ -114,7 +112,7 @@ static void lay_out_softmax(arena *a, size_t rows, size_t gradient_rows, size_t 
 }
 
 static void lay_out_loss(const ggd_session *s, arena *a, const ggd_capacity *c, ggd_buffers *b) {
-    size_t rows = c->n_rows < GGD_LOSS_ROWS ? c->n_rows : GGD_LOSS_ROWS, teacher = c->teacher ? 1 : 0;
+    size_t rows = ggd_min(c->n_rows, GGD_LOSS_ROWS), teacher = c->teacher ? 1 : 0;
     size_t gradient_rows = c->gradients ? rows : 0;
     ggd_element e = s->compute.element;
     b->loss.normed = b->normed;
@@ -140,19 +138,16 @@ static size_t thread_scratch_bytes(const ggd_session *s, const ggd_capacity *c) 
     size_t block = 1, reduction = widest_operand(s) + c->max_rank;
     for (int32_t l = 0; l < s->model->shape.n_layers; l++) {
         for (int target = 0; target < GGD_N_TARGETS; target++) {
-            block = s->model->layers[l].linear[target].block > block ? s->model->layers[l].linear[target].block : block;
+            block = ggd_max(s->model->layers[l].linear[target].block, block);
         }
     }
-    block = s->model->head.block > block ? s->model->head.block : block;
-    reduction = GGD_LOSS_TOKENS > reduction ? GGD_LOSS_TOKENS : reduction;
-    size_t bytes = ggd_gemm_bytes_scratch(s->compute.element, reduction, block);
+    block = ggd_max(s->model->head.block, block);
+    size_t bytes = ggd_gemm_bytes_scratch(s->compute.element, ggd_max(GGD_LOSS_TOKENS, reduction), block);
     // LoRA gradients reduce over all rows, with operands that have no blocks.
     size_t rows = ggd_gemm_bytes_scratch(s->compute.element, c->gradients ? c->n_rows : 0, 1);
     size_t attention = ggd_attention_bytes_scratch(s->compute.element, &s->heads, c->max_segment_rows, c->gradients);
     size_t row = (s->ld_qkv + s->ld_hidden) * sizeof(float);
-    bytes = rows > bytes ? rows : bytes;
-    bytes = attention > bytes ? attention : bytes;
-    return ggd_round_up(row > bytes ? row : bytes, 4096);
+    return ggd_round_up(ggd_max(ggd_max(rows, bytes), ggd_max(attention, row)), 4096);
 }
 
 // The own buffers of the forward's two blocks, of the loss and of the backward share one piece of memory: none of them is read once the
@@ -164,13 +159,13 @@ static void lay_out_phases(const ggd_session *s, arena *a, const ggd_capacity *c
     end = a->offset;
     a->offset = begin;
     b->h = take_activation(a, s->compute.element, c->n_rows, s->ld_ffn);
-    end = larger(end, a->offset);
+    end = ggd_max(end, a->offset);
     a->offset = begin;
     lay_out_loss(s, a, c, b);
-    end = larger(end, a->offset);
+    end = ggd_max(end, a->offset);
     a->offset = begin;
     lay_out_layer_backward(s, a, c, b);
-    a->offset = larger(end, a->offset);
+    a->offset = ggd_max(end, a->offset);
 }
 
 // (L) copies of the residual stream under the given policy, else NULL.
@@ -197,7 +192,7 @@ static size_t lay_out(const ggd_session *s, void *base, const ggd_capacity *c, g
     b->layers = take(&a, n_layers, sizeof *b->layers);
     b->pairs = take(&a, n_layers * GGD_N_TARGETS, sizeof *b->pairs);
     size_t bytes_x = s->ld_hidden * sizeof(float), bytes_attn_out = s->ld_queries * ggd_element_bytes(s->compute.element);
-    b->x = take(&a, c->n_rows, larger(bytes_x, bytes_attn_out));
+    b->x = take(&a, c->n_rows, ggd_max(bytes_x, bytes_attn_out));
     b->normed = take_activation(&a, s->compute.element, c->n_rows, s->ld_hidden);
     // A layer's backward does not read the residual stream. Its place has the gradient of the attention's output, and when that is
     // done the gradient of what a norm made; and what a norm made is needed only once the block's dx has been read.
@@ -256,9 +251,9 @@ int ggd_session_reserve(ggd_session *s, const ggd_capacity *wanted) {
         wanted->keep == have->keep) {
         return 0;
     }
-    ggd_capacity grown = {.n_rows = larger(wanted->n_rows, have->n_rows),
-                          .max_segment_rows = larger(wanted->max_segment_rows, have->max_segment_rows),
-                          .max_rank = larger(wanted->max_rank, have->max_rank),
+    ggd_capacity grown = {.n_rows = ggd_max(wanted->n_rows, have->n_rows),
+                          .max_segment_rows = ggd_max(wanted->max_segment_rows, have->max_segment_rows),
+                          .max_rank = ggd_max(wanted->max_rank, have->max_rank),
                           .gradients = wanted->gradients || have->gradients,
                           .teacher = wanted->teacher || have->teacher,
                           .keep = wanted->keep};

@@ -26,23 +26,43 @@ static ggd_activation columns_of(const ggd_session *s, ggd_activation qkv, int t
     return (ggd_activation){ggd_activation_at(qkv, 0, column, s->compute.element), qkv.ld};
 }
 
-// Room for an operand of the forward's frozen products in int8, (M, n); NULL where they are not in int8.
-static ggd_int8_rows *int8_room(ggd_session *s, int32_t n) {
-    if (s->int8 != GGD_INT8_BOTH) {
-        return NULL;
-    }
-    ggd_int8_set_strides(&s->buffers.int8, (size_t)n, GGD_INT8_FORWARD_BLOCK);
-    return &s->buffers.int8;
+static ggd_norm attn_norm_of(const ggd_session *s, size_t l) {
+    const ggd_layer_activations *act = &s->buffers.layers[l];
+    return (ggd_norm){.weight = s->model->layers[l].attn_norm,
+                      .eps = s->model->rms_eps,
+                      .n = (size_t)s->model->shape.hidden_size,
+                      .scales = act->attn_scales,
+                      .saved = act->x};
 }
 
-// An operand that was stored as activation only.
-static const ggd_int8_rows *in_int8(ggd_session *s, size_t m, int32_t n, ggd_activation x) {
-    ggd_int8_rows *room = int8_room(s, n);
-    if (room != NULL) {
-        ggd_int8_quantise_rows(&s->compute, m, (size_t)n, x, GGD_INT8_FORWARD_BLOCK, room);
-    }
-    return room;
+static ggd_norm ffn_norm_of(const ggd_session *s, size_t l) {
+    const ggd_layer_activations *act = &s->buffers.layers[l];
+    return (ggd_norm){.weight = s->model->layers[l].ffn_norm,
+                      .eps = s->model->rms_eps,
+                      .n = (size_t)s->model->shape.hidden_size,
+                      .scales = act->ffn_scales,
+                      .saved = act->x_mid};
 }
+
+// An operand of the forward's frozen products, (M, n), with room for it in int8 where they are in int8.
+static ggd_operand operand_of(ggd_session *s, ggd_activation x, int32_t n) {
+    if (s->int8 != GGD_INT8_BOTH) {
+        return (ggd_operand){.x = x};
+    }
+    ggd_int8_set_strides(&s->buffers.int8, (size_t)n, GGD_INT8_FORWARD_BLOCK);
+    return (ggd_operand){x, &s->buffers.int8};
+}
+
+// The same of what was stored as activation only.
+static ggd_operand quantised(ggd_session *s, size_t m, ggd_activation x, int32_t n) {
+    ggd_operand operand = operand_of(s, x, n);
+    if (operand.int8 != NULL) {
+        ggd_int8_quantise_rows(&s->compute, m, (size_t)n, x, GGD_INT8_FORWARD_BLOCK, &s->buffers.int8);
+    }
+    return operand;
+}
+
+static const ggd_addend nothing = {NULL, 0};
 
 // x -> x + attention block
 static void attention_block_forward(ggd_session *s, const ggd_batch *batch, size_t l) {
@@ -50,26 +70,26 @@ static void attention_block_forward(ggd_session *s, const ggd_batch *batch, size
     ggd_buffers *b = &s->buffers;
     ggd_layer_activations *act = &b->layers[l];
     const ggd_shape *shape = &s->model->shape;
-    size_t m = (size_t)batch->n_rows, hidden = (size_t)shape->hidden_size, ld = s->ld_hidden;
-    const ggd_int8_rows *normed_int8 = int8_room(s, shape->hidden_size);
-    ggd_rmsnorm_forward(compute, m, hidden, b->x, ld, s->model->layers[l].attn_norm, s->model->rms_eps, b->normed, normed_int8,
-                        act->attn_scales, act->x);
+    size_t m = (size_t)batch->n_rows;
+    ggd_addend residual = {b->x, s->ld_hidden};
+    ggd_norm norm = attn_norm_of(s, l);
+    ggd_operand normed = operand_of(s, b->normed, shape->hidden_size);
+    ggd_rmsnorm_forward(compute, &norm, m, b->x, s->ld_hidden, normed);
     for (int target = GGD_ATTN_Q; target <= GGD_ATTN_V; target++) {
         ggd_linear linear = linear_of(s, l, target);
         ggd_activation out = columns_of(s, act->qkv, target);
         if (target == GGD_ATTN_V) {
-            ggd_linear_forward(compute, &linear, m, b->normed, normed_int8, NULL, 0, out.data, out.ld, compute->element);
+            ggd_linear_forward(compute, &linear, m, normed, nothing, ggd_place_of(compute, out));
         } else {
-            ggd_linear_forward(compute, &linear, m, b->normed, normed_int8, NULL, 0, b->before_rope, s->ld_queries,
-                               GGD_ELEMENT_F32);
             size_t n_heads = target == GGD_ATTN_Q ? s->heads.n_heads : s->heads.n_kv_heads;
+            ggd_linear_forward(compute, &linear, m, normed, nothing, ggd_place_f32(b->before_rope, s->ld_queries));
             ggd_rope_forward(compute, batch, &s->heads, n_heads, b->before_rope, s->ld_queries, out);
         }
     }
     ggd_attention_forward(compute, batch, &s->heads, act->qkv, act->attn_out, act->lse);
     ggd_linear output = linear_of(s, l, GGD_ATTN_OUTPUT);
-    const ggd_int8_rows *attn_int8 = in_int8(s, m, shape->n_heads * shape->head_size, act->attn_out);
-    ggd_linear_forward(compute, &output, m, act->attn_out, attn_int8, b->x, ld, b->x, ld, GGD_ELEMENT_F32);
+    ggd_operand attended = quantised(s, m, act->attn_out, shape->n_heads * shape->head_size);
+    ggd_linear_forward(compute, &output, m, attended, residual, ggd_place_f32(b->x, s->ld_hidden));
 }
 
 // gate and up of the residual stream; what GGD_KEEP_WITHOUT_FFN computes again
@@ -77,23 +97,24 @@ static void ffn_inner_forward(ggd_session *s, size_t m, size_t l) {
     ggd_buffers *b = &s->buffers;
     ggd_layer_activations *act = &b->layers[l];
     ggd_linear gate = linear_of(s, l, GGD_FFN_GATE), up = linear_of(s, l, GGD_FFN_UP);
-    ggd_element element = s->compute.element;
-    const ggd_int8_rows *normed_int8 = int8_room(s, s->model->shape.hidden_size);
-    ggd_rmsnorm_forward(&s->compute, m, (size_t)s->model->shape.hidden_size, b->x, s->ld_hidden, s->model->layers[l].ffn_norm,
-                        s->model->rms_eps, b->normed, normed_int8, act->ffn_scales, act->x_mid);
-    ggd_linear_forward(&s->compute, &gate, m, b->normed, normed_int8, NULL, 0, act->gate.data, act->gate.ld, element);
-    ggd_linear_forward(&s->compute, &up, m, b->normed, normed_int8, NULL, 0, act->up.data, act->up.ld, element);
+    ggd_norm norm = ffn_norm_of(s, l);
+    ggd_operand normed = operand_of(s, b->normed, s->model->shape.hidden_size);
+    ggd_rmsnorm_forward(&s->compute, &norm, m, b->x, s->ld_hidden, normed);
+    ggd_linear_forward(&s->compute, &gate, m, normed, nothing, ggd_place_of(&s->compute, act->gate));
+    ggd_linear_forward(&s->compute, &up, m, normed, nothing, ggd_place_of(&s->compute, act->up));
 }
 
 // x -> x + feed-forward block
 static void ffn_block_forward(ggd_session *s, const ggd_batch *batch, size_t l) {
     ggd_buffers *b = &s->buffers;
-    size_t m = (size_t)batch->n_rows, ffn = (size_t)s->model->shape.feed_forward_size;
+    int32_t ffn = s->model->shape.feed_forward_size;
+    size_t m = (size_t)batch->n_rows;
+    ggd_addend residual = {b->x, s->ld_hidden};
     ffn_inner_forward(s, m, l);
-    const ggd_int8_rows *h_int8 = int8_room(s, s->model->shape.feed_forward_size);
-    ggd_swiglu_forward(&s->compute, m, ffn, b->layers[l].gate, b->layers[l].up, b->h, h_int8);
+    ggd_operand h = operand_of(s, b->h, ffn);
+    ggd_swiglu_forward(&s->compute, m, (size_t)ffn, b->layers[l].gate, b->layers[l].up, h);
     ggd_linear down = linear_of(s, l, GGD_FFN_DOWN);
-    ggd_linear_forward(&s->compute, &down, m, b->h, h_int8, b->x, s->ld_hidden, b->x, s->ld_hidden, GGD_ELEMENT_F32);
+    ggd_linear_forward(&s->compute, &down, m, h, residual, ggd_place_f32(b->x, s->ld_hidden));
 }
 
 // A copy of the residual stream for the backward, where the policy wants one there.
@@ -120,22 +141,22 @@ static void ffn_block_backward(ggd_session *s, const ggd_batch *batch, size_t l)
     const ggd_compute *compute = &s->compute;
     ggd_buffers *b = &s->buffers;
     ggd_layer_activations *act = &b->layers[l];
-    size_t m = (size_t)batch->n_rows, hidden = (size_t)s->model->shape.hidden_size,
-           ffn = (size_t)s->model->shape.feed_forward_size;
+    size_t m = (size_t)batch->n_rows, ffn = (size_t)s->model->shape.feed_forward_size;
+    ggd_addend sum = {b->dnormed, s->ld_hidden};
+    ggd_place dnormed = ggd_place_f32(b->dnormed, s->ld_hidden);
+    ggd_norm norm = ffn_norm_of(s, l);
     ggd_linear gate = linear_of(s, l, GGD_FFN_GATE), up = linear_of(s, l, GGD_FFN_UP), down = linear_of(s, l, GGD_FFN_DOWN);
-    ggd_linear_backward_input(compute, &down, m, b->dx_activation, &b->linear, NULL, b->dgate.data, b->dgate.ld,
-                              compute->element);
+    ggd_linear_backward_input(compute, &down, m, b->dx_activation, &b->linear, nothing, ggd_place_of(compute, b->dgate));
     // In place: d gate where dh was, d up where up was, h where gate was.
     ggd_activation h = act->gate, dup = act->up;
     ggd_swiglu_backward(compute, m, ffn, act->gate, act->up, b->dgate);
     ggd_linear_backward_lora(compute, &down, m, h, b->dx_activation, &b->linear);
-    ggd_rmsnorm_repeat(compute, m, hidden, act->x_mid, s->model->layers[l].ffn_norm, s->model->rms_eps, b->normed);
-    ggd_linear_backward_input(compute, &gate, m, b->dgate, &b->linear, NULL, b->dnormed, s->ld_hidden, GGD_ELEMENT_F32);
+    ggd_rmsnorm_repeat(compute, &norm, m, b->normed);
+    ggd_linear_backward_input(compute, &gate, m, b->dgate, &b->linear, nothing, dnormed);
     ggd_linear_backward_lora(compute, &gate, m, b->normed, b->dgate, &b->linear);
-    ggd_linear_backward_input(compute, &up, m, dup, &b->linear, b->dnormed, b->dnormed, s->ld_hidden, GGD_ELEMENT_F32);
+    ggd_linear_backward_input(compute, &up, m, dup, &b->linear, sum, dnormed);
     ggd_linear_backward_lora(compute, &up, m, b->normed, dup, &b->linear);
-    ggd_rmsnorm_backward(compute, m, hidden, b->dnormed, s->ld_hidden, act->x_mid, s->model->layers[l].ffn_norm, act->ffn_scales,
-                         b->dx, b->dx_activation);
+    ggd_rmsnorm_backward(compute, &norm, m, b->dnormed, s->ld_hidden, b->dx, b->dx_activation);
 }
 
 // dx -> dx + d (attention block) / d x
@@ -143,22 +164,22 @@ static void attention_block_backward(ggd_session *s, const ggd_batch *batch, siz
     const ggd_compute *compute = &s->compute;
     ggd_buffers *b = &s->buffers;
     ggd_layer_activations *act = &b->layers[l];
-    size_t m = (size_t)batch->n_rows, hidden = (size_t)s->model->shape.hidden_size;
+    size_t m = (size_t)batch->n_rows;
+    ggd_addend sum = {b->dnormed, s->ld_hidden};
+    ggd_norm norm = attn_norm_of(s, l);
     ggd_linear output = linear_of(s, l, GGD_ATTN_OUTPUT);
-    ggd_linear_backward_input(compute, &output, m, b->dx_activation, &b->linear, NULL, b->dattn_out.data, b->dattn_out.ld,
-                              compute->element);
+    ggd_linear_backward_input(compute, &output, m, b->dx_activation, &b->linear, nothing, ggd_place_of(compute, b->dattn_out));
     ggd_linear_backward_lora(compute, &output, m, act->attn_out, b->dx_activation, &b->linear);
     ggd_attention_backward(compute, batch, &s->heads, act->qkv, act->attn_out, act->lse, b->dattn_out, b->dqkv);
-    ggd_rmsnorm_repeat(compute, m, hidden, act->x, s->model->layers[l].attn_norm, s->model->rms_eps, b->normed);
+    ggd_rmsnorm_repeat(compute, &norm, m, b->normed);
     for (int target = GGD_ATTN_Q; target <= GGD_ATTN_V; target++) {
         ggd_linear linear = linear_of(s, l, target);
         ggd_activation dy = columns_of(s, b->dqkv, target);
-        const float *sum = target == GGD_ATTN_Q ? NULL : b->dnormed;
-        ggd_linear_backward_input(compute, &linear, m, dy, &b->linear, sum, b->dnormed, s->ld_hidden, GGD_ELEMENT_F32);
+        ggd_linear_backward_input(compute, &linear, m, dy, &b->linear, target == GGD_ATTN_Q ? nothing : sum,
+                                  ggd_place_f32(b->dnormed, s->ld_hidden));
         ggd_linear_backward_lora(compute, &linear, m, b->normed, dy, &b->linear);
     }
-    ggd_rmsnorm_backward(compute, m, hidden, b->dnormed, s->ld_hidden, act->x, s->model->layers[l].attn_norm, act->attn_scales,
-                         b->dx, b->dx_activation);
+    ggd_rmsnorm_backward(compute, &norm, m, b->dnormed, s->ld_hidden, b->dx, b->dx_activation);
 }
 
 // Activations that the forward did not keep.
@@ -173,8 +194,8 @@ static void recompute_layer(ggd_session *s, const ggd_batch *batch, size_t l) {
         attention_block_forward(s, batch, l);
         ffn_inner_forward(s, m, l);
         // The down projection's A h, without its output.
-        ggd_swiglu_forward(&s->compute, m, (size_t)s->model->shape.feed_forward_size, b->layers[l].gate, b->layers[l].up, b->h,
-                           NULL);
+        ggd_swiglu_forward(&s->compute, m, (size_t)s->model->shape.feed_forward_size, b->layers[l].gate, b->layers[l].up,
+                           (ggd_operand){.x = b->h});
         ggd_linear down = linear_of(s, l, GGD_FFN_DOWN);
         ggd_linear_forward_lora(&s->compute, &down, m, b->h);
     }
@@ -206,5 +227,5 @@ ggd_head ggd_transformer_head(const ggd_session *s, const ggd_adapter *adapter) 
     return (ggd_head){.head = s->model->head,
                       .norm = s->model->output_norm,
                       .rms_eps = s->model->rms_eps,
-                      .hidden_token = adapter != NULL ? adapter->mask_token_id : -1};
+                      .mask_token = adapter != NULL ? adapter->mask_token_id : -1};
 }

@@ -11,6 +11,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "sizes.h"
+
 enum { GGD_PANEL_COLUMNS = 32, GGD_TILE_ROWS = 12 };
 
 // Element type of activations, panels and products. Sums are float32 in both.
@@ -203,9 +205,12 @@ size_t ggd_kernels_available(const ggd_kernels *sets[GGD_MAX_KERNEL_SETS]);
 const ggd_kernels *ggd_kernels_choose(int use_simd);
 
 static inline size_t ggd_element_bytes(ggd_element element) { return element == GGD_ELEMENT_BF16 ? 2 : 4; }
-static inline size_t ggd_round_up(size_t n, size_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 // Reduction length in a panel.
 static inline size_t ggd_panel_k(ggd_element element, size_t k) { return element == GGD_ELEMENT_BF16 ? ggd_round_up(k, 2) : k; }
+// Bytes of a panel over a reduction of k.
+static inline size_t ggd_panel_bytes(ggd_element element, size_t k) {
+    return ggd_panel_k(element, k) * GGD_PANEL_COLUMNS * ggd_element_bytes(element);
+}
 
 static inline uint16_t ggd_bf16_from_float(float value) {  // round to nearest even; a NaN stays one
     union {
