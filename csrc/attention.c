@@ -1,9 +1,11 @@
-// attention.c - p_ij proportional to w_ij exp(q_i k_j / sqrt(D)), w = 1 for j <= i and 1 - causal_ratio for a future key j > i, so a
-// future score gets log(1 - causal_ratio) added (-inf when fully causal). With the Bernoulli mask a future key is there or not, by a hash.
+// attention.c - p_ij proportional to w_ij exp(scale q_i k_j), w = 1 for j <= i and 1 - causal_ratio for a future key j > i, so a
+// future score gets log(1 - causal_ratio) added (-inf when fully causal). With the Bernoulli mask a future key is there or not, by a hash. In a
+// layer with a window a key at a distance of the window or more is not there, on either side. Where scores are soft-capped, they are before
+// the weight joins them.
 //
 // A thread takes one segment and one key/value head with all the query heads that share it. Scores exist for a strip of STRIP_ROWS
 // queries at a time, never T x T; the backward computes them again from the saved log-sum-exp (Dao et al. 2022, arXiv:2205.14135):
-//   dV = P^T dO,  dP = dO V^T,  dS = P (dP - sum(dO O)) / sqrt(D),  dQ = dS K,  dK = dS^T Q
+//   dV = P^T dO,  dP = dO V^T,  dS = scale P (dP - sum(dO O)),  dQ = dS K,  dK = dS^T Q
 // dK and dV are summed transposed, (D, T), over all strips and query heads of the group in a fixed order.
 #include "attention.h"
 
@@ -18,7 +20,7 @@ typedef struct {
     const ggd_heads *heads;
     ggd_activation qkv, out, dout, dqkv;
     float *lse;
-    float scale, future_bias;  // 1 / sqrt(D), log(1 - causal_ratio)
+    float scale, future_bias;  // of scores as the softmax takes them (soft-capped ones are scaled already); log(1 - causal_ratio)
 } attention_job;
 
 // One thread's scratch for one unit.
@@ -139,47 +141,82 @@ static float pattern(uint64_t seed, uint64_t i, uint64_t j) {
     return (float)(x >> 40) / 16777216.0f;
 }
 
-static void hide_keys(const unit *u, size_t query, float *scores) {
+// Keys [first, end) that a strip can see at all; `first` begins a panel. Scores and gradients of others do not exist.
+typedef struct {
+    size_t first, end;
+} key_range;
+
+static key_range visible_keys(const unit *u, size_t first, size_t rows) {
+    size_t window = u->job->heads->window, end = u->job->batch->causal_ratio >= 1.0f ? first + rows : u->t;
+    if (window == 0) {
+        return (key_range){0, end};
+    }
+    size_t begin = first + 1 > window ? first + 1 - window : 0;
+    return (key_range){begin / GGD_PANEL_COLUMNS * GGD_PANEL_COLUMNS, ggd_min(end, first + rows - 1 + window)};
+}
+
+// Takes away the keys that a query does not see: outside of its window, or by the Bernoulli pattern.
+static void hide_keys(const unit *u, size_t query, key_range keys, float *scores) {
     const ggd_batch *batch = u->job->batch;
-    if (!batch->bernoulli) {
-        return;
+    size_t window = u->job->heads->window;
+    for (size_t key = keys.first; window > 0 && key + window <= query; key++) {
+        scores[key] = -INFINITY;
+    }
+    for (size_t key = query + window; window > 0 && key < keys.end; key++) {
+        scores[key] = -INFINITY;
     }
     uint64_t first = (uint64_t)u->segment->first_position;
-    for (size_t key = query + 1; key < u->t; key++) {
+    for (size_t key = query + 1; batch->bernoulli && key < keys.end; key++) {
         if (!(pattern(batch->bernoulli_seed, first + query, first + key) < 1.0f - batch->causal_ratio)) {
             scores[key] = -INFINITY;
         }
     }
 }
 
-// Keys that a strip starting at `first` can see at all.
-static size_t visible_keys(const unit *u, size_t first, size_t rows) {
-    return u->job->batch->causal_ratio >= 1.0f ? first + rows : u->t;
+// Panels of keys from `first` on, of a reduction of k.
+static const uint8_t *panels_from(const unit *u, const uint8_t *panels, size_t first, size_t k) {
+    return panels + first / GGD_PANEL_COLUMNS * ggd_panel_bytes(u->job->compute->element, k);
 }
 
-static void strip_scores(const unit *u, size_t head, size_t first, size_t rows) {
-    ggd_element element = u->job->compute->element;
-    const void *queries = ggd_activation_at(u->job->qkv, (size_t)u->segment->first_row + first, head * u->d, element);
-    multiply(u, rows, visible_keys(u, first, rows), queries, u->job->qkv.ld, u->d, u->s.keys, NULL, u->s.scores, u->ld_t);
+static void strip_scores(const unit *u, size_t head, size_t first, size_t rows, key_range keys) {
+    const ggd_compute *compute = u->job->compute;
+    const ggd_heads *heads = u->job->heads;
+    const void *queries = ggd_activation_at(u->job->qkv, (size_t)u->segment->first_row + first, head * u->d, compute->element);
+    multiply(u, rows, keys.end - keys.first, queries, u->job->qkv.ld, u->d, panels_from(u, u->s.keys, keys.first, u->d), NULL,
+             u->s.scores + keys.first, u->ld_t);
     for (size_t i = 0; i < rows; i++) {
-        hide_keys(u, first + i, u->s.scores + i * u->ld_t);
+        float *scores = u->s.scores + i * u->ld_t;
+        if (heads->score_cap > 0) {
+            compute->kernels->soft_cap(scores + keys.first, heads->score_scale, heads->score_cap, keys.end - keys.first);
+        }
+        hide_keys(u, first + i, keys, scores);
     }
 }
 
 // The strip as left operand of a product over keys: converted, with a zero after an odd row for the pairs.
-static const void *strip_activation(const unit *u, float *values, size_t rows, size_t keys) {
+static const void *strip_activation(const unit *u, float *values, size_t rows, key_range keys) {
     const ggd_compute *compute = u->job->compute;
     if (compute->element == GGD_ELEMENT_F32) {
-        return values;
+        return values + keys.first;
     }
     for (size_t i = 0; i < rows; i++) {
         uint16_t *target = (uint16_t *)u->s.strip + i * u->ld_t;
-        compute->kernels->to_bf16(values + i * u->ld_t, target, keys);
-        if (keys % 2 != 0) {
-            target[keys] = 0;
+        compute->kernels->to_bf16(values + i * u->ld_t + keys.first, target + keys.first, keys.end - keys.first);
+        if (keys.end % 2 != 0) {
+            target[keys.end] = 0;
         }
     }
-    return u->s.strip;
+    return (uint16_t *)u->s.strip + keys.first;
+}
+
+// rows (STRIP_ROWS, D) = strip (rows, keys) * panels whose reduction is over all t keys.
+static void multiply_over_keys(const unit *u, size_t rows, const void *strip, key_range keys, const uint8_t *panels) {
+    ggd_element element = u->job->compute->element;
+    // A strip begins at its first key in each panel, and ends early.
+    const uint8_t *panel = panels + keys.first * GGD_PANEL_COLUMNS * ggd_element_bytes(element);
+    for (size_t column = 0; column < u->d; column += GGD_PANEL_COLUMNS, panel += ggd_panel_bytes(element, u->t)) {
+        multiply(u, rows, GGD_PANEL_COLUMNS, strip, u->ld_t, keys.end - keys.first, panel, NULL, u->s.rows + column, u->ld_d);
+    }
 }
 
 // ---- forward ----
@@ -187,21 +224,15 @@ static const void *strip_activation(const unit *u, float *values, size_t rows, s
 static void forward_strip(const unit *u, size_t head, size_t first) {
     const attention_job *job = u->job;
     const ggd_compute *compute = job->compute;
-    size_t rows = ggd_min(u->t - first, STRIP_ROWS), keys = visible_keys(u, first, rows);
-    size_t first_row = (size_t)u->segment->first_row + first;
-    strip_scores(u, head, first, rows);
+    size_t rows = ggd_min(u->t - first, STRIP_ROWS), first_row = (size_t)u->segment->first_row + first;
+    key_range keys = visible_keys(u, first, rows);
+    strip_scores(u, head, first, rows, keys);
     for (size_t i = 0; i < rows; i++) {
-        float *scores = u->s.scores + i * u->ld_t;
-        job->lse[(first_row + i) * job->heads->n_heads + head] =
-            compute->kernels->attention_softmax(scores, keys, first + i + 1, job->scale, job->future_bias);
+        float *scores = u->s.scores + i * u->ld_t + keys.first;
+        job->lse[(first_row + i) * job->heads->n_heads + head] = compute->kernels->attention_softmax(
+            scores, keys.end - keys.first, first + i + 1 - keys.first, job->scale, job->future_bias);
     }
-    const void *p = strip_activation(u, u->s.scores, rows, keys);
-    // The panels of V hold all t rows; a causal strip stops early in each of them.
-    size_t bytes_panel = ggd_panel_bytes(compute->element, u->t);
-    for (size_t column = 0; column < u->d; column += GGD_PANEL_COLUMNS) {
-        multiply(u, rows, GGD_PANEL_COLUMNS, p, u->ld_t, keys, u->s.values + column / GGD_PANEL_COLUMNS * bytes_panel, NULL,
-                 u->s.rows + column, u->ld_d);
-    }
+    multiply_over_keys(u, rows, strip_activation(u, u->s.scores, rows, keys), keys, u->s.values);
     for (size_t i = 0; i < rows; i++) {
         ggd_store_row(compute, u->s.rows + i * u->ld_d, job->out, first_row + i, head * u->d, u->d);
     }
@@ -233,7 +264,7 @@ void ggd_attention_forward(const ggd_compute *compute, const ggd_batch *batch, c
                          .qkv = qkv,
                          .out = out,
                          .lse = lse,
-                         .scale = 1.0f / sqrtf((float)heads->head_size),
+                         .scale = heads->score_cap > 0 ? 1.0f : heads->score_scale,
                          .future_bias = future_bias(batch)};
     ggd_parallel(compute->threads, "attention forward", n_units(batch, heads), forward_item, &job);
 }
@@ -256,62 +287,78 @@ static void transpose_strip(const unit *u, ggd_activation x, size_t column, size
 }
 
 // target (D, keys) += transposed (D, rows) * strip (rows, keys)
-static void add_transposed_product(const unit *u, const float *strip, size_t rows, size_t keys, float *target) {
+static void add_transposed_product(const unit *u, const float *strip, size_t rows, key_range keys, float *target) {
     const ggd_compute *compute = u->job->compute;
     size_t ld = ggd_round_up(STRIP_ROWS, GGD_PANEL_COLUMNS);
-    for (size_t key = 0; key < keys; key += GGD_PANEL_COLUMNS) {
+    for (size_t key = keys.first; key < keys.end; key += GGD_PANEL_COLUMNS) {
         compute->kernels->pack_rows[compute->element](strip + key, u->ld_t, rows, 1.0f, u->s.strip_panel);
         multiply(u, u->d, GGD_PANEL_COLUMNS, u->s.transposed, ld, rows, u->s.strip_panel, target + key, target + key, u->ld_t);
     }
 }
 
-// dS of the strip from P and dP; pad columns to zero, because whole panels of them are multiplied.
-static void strip_gradient(const unit *u, size_t head, size_t first, size_t rows, size_t keys) {
+// The kernel on one query's scores, and the derivative of their soft cap where they have one. That one needs the scores, which
+// become P in place, so it goes by pieces.
+static void score_gradient(const unit *u, float *p, float *dp, key_range keys, size_t first_future, float lse, float delta) {
+    enum { SCORES = 1024 };
     const attention_job *job = u->job;
     const ggd_kernels *kernels = job->compute->kernels;
+    float cap = job->heads->score_cap, capped[SCORES];
+    size_t step = cap > 0 ? SCORES : keys.end - keys.first;
+    for (size_t key = keys.first; key < keys.end; key += step) {
+        size_t n = ggd_min(step, keys.end - key), future = first_future > key ? ggd_min(first_future - key, n) : 0;
+        if (cap > 0) {
+            memcpy(capped, p + key, n * sizeof *capped);
+        }
+        kernels->attention_gradient(p + key, dp + key, n, future, job->scale, job->future_bias, lse, delta);
+        if (cap > 0) {
+            for (size_t i = 0; i < n; i++) {
+                capped[i] = p[key + i] > 0 ? capped[i] : 0;  // a hidden key's score is no number to square
+            }
+            kernels->soft_cap_backward(capped, cap, dp + key, n);
+            kernels->scale(dp + key, job->heads->score_scale, n);
+        }
+    }
+}
+
+// dS of the strip from P and dP; columns up to whole panels to zero, because panels of them are multiplied.
+static void strip_gradient(const unit *u, size_t head, size_t first, size_t rows, key_range keys) {
+    const attention_job *job = u->job;
     float *buffer = u->s.unpacked;
+    size_t pad = ggd_round_up(keys.end, GGD_PANEL_COLUMNS) - keys.end;
     for (size_t i = 0; i < rows; i++) {
         size_t row = (size_t)u->segment->first_row + first + i;
         float *p = u->s.scores + i * u->ld_t, *dp = u->s.dscores + i * u->ld_t;
         const float *out = ggd_load_row(job->compute, job->out, row, head * u->d, u->d, buffer);
         const float *dout = ggd_load_row(job->compute, job->dout, row, head * u->d, u->d, buffer + u->d);
-        float delta = kernels->dot(out, dout, u->d);
-        float lse = job->lse[row * job->heads->n_heads + head];
-        kernels->attention_gradient(p, dp, keys, first + i + 1, job->scale, job->future_bias, lse, delta);
-        memset(p + keys, 0, (u->ld_t - keys) * sizeof *p);
-        memset(dp + keys, 0, (u->ld_t - keys) * sizeof *dp);
+        float delta = job->compute->kernels->dot(out, dout, u->d);
+        score_gradient(u, p, dp, keys, first + i + 1, job->lse[row * job->heads->n_heads + head], delta);
+        memset(p + keys.end, 0, pad * sizeof *p);
+        memset(dp + keys.end, 0, pad * sizeof *dp);
     }
 }
 
 static void store_query_gradient(const unit *u, size_t head, size_t first, size_t rows) {
-    const ggd_heads *heads = u->job->heads;
-    size_t half = u->d / 2;
     for (size_t i = 0; i < rows; i++) {
         float *dq = u->s.rows + i * u->ld_d;
-        u->job->compute->kernels->rope(dq, heads->cosine + (first + i) * half, heads->sine + (first + i) * half, -1.0f, 1, u->d);
+        ggd_rotate(u->job->compute->kernels, u->job->heads, u->segment, first + i, -1.0f, 1, dq);
         ggd_store_row(u->job->compute, dq, u->job->dqkv, (size_t)u->segment->first_row + first + i, head * u->d, u->d);
     }
 }
 
 static void backward_strip(const unit *u, size_t head, size_t first) {
     const attention_job *job = u->job;
-    const ggd_compute *compute = job->compute;
-    size_t rows = ggd_min(u->t - first, STRIP_ROWS), keys = visible_keys(u, first, rows);
-    size_t first_row = (size_t)u->segment->first_row + first;
-    strip_scores(u, head, first, rows);
-    const void *dout = ggd_activation_at(job->dout, first_row, head * u->d, compute->element);
-    multiply(u, rows, keys, dout, job->dout.ld, u->d, u->s.values_t, NULL, u->s.dscores, u->ld_t);
+    size_t rows = ggd_min(u->t - first, STRIP_ROWS), first_row = (size_t)u->segment->first_row + first;
+    key_range keys = visible_keys(u, first, rows);
+    strip_scores(u, head, first, rows, keys);
+    const void *dout = ggd_activation_at(job->dout, first_row, head * u->d, job->compute->element);
+    multiply(u, rows, keys.end - keys.first, dout, job->dout.ld, u->d, panels_from(u, u->s.values_t, keys.first, u->d), NULL,
+             u->s.dscores + keys.first, u->ld_t);
     strip_gradient(u, head, first, rows, keys);
     transpose_strip(u, job->dout, head * u->d, first, rows);
     add_transposed_product(u, u->s.scores, rows, keys, u->s.dvalues);
     transpose_strip(u, job->qkv, head * u->d, first, rows);
     add_transposed_product(u, u->s.dscores, rows, keys, u->s.dkeys);
-    const void *ds = strip_activation(u, u->s.dscores, rows, keys);
-    size_t bytes_panel = ggd_panel_bytes(compute->element, u->t);
-    for (size_t column = 0; column < u->d; column += GGD_PANEL_COLUMNS) {
-        multiply(u, rows, GGD_PANEL_COLUMNS, ds, u->ld_t, keys, u->s.keys_w + column / GGD_PANEL_COLUMNS * bytes_panel, NULL,
-                 u->s.rows + column, u->ld_d);
-    }
+    multiply_over_keys(u, rows, strip_activation(u, u->s.dscores, rows, keys), keys, u->s.keys_w);
     store_query_gradient(u, head, first, rows);
 }
 
@@ -321,11 +368,11 @@ static void store_key_value_gradients(const unit *u) {
     const ggd_heads *heads = job->heads;
     float *row = u->s.unpacked;
     for (size_t t = 0; t < u->t; t++) {
-        size_t target = (size_t)u->segment->first_row + t, half = u->d / 2;
+        size_t target = (size_t)u->segment->first_row + t;
         for (size_t d = 0; d < u->d; d++) {
             row[d] = u->s.dkeys[d * u->ld_t + t];
         }
-        job->compute->kernels->rope(row, heads->cosine + t * half, heads->sine + t * half, -1.0f, 1, u->d);
+        ggd_rotate(job->compute->kernels, heads, u->segment, t, -1.0f, 1, row);
         ggd_store_row(job->compute, row, job->dqkv, target, heads->k_column + u->kv_head * u->d, u->d);
         for (size_t d = 0; d < u->d; d++) {
             row[d] = u->s.dvalues[d * u->ld_t + t];
@@ -362,7 +409,7 @@ void ggd_attention_backward(const ggd_compute *compute, const ggd_batch *batch, 
                          .dout = dout,
                          .dqkv = dqkv,
                          .lse = (float *)lse,
-                         .scale = 1.0f / sqrtf((float)heads->head_size),
+                         .scale = heads->score_cap > 0 ? 1.0f : heads->score_scale,
                          .future_bias = future_bias(batch)};
     ggd_parallel(compute->threads, "attention backward", n_units(batch, heads), backward_item, &job);
 }

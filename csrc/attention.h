@@ -8,7 +8,7 @@
 void ggd_attention_forward(const ggd_compute *compute, const ggd_batch *batch, const ggd_heads *heads, ggd_activation qkv,
                            ggd_activation out, float *lse);
 
-// dqkv: (M, [dQ | dK | dV]) before RoPE, from dout (M, H * D).
+// dqkv: (M, [dQ | dK | dV]) before RoPE, but after the norms of Q and K, from dout (M, H * D).
 void ggd_attention_backward(const ggd_compute *compute, const ggd_batch *batch, const ggd_heads *heads, ggd_activation qkv,
                             ggd_activation out, const float *lse, ggd_activation dout, ggd_activation dqkv);
 

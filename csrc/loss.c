@@ -6,6 +6,9 @@
 //   d loss / d normed = weight (sum_v p_v head_v - head_target)
 // The target's own term, p_target - 1, is kept out of the sum and added in float32, so that a confident prediction does not cancel.
 //
+// Where logits are soft-capped, z = cap tanh(u / cap), all of this holds for z, and each term of a sum over head rows has the slope
+// dz / du = 1 - (z / cap)^2 beside it.
+//
 // With a teacher (the base alone; Hinton et al. 2015, arXiv:1503.02531, at temperature 1) a second online softmax over the same tiles
 // gives -sum_v p_teacher(v) log p(v) = log sum_v exp(z_v) - sum_v p_teacher(v) z_v and its gradient sum_v (p_v - p_teacher(v)) head_v.
 #include "loss.h"
@@ -83,15 +86,31 @@ static void tile_logits(const loss_job *job, ggd_activation normed, const ggd_in
     ggd_gemm_run(job->compute, &product);
 }
 
+// The mask token's element of a row of the tile, or NULL.
+static float *mask_element(const loss_job *job, float *row) {
+    size_t token = (size_t)job->head->mask_token;
+    int inside = job->head->mask_token >= 0 && token >= job->first_token && token < job->first_token + job->n_tokens;
+    return inside ? row + (token - job->first_token) : NULL;
+}
+
+// A row's product of the tile to logits: soft-capped, the mask token's out of the way.
+static void finish_logits(const loss_job *job, float *logits) {
+    float *mask = mask_element(job, logits);
+    if (job->head->logit_cap > 0) {
+        job->compute->kernels->soft_cap(logits, 1.0f, job->head->logit_cap, job->n_tokens);
+    }
+    if (mask != NULL) {
+        *mask = -INFINITY;
+    }
+}
+
 // One row's logits of the tile join its running softmax: `weights` gets exp(logit - largest), what was summed before is scaled by the
 // returned factor.
 static float join_tile(const loss_job *job, const ggd_online_softmax *softmax, size_t item, float *weights) {
     const ggd_kernels *kernels = job->compute->kernels;
     float *logits = softmax->logits + item * GGD_LOSS_TOKENS, factor = 1.0f;
-    size_t n = job->n_tokens, mask_token = (size_t)job->head->mask_token;
-    if (job->head->mask_token >= 0 && mask_token >= job->first_token && mask_token < job->first_token + n) {
-        logits[mask_token - job->first_token] = -INFINITY;
-    }
+    size_t n = job->n_tokens;
+    finish_logits(job, logits);
     float largest = kernels->max(logits, n);
     if (largest > softmax->largest[item]) {
         factor = expf(softmax->largest[item] - largest);
@@ -105,37 +124,52 @@ static float join_tile(const loss_job *job, const ggd_online_softmax *softmax, s
     return factor;
 }
 
-static void store_weights(const loss_job *job, float *weights, size_t item) {
-    if (job->dx != NULL) {
-        weights[job->n_tokens] = 0;  // the pair of an odd last token
-        ggd_store_row(job->compute, weights, job->scratch->weights, item, 0, ggd_min(job->n_tokens + 1, GGD_LOSS_TOKENS));
+// Slope of the own logit's soft cap.
+static float slope(const loss_job *job, float logit) {
+    float share = job->head->logit_cap > 0 ? logit / job->head->logit_cap : 0;
+    return 1.0f - share * share;
+}
+
+// Weights of the head's rows, for the product with them; `own_logits` are of the same tile.
+static void store_weights(const loss_job *job, float *weights, float *own_logits, size_t item) {
+    if (job->dx == NULL) {
+        return;
     }
+    if (job->head->logit_cap > 0) {
+        float *mask = mask_element(job, weights);
+        job->compute->kernels->soft_cap_backward(own_logits, job->head->logit_cap, weights, job->n_tokens);
+        if (mask != NULL) {
+            *mask = 0;  // 0 * -inf would be no number
+        }
+    }
+    weights[job->n_tokens] = 0;  // the pair of an odd last token
+    ggd_store_row(job->compute, weights, job->scratch->weights, item, 0, ggd_min(job->n_tokens + 1, GGD_LOSS_TOKENS));
 }
 
 static void softmax_item(void *context, size_t item, size_t thread) {
     const loss_job *job = context;
     const ggd_loss_scratch *s = job->scratch;
-    float *weights = (float *)ggd_scratch(job->compute, thread);
+    float *weights = (float *)ggd_scratch(job->compute, thread), *own_logits = s->own.logits + item * GGD_LOSS_TOKENS;
     size_t target = (size_t)job->objective->targets[job->rows[item]];
     join_tile(job, &s->own, item, weights);
     if (target >= job->first_token && target < job->first_token + job->n_tokens) {
-        s->target_logit[item] = s->own.logits[item * GGD_LOSS_TOKENS + target - job->first_token];
+        s->target_logit[item] = own_logits[target - job->first_token];
         weights[target - job->first_token] = 0;
     }
-    store_weights(job, weights, item);
+    store_weights(job, weights, own_logits, item);
 }
 
 static void teacher_item(void *context, size_t item, size_t thread) {
     const loss_job *job = context;
     const ggd_loss_scratch *s = job->scratch;
     float *weights = (float *)ggd_scratch(job->compute, thread), *own_logits = s->own.logits + item * GGD_LOSS_TOKENS;
-    size_t mask_token = (size_t)job->head->mask_token;
+    float *mask = mask_element(job, own_logits);
     s->cross[item] *= join_tile(job, &s->teacher, item, weights);
-    if (job->head->mask_token >= 0 && mask_token >= job->first_token && mask_token < job->first_token + job->n_tokens) {
-        own_logits[mask_token - job->first_token] = 0;  // 0 * -inf would be no number
+    if (mask != NULL) {
+        *mask = 0;  // 0 * -inf would be no number
     }
     s->cross[item] += job->compute->kernels->dot(weights, own_logits, job->n_tokens);
-    store_weights(job, weights, item);
+    store_weights(job, weights, own_logits, item);
 }
 
 static void add_weighted_rows(const loss_job *job, float *mean) {
@@ -177,7 +211,8 @@ static void finish_item(void *context, size_t item, size_t thread) {
     float *dnormed = s->own.mean + item * s->ld, *target_row = (float *)ggd_scratch(job->compute, thread);
     kernels->scale(dnormed, (weight + teacher_weight) / (float)s->own.sum[item], hidden);
     ggd_matrix_unpack_row(kernels, &job->head->head, (size_t)job->objective->targets[row], target_row);
-    kernels->add_scaled(target_row, (weight + teacher_weight) * target_probability - weight, dnormed, hidden);
+    float target_weight = (weight + teacher_weight) * target_probability - weight;
+    kernels->add_scaled(target_row, slope(job, s->target_logit[item]) * target_weight, dnormed, hidden);
     if (teacher_weight != 0) {
         kernels->add_scaled(s->teacher.mean + item * s->ld, -teacher_weight / (float)s->teacher.sum[item], dnormed, hidden);
     }
@@ -263,8 +298,9 @@ void ggd_keep_teacher(const ggd_compute *compute, const ggd_head *head, const gg
 static void copy_item(void *context, size_t item, size_t thread) {
     (void)thread;
     const loss_job *job = context;
-    memcpy(job->logits + item * job->head->head.n_rows + job->first_token, job->scratch->own.logits + item * GGD_LOSS_TOKENS,
-           job->n_tokens * sizeof(float));
+    float *logits = job->scratch->own.logits + item * GGD_LOSS_TOKENS;
+    finish_logits(job, logits);
+    memcpy(job->logits + item * job->head->head.n_rows + job->first_token, logits, job->n_tokens * sizeof(float));
 }
 
 void ggd_logits_run(const ggd_compute *compute, const ggd_head *head, const ggd_loss_scratch *scratch, size_t n_rows,

@@ -12,6 +12,7 @@ typedef struct {
     ggd_matrix head;    // (V, C)
     const float *norm;  // (C)
     float rms_eps;
+    float logit_cap;     // logits are soft-capped at it; 0: they are not
     int32_t mask_token;  // its logit is -inf, -1: none
 } ggd_head;
 
@@ -24,9 +25,10 @@ typedef struct {
 } ggd_online_softmax;
 
 typedef struct {
-    ggd_activation normed;   // (GGD_LOSS_ROWS, C)
-    float *scales;           // (GGD_LOSS_ROWS)
-    ggd_activation weights;  // (GGD_LOSS_ROWS, GGD_LOSS_TOKENS): exp(logit - largest) of the tile
+    ggd_activation normed;  // (GGD_LOSS_ROWS, C)
+    float *scales;          // (GGD_LOSS_ROWS)
+    ggd_activation
+        weights;  // (GGD_LOSS_ROWS, GGD_LOSS_TOKENS): exp(logit - largest) of the tile, times the slope of the logits' soft cap
     ggd_online_softmax own;
     float *target_logit;  // (GGD_LOSS_ROWS)
     int32_t *rows;        // (M): rows that count

@@ -30,10 +30,10 @@ void ggd_store_row(const ggd_compute *compute, const float *values, ggd_activati
 
 typedef struct {
     const ggd_compute *compute;
-    const ggd_matrix *embedding;
+    const ggd_embedding *embedding;
     const ggd_batch *batch;
     const ggd_adapter *adapter;
-    size_t hidden, ld;
+    size_t ld;
     float *x;
     const float *dx;
     float *grad_offset;
@@ -42,32 +42,30 @@ typedef struct {
 static void embedding_forward_item(void *context, size_t item, size_t thread) {
     (void)thread;
     const embedding_job *job = context;
+    const ggd_kernels *kernels = job->compute->kernels;
     const ggd_segment *segment = &job->batch->segments[item];
-    const float *mask_row = job->adapter != NULL ? job->adapter->mask_embedding : NULL;
+    size_t hidden = job->embedding->rows.n_cols;
+    const float *offset = job->batch->embedding_offset, *mask_row = job->adapter != NULL ? job->adapter->mask_embedding : NULL;
     for (size_t i = 0; i < (size_t)segment->n_rows; i++) {
         size_t row = (size_t)segment->first_row + i;
         int32_t token = job->batch->tokens[row];
         float *x = job->x + row * job->ld;
-        ggd_matrix_unpack_row(job->compute->kernels, job->embedding, (size_t)token, x);
-        if (job->batch->embedding_offset != NULL) {
-            job->compute->kernels->add_scaled(job->batch->embedding_offset + (size_t)segment->sequence * job->hidden, 1.0f, x,
-                                              job->hidden);
+        ggd_matrix_unpack_row(kernels, &job->embedding->rows, (size_t)token, x);
+        if (offset != NULL) {
+            kernels->add_scaled(offset + (size_t)segment->sequence * hidden, 1.0f, x, hidden);
         }
         if (mask_row != NULL && token == job->adapter->mask_token_id) {
-            job->compute->kernels->add_scaled(mask_row, 1.0f, x, job->hidden);
+            kernels->add_scaled(mask_row, 1.0f, x, hidden);
+        }
+        if (job->embedding->scale != 1.0f) {
+            kernels->scale(x, job->embedding->scale, hidden);
         }
     }
 }
 
-void ggd_embedding_forward(const ggd_compute *compute, const ggd_matrix *embedding, const ggd_batch *batch,
+void ggd_embedding_forward(const ggd_compute *compute, const ggd_embedding *embedding, const ggd_batch *batch,
                            const ggd_adapter *adapter, float *x, size_t ld) {
-    embedding_job job = {.compute = compute,
-                         .embedding = embedding,
-                         .batch = batch,
-                         .adapter = adapter,
-                         .hidden = embedding->n_cols,
-                         .ld = ld,
-                         .x = x};
+    embedding_job job = {.compute = compute, .embedding = embedding, .batch = batch, .adapter = adapter, .ld = ld, .x = x};
     ggd_parallel(compute->threads, "embedding", (size_t)batch->n_segments, embedding_forward_item, &job);
 }
 
@@ -75,11 +73,11 @@ void ggd_embedding_forward(const ggd_compute *compute, const ggd_matrix *embeddi
 static void embedding_backward_item(void *context, size_t item, size_t thread) {
     (void)thread;
     const embedding_job *job = context;
-    size_t column = item * PIECE, n = ggd_min(job->hidden - column, PIECE);
+    size_t hidden = job->embedding->rows.n_cols, column = item * PIECE, n = ggd_min(hidden - column, PIECE);
     const ggd_kernels *kernels = job->compute->kernels;
-    float *grad_mask = job->adapter != NULL ? job->adapter->grad_mask_embedding : NULL;
+    float *grad_mask = job->adapter != NULL ? job->adapter->grad_mask_embedding : NULL, scale = job->embedding->scale;
     for (size_t b = 0; job->grad_offset != NULL && b < (size_t)job->batch->n_sequences; b++) {
-        memset(job->grad_offset + b * job->hidden + column, 0, n * sizeof(float));
+        memset(job->grad_offset + b * hidden + column, 0, n * sizeof(float));
     }
     for (size_t s = 0; s < (size_t)job->batch->n_segments; s++) {
         const ggd_segment *segment = &job->batch->segments[s];
@@ -87,20 +85,25 @@ static void embedding_backward_item(void *context, size_t item, size_t thread) {
             size_t row = (size_t)segment->first_row + i;
             const float *dx = job->dx + row * job->ld + column;
             if (job->grad_offset != NULL) {
-                kernels->add_scaled(dx, 1.0f, job->grad_offset + (size_t)segment->sequence * job->hidden + column, n);
+                kernels->add_scaled(dx, scale, job->grad_offset + (size_t)segment->sequence * hidden + column, n);
             }
             if (grad_mask != NULL && job->batch->tokens[row] == job->adapter->mask_token_id) {
-                kernels->add_scaled(dx, 1.0f, grad_mask + column, n);
+                kernels->add_scaled(dx, scale, grad_mask + column, n);
             }
         }
     }
 }
 
-void ggd_embedding_backward(const ggd_compute *compute, const ggd_batch *batch, const ggd_adapter *adapter, size_t hidden,
-                            const float *dx, size_t ld, float *grad_offset) {
-    embedding_job job = {
-        .compute = compute, .batch = batch, .adapter = adapter, .hidden = hidden, .ld = ld, .dx = dx, .grad_offset = grad_offset};
-    ggd_parallel(compute->threads, "embedding", ggd_ceil_div(hidden, PIECE), embedding_backward_item, &job);
+void ggd_embedding_backward(const ggd_compute *compute, const ggd_embedding *embedding, const ggd_batch *batch,
+                            const ggd_adapter *adapter, const float *dx, size_t ld, float *grad_offset) {
+    embedding_job job = {.compute = compute,
+                         .embedding = embedding,
+                         .batch = batch,
+                         .adapter = adapter,
+                         .ld = ld,
+                         .dx = dx,
+                         .grad_offset = grad_offset};
+    ggd_parallel(compute->threads, "embedding", ggd_ceil_div(embedding->rows.n_cols, PIECE), embedding_backward_item, &job);
 }
 
 // ---- RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467) ----
@@ -122,13 +125,32 @@ static void store_int8(const ggd_compute *compute, const float *values, const gg
     }
 }
 
+// y = norm(x); returns r.
+static float norm_row(const ggd_compute *compute, const ggd_norm *norm, const float *x, float *y) {
+    if (norm->weight != NULL) {
+        return compute->kernels->rmsnorm(x, norm->weight, norm->eps, y, norm->n);
+    }
+    memmove(y, x, norm->n * sizeof *y);
+    return 1.0f;
+}
+
+// dx += the gradient of x
+static void norm_row_backward(const ggd_compute *compute, const ggd_norm *norm, const float *dy, const float *x, float r,
+                              float *dx) {
+    if (norm->weight != NULL) {
+        compute->kernels->rmsnorm_backward(dy, x, norm->weight, r, dx, norm->n);
+    } else {
+        compute->kernels->add_scaled(dy, 1.0f, dx, norm->n);
+    }
+}
+
 static void rmsnorm_forward_item(void *context, size_t item, size_t thread) {
     const norm_job *job = context;
     const ggd_norm *norm = job->norm;
     float *buffer = (float *)ggd_scratch(job->compute, thread);
     for (size_t row = item * BLOCK_ROWS; row < block_end(job->m, item); row++) {
         const float *x = job->x + row * job->ld;
-        norm->scales[row] = job->compute->kernels->rmsnorm(x, norm->weight, norm->eps, buffer, norm->n);
+        norm->scales[row] = norm_row(job->compute, norm, x, buffer);
         ggd_store_row(job->compute, buffer, job->y.x, row, 0, norm->n);
         store_int8(job->compute, buffer, job->y.int8, row, 0, norm->n);
         if (norm->saved.data != NULL) {
@@ -148,7 +170,7 @@ static void rmsnorm_repeat_item(void *context, size_t item, size_t thread) {
     float *buffer = (float *)ggd_scratch(job->compute, thread);
     for (size_t row = item * BLOCK_ROWS; row < block_end(job->m, item); row++) {
         const float *x = ggd_load_row(job->compute, norm->saved, row, 0, norm->n, buffer + norm->n);
-        job->compute->kernels->rmsnorm(x, norm->weight, norm->eps, buffer, norm->n);
+        norm_row(job->compute, norm, x, buffer);
         ggd_store_row(job->compute, buffer, job->y.x, row, 0, norm->n);
     }
 }
@@ -165,7 +187,7 @@ static void rmsnorm_backward_item(void *context, size_t item, size_t thread) {
     for (size_t row = item * BLOCK_ROWS; row < block_end(job->m, item); row++) {
         const float *x = ggd_load_row(job->compute, norm->saved, row, 0, norm->n, buffer);
         float *dx = job->dx + row * job->ld;
-        job->compute->kernels->rmsnorm_backward(job->dy + row * job->ld, x, norm->weight, norm->scales[row], dx, norm->n);
+        norm_row_backward(job->compute, norm, job->dy + row * job->ld, x, norm->scales[row], dx);
         ggd_store_row(job->compute, dx, job->y.x, row, 0, norm->n);
     }
 }
@@ -176,70 +198,177 @@ void ggd_rmsnorm_backward(const ggd_compute *compute, const ggd_norm *norm, size
     ggd_parallel(compute->threads, "norm", n_blocks(m), rmsnorm_backward_item, &job);
 }
 
-// ---- RoPE (Su et al. 2021, arXiv:2104.09864); its backward, the inverse rotation, happens in attention.c ----
+// ---- what a block adds to the residual stream ----
+
+typedef struct {
+    const ggd_compute *compute;
+    const ggd_norm *norm;
+    float scale;
+    size_t m, ld;
+    const float *block, *dx;
+    float *x;
+    ggd_activation dblock;
+} block_job;
+
+static void block_forward_item(void *context, size_t item, size_t thread) {
+    const block_job *job = context;
+    const ggd_norm *norm = job->norm;
+    float *buffer = (float *)ggd_scratch(job->compute, thread);
+    for (size_t row = item * BLOCK_ROWS; row < block_end(job->m, item); row++) {
+        const float *block = job->block + row * job->ld;
+        float r = norm_row(job->compute, norm, block, buffer);
+        job->compute->kernels->add_scaled(buffer, job->scale, job->x + row * job->ld, norm->n);
+        if (norm->weight != NULL) {
+            norm->scales[row] = r;
+        }
+        if (norm->saved.data != NULL) {
+            ggd_store_row(job->compute, block, norm->saved, row, 0, norm->n);
+        }
+    }
+}
+
+void ggd_block_forward(const ggd_compute *compute, const ggd_norm *norm, float scale, size_t m, const float *block, float *x,
+                       size_t ld) {
+    block_job job = {.compute = compute, .norm = norm, .scale = scale, .m = m, .ld = ld, .block = block, .x = x};
+    ggd_parallel(compute->threads, "norm", n_blocks(m), block_forward_item, &job);
+}
+
+static void block_backward_item(void *context, size_t item, size_t thread) {
+    const block_job *job = context;
+    const ggd_norm *norm = job->norm;
+    float *buffer = (float *)ggd_scratch(job->compute, thread), *dblock = buffer + norm->n;
+    for (size_t row = item * BLOCK_ROWS; row < block_end(job->m, item); row++) {
+        int normed = norm->weight != NULL;
+        const float *block = normed ? ggd_load_row(job->compute, norm->saved, row, 0, norm->n, buffer) : NULL;
+        memset(dblock, 0, norm->n * sizeof *dblock);
+        norm_row_backward(job->compute, norm, job->dx + row * job->ld, block, normed ? norm->scales[row] : 1.0f, dblock);
+        if (job->scale != 1.0f) {
+            job->compute->kernels->scale(dblock, job->scale, norm->n);
+        }
+        ggd_store_row(job->compute, dblock, job->dblock, row, 0, norm->n);
+    }
+}
+
+void ggd_block_backward(const ggd_compute *compute, const ggd_norm *norm, float scale, size_t m, const float *dx, size_t ld,
+                        ggd_activation dblock) {
+    block_job job = {.compute = compute, .norm = norm, .scale = scale, .m = m, .ld = ld, .dx = dx, .dblock = dblock};
+    ggd_parallel(compute->threads, "norm", n_blocks(m), block_backward_item, &job);
+}
+
+// ---- queries and keys: their norm, and RoPE; its backward, the inverse rotation, happens in attention.c ----
+
+void ggd_rotate(const ggd_kernels *kernels, const ggd_heads *heads, const ggd_segment *segment, size_t place, float direction,
+                size_t n_heads, float *x) {
+    int is_long = heads->long_rope.cosine != NULL && (size_t)segment->n_rows > heads->original_context;
+    const ggd_rope_table *table = is_long ? &heads->long_rope : &heads->rope;
+    if (table->cosine != NULL) {
+        size_t at = place * (heads->n_rotated / 2);
+        kernels->rope[heads->rope_kind](x, table->cosine + at, table->sine + at, direction, n_heads, heads->head_size,
+                                        heads->n_rotated);
+    }
+}
 
 typedef struct {
     const ggd_compute *compute;
     const ggd_batch *batch;
     const ggd_heads *heads;
+    const ggd_norm *norm;
     size_t n_heads;
     const float *x;
     size_t ld;
-    ggd_activation rotated;
-} rope_job;
+    ggd_activation y;  // what is rotated; in the backward the gradient
+} heads_job;
 
-static void rope_forward_item(void *context, size_t item, size_t thread) {
-    const rope_job *job = context;
+// Norms a row in pieces, in place, and keeps what it was.
+static void norm_heads(const heads_job *job, size_t row, size_t n, float *values) {
+    const ggd_norm *norm = job->norm;
+    size_t pieces = n / norm->n;
+    if (norm->saved.data != NULL) {
+        ggd_store_row(job->compute, values, norm->saved, row, 0, n);
+    }
+    for (size_t piece = 0; piece < pieces; piece++) {
+        float *values_piece = values + piece * norm->n;
+        norm->scales[row * pieces + piece] = norm_row(job->compute, norm, values_piece, values_piece);
+    }
+}
+
+static void heads_forward_item(void *context, size_t item, size_t thread) {
+    const heads_job *job = context;
     const ggd_segment *segment = &job->batch->segments[item];
-    const ggd_heads *heads = job->heads;
-    const ggd_kernels *kernels = job->compute->kernels;
-    size_t half = heads->head_size / 2, n = job->n_heads * heads->head_size;
+    size_t n = job->n_heads * job->heads->head_size;
     float *buffer = (float *)ggd_scratch(job->compute, thread);
     for (size_t i = 0; i < (size_t)segment->n_rows; i++) {
         size_t row = (size_t)segment->first_row + i;
         memcpy(buffer, job->x + row * job->ld, n * sizeof *buffer);
-        kernels->rope(buffer, heads->cosine + i * half, heads->sine + i * half, 1.0f, job->n_heads, heads->head_size);
-        ggd_store_row(job->compute, buffer, job->rotated, row, 0, n);
+        if (job->norm->weight != NULL) {
+            norm_heads(job, row, n, buffer);
+        }
+        ggd_rotate(job->compute->kernels, job->heads, segment, i, 1.0f, job->n_heads, buffer);
+        ggd_store_row(job->compute, buffer, job->y, row, 0, n);
     }
 }
 
-void ggd_rope_forward(const ggd_compute *compute, const ggd_batch *batch, const ggd_heads *heads, size_t n_heads, const float *x,
-                      size_t ld, ggd_activation rotated) {
-    rope_job job = {compute, batch, heads, n_heads, x, ld, rotated};
-    ggd_parallel(compute->threads, "rope", (size_t)batch->n_segments, rope_forward_item, &job);
+void ggd_heads_forward(const ggd_compute *compute, const ggd_batch *batch, const ggd_heads *heads, size_t n_heads,
+                       const ggd_norm *norm, const float *x, size_t ld, ggd_activation rotated) {
+    heads_job job = {compute, batch, heads, norm, n_heads, x, ld, rotated};
+    ggd_parallel(compute->threads, "rope", (size_t)batch->n_segments, heads_forward_item, &job);
 }
 
-// ---- SwiGLU (Shazeer 2020, arXiv:2002.05202) ----
+static void heads_backward_item(void *context, size_t item, size_t thread) {
+    const heads_job *job = context;
+    const ggd_norm *norm = job->norm;
+    size_t n = job->n_heads * job->heads->head_size, pieces = n / norm->n;
+    float *x_buffer = (float *)ggd_scratch(job->compute, thread), *dy_buffer = x_buffer + n, *dx = dy_buffer + n;
+    for (size_t row = item * BLOCK_ROWS; row < block_end((size_t)job->batch->n_rows, item); row++) {
+        const float *x = ggd_load_row(job->compute, norm->saved, row, 0, n, x_buffer);
+        const float *dy = ggd_load_row(job->compute, job->y, row, 0, n, dy_buffer);
+        memset(dx, 0, n * sizeof *dx);
+        for (size_t at = 0, piece = row * pieces; at < n; at += norm->n, piece++) {
+            norm_row_backward(job->compute, norm, dy + at, x + at, norm->scales[piece], dx + at);
+        }
+        ggd_store_row(job->compute, dx, job->y, row, 0, n);
+    }
+}
+
+void ggd_heads_backward(const ggd_compute *compute, const ggd_batch *batch, const ggd_heads *heads, size_t n_heads,
+                        const ggd_norm *norm, ggd_activation gradient) {
+    heads_job job = {.compute = compute, .batch = batch, .heads = heads, .norm = norm, .n_heads = n_heads, .y = gradient};
+    ggd_parallel(compute->threads, "norm", n_blocks((size_t)batch->n_rows), heads_backward_item, &job);
+}
+
+// ---- the gate: SwiGLU and GEGLU (Shazeer 2020, arXiv:2002.05202) ----
 
 typedef struct {
     const ggd_compute *compute;
+    ggd_gate kind;
     size_t m, n;
     ggd_activation gate, up, dh;
     ggd_operand h;
-} swiglu_job;
+} gate_job;
 
-static void swiglu_forward_item(void *context, size_t item, size_t thread) {
-    const swiglu_job *job = context;
+static void gate_forward_item(void *context, size_t item, size_t thread) {
+    const gate_job *job = context;
     float *buffer = (float *)ggd_scratch(job->compute, thread);
     for (size_t row = item * BLOCK_ROWS; row < block_end(job->m, item); row++) {
         for (size_t column = 0; column < job->n; column += PIECE) {
             size_t n = ggd_min(job->n - column, PIECE);
             const float *gate = ggd_load_row(job->compute, job->gate, row, column, n, buffer);
             const float *up = ggd_load_row(job->compute, job->up, row, column, n, buffer + PIECE);
-            job->compute->kernels->swiglu(gate, up, buffer + 2 * PIECE, n);
+            job->compute->kernels->gated[job->kind](gate, up, buffer + 2 * PIECE, n);
             ggd_store_row(job->compute, buffer + 2 * PIECE, job->h.x, row, column, n);
             store_int8(job->compute, buffer + 2 * PIECE, job->h.int8, row, column, n);
         }
     }
 }
 
-void ggd_swiglu_forward(const ggd_compute *compute, size_t m, size_t n, ggd_activation gate, ggd_activation up, ggd_operand h) {
-    swiglu_job job = {.compute = compute, .m = m, .n = n, .gate = gate, .up = up, .h = h};
-    ggd_parallel(compute->threads, "swiglu", n_blocks(m), swiglu_forward_item, &job);
+void ggd_gate_forward(const ggd_compute *compute, ggd_gate kind, size_t m, size_t n, ggd_activation gate, ggd_activation up,
+                      ggd_operand h) {
+    gate_job job = {.compute = compute, .kind = kind, .m = m, .n = n, .gate = gate, .up = up, .h = h};
+    ggd_parallel(compute->threads, "gate", n_blocks(m), gate_forward_item, &job);
 }
 
-static void swiglu_backward_item(void *context, size_t item, size_t thread) {
-    const swiglu_job *job = context;
+static void gate_backward_item(void *context, size_t item, size_t thread) {
+    const gate_job *job = context;
     float *buffer = (float *)ggd_scratch(job->compute, thread);
     float *dgate = buffer + 3 * PIECE, *dup = buffer + 4 * PIECE, *h = buffer + 5 * PIECE;
     for (size_t row = item * BLOCK_ROWS; row < block_end(job->m, item); row++) {
@@ -248,7 +377,7 @@ static void swiglu_backward_item(void *context, size_t item, size_t thread) {
             const float *gate = ggd_load_row(job->compute, job->gate, row, column, n, buffer);
             const float *up = ggd_load_row(job->compute, job->up, row, column, n, buffer + PIECE);
             const float *dh = ggd_load_row(job->compute, job->dh, row, column, n, buffer + 2 * PIECE);
-            job->compute->kernels->swiglu_backward(gate, up, dh, dgate, dup, h, n);
+            job->compute->kernels->gated_backward[job->kind](gate, up, dh, dgate, dup, h, n);
             ggd_store_row(job->compute, dgate, job->dh, row, column, n);
             ggd_store_row(job->compute, dup, job->up, row, column, n);
             ggd_store_row(job->compute, h, job->gate, row, column, n);
@@ -256,10 +385,10 @@ static void swiglu_backward_item(void *context, size_t item, size_t thread) {
     }
 }
 
-void ggd_swiglu_backward(const ggd_compute *compute, size_t m, size_t n, ggd_activation gate, ggd_activation up,
-                         ggd_activation dh) {
-    swiglu_job job = {.compute = compute, .m = m, .n = n, .gate = gate, .up = up, .dh = dh};
-    ggd_parallel(compute->threads, "swiglu", n_blocks(m), swiglu_backward_item, &job);
+void ggd_gate_backward(const ggd_compute *compute, ggd_gate kind, size_t m, size_t n, ggd_activation gate, ggd_activation up,
+                       ggd_activation dh) {
+    gate_job job = {.compute = compute, .kind = kind, .m = m, .n = n, .gate = gate, .up = up, .dh = dh};
+    ggd_parallel(compute->threads, "gate", n_blocks(m), gate_backward_item, &job);
 }
 
 // ---- conversion ----

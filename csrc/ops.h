@@ -1,4 +1,4 @@
-// ops.h - the row-wise parts of a transformer: embedding, RMSNorm, RoPE, SwiGLU; each forward with its backward.
+// ops.h - the row-wise parts of a transformer: embedding, RMSNorm, RoPE, the gate, what a block adds; each forward with its backward.
 #ifndef GGD_OPS_H
 #define GGD_OPS_H
 
@@ -6,22 +6,36 @@
 #include "include/ggd.h"
 
 // Q, K and V lie side by side in one activation: (M, [Q | K | V]), each part starting at a multiple of GGD_PANEL_COLUMNS.
+// The rest is what a layer's attention does with them.
+typedef struct {
+    const float *cosine, *sine;  // (positions, n_rotated / 2); NULL: none
+} ggd_rope_table;
 typedef struct {
     size_t n_heads, n_kv_heads, head_size;
-    size_t k_column, v_column;   // where K and V start
-    const float *cosine, *sine;  // (positions, D / 2)
+    size_t k_column, v_column;  // where K and V start
+    float score_scale, score_cap;
+    size_t window;  // 0: all keys
+    ggd_rope_kind rope_kind;
+    size_t n_rotated;
+    ggd_rope_table rope, long_rope;  // of segments up to the original context, and longer ones; long_rope may have none
+    size_t original_context;
 } ggd_heads;
 
-// x (M, C) float32 = embedding of each token + its sequence's offset + the mask token's added row.
-void ggd_embedding_forward(const ggd_compute *compute, const ggd_matrix *embedding, const ggd_batch *batch,
-                           const ggd_adapter *adapter, float *x, size_t ld);
-// Sums dx (M, C) over each sequence into grad_offset (B, C), assigned, and over the mask token's rows into the adapter, added.
-void ggd_embedding_backward(const ggd_compute *compute, const ggd_batch *batch, const ggd_adapter *adapter, size_t hidden,
-                            const float *dx, size_t ld, float *grad_offset);
-
-// y_j = x_j r w_j, r = 1 / sqrt(mean(x^2) + eps), over rows of n.
 typedef struct {
-    const float *weight;  // (n)
+    ggd_matrix rows;  // (V, C)
+    float scale;
+} ggd_embedding;
+
+// x (M, C) float32 = scale * (row of each token + its sequence's offset + the mask token's added row).
+void ggd_embedding_forward(const ggd_compute *compute, const ggd_embedding *embedding, const ggd_batch *batch,
+                           const ggd_adapter *adapter, float *x, size_t ld);
+// Sums scale * dx (M, C) over each sequence into grad_offset (B, C), assigned, and over the mask token's rows into the adapter, added.
+void ggd_embedding_backward(const ggd_compute *compute, const ggd_embedding *embedding, const ggd_batch *batch,
+                            const ggd_adapter *adapter, const float *dx, size_t ld, float *grad_offset);
+
+// y_j = x_j r w_j, r = 1 / sqrt(mean(x^2) + eps), over rows of n; without weight, y = x.
+typedef struct {
+    const float *weight;  // (n); NULL: no norm
     float eps;
     size_t n;
     float *scales;         // (M): r of each row, written by the forward and read by the backward
@@ -36,15 +50,30 @@ void ggd_rmsnorm_repeat(const ggd_compute *compute, const ggd_norm *norm, size_t
 void ggd_rmsnorm_backward(const ggd_compute *compute, const ggd_norm *norm, size_t m, const float *dy, size_t ld, float *dx,
                           ggd_activation dx_activation);
 
-// float32 queries or keys, (M, n_heads D), to activations, rotated by each row's place in its segment.
-void ggd_rope_forward(const ggd_compute *compute, const ggd_batch *batch, const ggd_heads *heads, size_t n_heads, const float *x,
-                      size_t ld, ggd_activation rotated);
+// x (M, ld) float32 += scale * norm(block), of a block's output (M, ld) float32.
+void ggd_block_forward(const ggd_compute *compute, const ggd_norm *norm, float scale, size_t m, const float *block, float *x,
+                       size_t ld);
+// d block as activation, from dx (M, ld).
+void ggd_block_backward(const ggd_compute *compute, const ggd_norm *norm, float scale, size_t m, const float *dx, size_t ld,
+                        ggd_activation dblock);
 
-// h = silu(gate) * up, in int8 too where the operand has room for it.
-void ggd_swiglu_forward(const ggd_compute *compute, size_t m, size_t n, ggd_activation gate, ggd_activation up, ggd_operand h);
+// float32 queries or keys, (M, n_heads D), to activations: normed in pieces of norm->n, rotated by each row's place in its segment.
+// norm->scales is (M, pieces).
+void ggd_heads_forward(const ggd_compute *compute, const ggd_batch *batch, const ggd_heads *heads, size_t n_heads,
+                       const ggd_norm *norm, const float *x, size_t ld, ggd_activation rotated);
+// From the gradient of what the norm made (the rotation is undone) to that of its input, in place.
+void ggd_heads_backward(const ggd_compute *compute, const ggd_batch *batch, const ggd_heads *heads, size_t n_heads,
+                        const ggd_norm *norm, ggd_activation gradient);
+// Rotates n_heads heads of a row at a place in a segment; direction -1 is the backward.
+void ggd_rotate(const ggd_kernels *kernels, const ggd_heads *heads, const ggd_segment *segment, size_t place, float direction,
+                size_t n_heads, float *x);
+
+// h = gate'(gate) * up with gate' the SiLU or GELU, in int8 too where the operand has room for it.
+void ggd_gate_forward(const ggd_compute *compute, ggd_gate kind, size_t m, size_t n, ggd_activation gate, ggd_activation up,
+                      ggd_operand h);
 // All in place: dh becomes d gate, up becomes d up, gate becomes h.
-void ggd_swiglu_backward(const ggd_compute *compute, size_t m, size_t n, ggd_activation gate, ggd_activation up,
-                         ggd_activation dh);
+void ggd_gate_backward(const ggd_compute *compute, ggd_gate kind, size_t m, size_t n, ggd_activation gate, ggd_activation up,
+                       ggd_activation dh);
 
 // float32 (M, n) to activation.
 void ggd_to_activation(const ggd_compute *compute, size_t m, size_t n, const float *x, size_t ld, ggd_activation y);

@@ -41,6 +41,25 @@ static int has_int8(const ggd_session *s) {
     return kernels->int8_tile != NULL && s->compute.element == kernels->fast_element && s->compute.element != GGD_ELEMENT_F32;
 }
 
+// Row stride of what a norm reads; 0 where the model does not have that norm.
+static size_t norm_stride(const ggd_session *s, int norm) {
+    int always = norm == GGD_NORM_ATTN || norm == GGD_NORM_FFN;  // without a norm the block still reads the residual stream
+    if (!always && s->model->layers[0].norms[norm] == NULL) {
+        return 0;
+    }
+    return norm == GGD_NORM_Q ? s->ld_queries : norm == GGD_NORM_K ? s->ld_keys : s->ld_hidden;
+}
+
+// Room for what the backward of a norm needs.
+static void take_norm(const ggd_session *s, arena *a, const ggd_capacity *c, int norm, ggd_layer_activations *layer) {
+    size_t ld = norm_stride(s, norm), m = c->n_rows;
+    size_t heads = norm == GGD_NORM_Q ? s->heads.n_heads : norm == GGD_NORM_K ? s->heads.n_kv_heads : 1;
+    if (ld > 0) {
+        layer->saved[norm] = take_activation(a, s->compute.element, c->gradients ? m : 0, ld);
+        layer->norm_scales[norm] = take(a, m * heads, sizeof(float));
+    }
+}
+
 // The parts of a layer that a policy computes again share one buffer among the layers.
 static void lay_out_layers(const ggd_session *s, arena *a, const ggd_capacity *c, ggd_buffers *b) {
     const ggd_shape *shape = &s->model->shape;
@@ -51,18 +70,19 @@ static void lay_out_layers(const ggd_session *s, arena *a, const ggd_capacity *c
     for (size_t l = 0; l < n_layers; l++) {
         ggd_layer_activations layer = shared;
         if (l == 0 || keep != GGD_KEEP_BOUNDARIES) {
-            layer.x = take_activation(a, e, c->gradients ? m : 0, s->ld_hidden);
             layer.qkv = take_activation(a, e, m, s->ld_qkv);
             layer.attn_out = take_activation(a, e, m, s->ld_queries);
             layer.lse = take(a, m * (size_t)shape->n_heads, sizeof(float));
-            layer.attn_scales = take(a, m, sizeof(float));
-            layer.ffn_scales = take(a, m, sizeof(float));
             for (int target = 0; target < GGD_N_TARGETS; target++) {
                 layer.p[target] = take_activation(a, e, c->max_rank > 0 ? m : 0, ld_rank);
             }
+            const int norms[] = {GGD_NORM_ATTN, GGD_NORM_ATTN_POST, GGD_NORM_FFN_POST, GGD_NORM_Q, GGD_NORM_K};
+            for (size_t i = 0; i < sizeof norms / sizeof *norms; i++) {
+                take_norm(s, a, c, norms[i], &layer);
+            }
         }
         if (l == 0 || keep == GGD_KEEP_ALL) {
-            layer.x_mid = take_activation(a, e, c->gradients ? m : 0, s->ld_hidden);
+            take_norm(s, a, c, GGD_NORM_FFN, &layer);
             layer.gate = take_activation(a, e, m, s->ld_ffn);
             layer.up = take_activation(a, e, m, s->ld_ffn);
         }
@@ -71,9 +91,9 @@ static void lay_out_layers(const ggd_session *s, arena *a, const ggd_capacity *c
         }
         shared = layer;
     }
-    if (!c->gradients && b->layers != NULL) {
-        for (size_t l = 0; l < n_layers; l++) {
-            b->layers[l].x.data = b->layers[l].x_mid.data = NULL;
+    for (size_t l = 0; !c->gradients && b->layers != NULL && l < n_layers; l++) {
+        for (int norm = 0; norm < GGD_N_NORMS; norm++) {
+            b->layers[l].saved[norm].data = NULL;
         }
     }
 }
@@ -138,7 +158,7 @@ static size_t thread_scratch_bytes(const ggd_session *s, const ggd_capacity *c) 
     size_t block = 1, reduction = widest_operand(s) + c->max_rank;
     for (int32_t l = 0; l < s->model->shape.n_layers; l++) {
         for (int target = 0; target < GGD_N_TARGETS; target++) {
-            block = ggd_max(s->model->layers[l].linear[target].block, block);
+            block = ggd_max(s->model->layers[l].linear[target].w.block, block);
         }
     }
     block = ggd_max(s->model->head.block, block);
@@ -146,7 +166,7 @@ static size_t thread_scratch_bytes(const ggd_session *s, const ggd_capacity *c) 
     // LoRA gradients reduce over all rows, with operands that have no blocks.
     size_t rows = ggd_gemm_bytes_scratch(s->compute.element, c->gradients ? c->n_rows : 0, 1);
     size_t attention = ggd_attention_bytes_scratch(s->compute.element, &s->heads, c->max_segment_rows, c->gradients);
-    size_t row = (s->ld_qkv + s->ld_hidden) * sizeof(float);
+    size_t row = ggd_max(s->ld_qkv + s->ld_hidden, 3 * s->ld_queries) * sizeof(float);
     return ggd_round_up(ggd_max(ggd_max(rows, bytes), ggd_max(attention, row)), 4096);
 }
 
@@ -159,6 +179,8 @@ static void lay_out_phases(const ggd_session *s, arena *a, const ggd_capacity *c
     end = a->offset;
     a->offset = begin;
     b->h = take_activation(a, s->compute.element, c->n_rows, s->ld_ffn);
+    // The feed-forward block is written while h is read; the attention block when before_rope is done.
+    b->block = take(a, s->model->blocks_apart ? c->n_rows * s->ld_hidden : 0, sizeof(float));
     end = ggd_max(end, a->offset);
     a->offset = begin;
     lay_out_loss(s, a, c, b);
@@ -202,8 +224,11 @@ static size_t lay_out(const ggd_session *s, void *base, const ggd_capacity *c, g
     b->boundaries = take_copies(s, &a, c, GGD_KEEP_BOUNDARIES);
     b->middles = take_copies(s, &a, c, GGD_KEEP_WITHOUT_FFN);
     lay_out_layers(s, &a, c, b);
-    b->cosine = take(&a, c->max_segment_rows * (size_t)shape->head_size / 2, sizeof(float));
-    b->sine = take(&a, c->max_segment_rows * (size_t)shape->head_size / 2, sizeof(float));
+    for (int rope = 0; rope < GGD_N_ROPES; rope++) {
+        size_t n = s->model->ropes[rope].frequencies != NULL ? c->max_segment_rows * (s->model->n_rotated / 2) : 0;
+        b->cosine[rope] = take(&a, n, sizeof(float));
+        b->sine[rope] = take(&a, n, sizeof(float));
+    }
     b->int8 = take_int8(s, &a, c->n_rows, widest_operand(s));
     b->dx = take(&a, c->gradients ? c->n_rows * s->ld_hidden : 0, sizeof(float));
     b->loss.teacher_normed = take_activation(&a, s->compute.element, c->teacher ? c->n_rows : 0, s->ld_hidden);
@@ -213,17 +238,16 @@ static size_t lay_out(const ggd_session *s, void *base, const ggd_capacity *c, g
     return a.offset;
 }
 
-static void fill_rope_table(ggd_session *s, size_t n_positions) {
-    size_t half = (size_t)s->model->shape.head_size / 2;
-    for (size_t position = 0; position < n_positions; position++) {
-        for (size_t i = 0; i < half; i++) {
-            double angle = (double)position * s->model->rope_frequencies[i];
-            s->buffers.cosine[position * half + i] = (float)cos(angle);
-            s->buffers.sine[position * half + i] = (float)sin(angle);
+static void fill_rope_tables(ggd_session *s, size_t n_positions) {
+    size_t half = s->model->n_rotated / 2;
+    for (int kind = 0; kind < GGD_N_ROPES; kind++) {
+        const ggd_rope *rope = &s->model->ropes[kind];
+        for (size_t i = 0; rope->frequencies != NULL && i < n_positions * half; i++) {
+            double angle = (double)(i / half) * rope->frequencies[i % half];
+            s->buffers.cosine[kind][i] = (float)cos(angle) * rope->magnitude;
+            s->buffers.sine[kind][i] = (float)sin(angle) * rope->magnitude;
         }
     }
-    s->heads.cosine = s->buffers.cosine;
-    s->heads.sine = s->buffers.sine;
 }
 
 static void bind_int8(ggd_session *s) {
@@ -272,7 +296,7 @@ int ggd_session_reserve(ggd_session *s, const ggd_capacity *wanted) {
     s->compute.scratch = s->buffers.thread_scratch;
     bind_int8(s);
     s->capacity = grown;
-    fill_rope_table(s, grown.max_segment_rows);
+    fill_rope_tables(s, grown.max_segment_rows);
     return 0;
 }
 
@@ -280,7 +304,7 @@ int ggd_session_reserve(ggd_session *s, const ggd_capacity *wanted) {
 static int has_float_weights(const ggd_model *model) {
     for (int32_t l = 0; l < model->shape.n_layers; l++) {
         for (int target = 0; target < GGD_N_TARGETS; target++) {
-            if (model->layers[l].linear[target].block == 1) {
+            if (model->layers[l].linear[target].w.block == 1) {
                 return 1;
             }
         }
@@ -309,12 +333,18 @@ int ggd_session_create(const ggd_model *model, const ggd_session_options *option
     s->ld_hidden = row_stride((size_t)shape->hidden_size);
     s->ld_ffn = row_stride((size_t)shape->feed_forward_size);
     s->ld_queries = row_stride(queries);
+    s->ld_keys = row_stride(keys);
     s->ld_qkv = row_stride(queries + 2 * keys);
     s->heads = (ggd_heads){.n_heads = (size_t)shape->n_heads,
                            .n_kv_heads = (size_t)shape->n_kv_heads,
                            .head_size = head_size,
                            .k_column = queries,
-                           .v_column = queries + keys};
+                           .v_column = queries + keys,
+                           .score_scale = model->score_scale,
+                           .score_cap = model->score_cap,
+                           .rope_kind = model->rope_kind,
+                           .n_rotated = model->n_rotated,
+                           .original_context = model->original_context};
     s->compute.threads = ggd_threads_create((size_t)options->n_threads);
     if (s->compute.threads == NULL) {
         free(s);

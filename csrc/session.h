@@ -9,14 +9,13 @@
 
 // What a layer's forward leaves for its backward. The residual stream itself is float32 and runs on in one buffer.
 typedef struct {
-    ggd_activation x;                 // (M, C), the residual stream before attention
-    ggd_activation qkv;               // (M, [Q | K | V]) after RoPE
-    ggd_activation attn_out;          // (M, H D)
-    float *lse;                       // (M, H)
-    ggd_activation x_mid;             // (M, C), between attention and feed-forward
-    ggd_activation gate, up;          // (M, F)
-    float *attn_scales, *ffn_scales;  // (M)
-    ggd_activation p[GGD_N_TARGETS];  // (M, R): A x of each LoRA pair
+    ggd_activation qkv;                 // (M, [Q | K | V]) after RoPE
+    ggd_activation attn_out;            // (M, H D)
+    float *lse;                         // (M, H)
+    ggd_activation gate, up;            // (M, F)
+    ggd_activation p[GGD_N_TARGETS];    // (M, R): A x of each LoRA pair
+    ggd_activation saved[GGD_N_NORMS];  // what a norm read: (M, C), of Q and K (M, H D) and (M, G D)
+    float *norm_scales[GGD_N_NORMS];    // (M), of Q and K one for each piece that is normed
 } ggd_layer_activations;
 
 // Sizes that a plan is made for.
@@ -34,8 +33,9 @@ typedef struct {
     ggd_layer_activations *layers;                          // (L)
     const ggd_lora_pair **pairs;                            // (L, GGD_N_TARGETS), NULL where there is none
     float *before_rope;                                     // (M, H D) float32: Q, then K
+    float *block;                                           // (M, C) float32: what a block adds, where blocks stand apart
     ggd_activation h;                                       // (M, F)
-    float *cosine, *sine;                                   // (longest segment, D / 2)
+    float *cosine[GGD_N_ROPES], *sine[GGD_N_ROPES];         // (longest segment, n_rotated / 2)
     float *dx, *dnormed;                                    // (M, C) float32; dnormed lies in x
     ggd_activation dx_activation;                           // (M, C), dx as the first products of a block read it; lies in normed
     ggd_activation dgate;                                   // (M, F): d h, then d gate
@@ -52,8 +52,8 @@ struct ggd_session {
     ggd_session_options options;
     int32_t int8;  // GGD_INT8_*
     ggd_compute compute;
-    ggd_heads heads;
-    size_t ld_hidden, ld_queries, ld_qkv, ld_ffn;  // row strides in elements
+    ggd_heads heads;                                        // without what differs from layer to layer: window and RoPE
+    size_t ld_hidden, ld_queries, ld_keys, ld_qkv, ld_ffn;  // row strides in elements
     ggd_capacity capacity;
     ggd_buffers buffers;
     void *arena;

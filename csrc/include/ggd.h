@@ -72,7 +72,7 @@ typedef struct {
     int32_t n_segments;
     const ggd_segment *segments;    // in row order, without gaps
     int32_t n_sequences;            // B
-    const float *embedding_offset;  // (B, C) added to every input embedding of the sequence, or NULL
+    const float *embedding_offset;  // (B, C) added to every token row of the sequence, or NULL
     float causal_ratio;             // 1 fully causal ... 0 bidirectional
     int32_t bernoulli;              // 1: future keys are visible with probability 1 - causal_ratio instead of weighted by it
     uint64_t bernoulli_seed;
@@ -94,7 +94,7 @@ typedef struct {
     int32_t n_pairs;
     const ggd_lora_pair *pairs;
     int32_t mask_token_id;        // -1: none
-    const float *mask_embedding;  // (C) added to the embedding of mask_token_id, or NULL
+    const float *mask_embedding;  // (C) added to the row of mask_token_id, or NULL
     float *grad_mask_embedding;   // (C), added to; or NULL
 } ggd_adapter;
 
@@ -118,10 +118,14 @@ const char *ggd_ggml_version(void);
 // Comma-separated kernel sets that this machine can run, fastest first.
 const char *ggd_kernel_sets(void);
 
-int ggd_model_load(const char *path, ggd_model **model);
+// The table of architectures, a row of settings each, as text; NULL past the last.
+const char *ggd_arch_row(int32_t index);
+
+// One GGUF file, or the parts of one in their order.
+int ggd_model_load(const char *const *paths, int32_t n_paths, ggd_model **model);
 void ggd_model_free(ggd_model *model);
 void ggd_model_shape(const ggd_model *model, ggd_shape *shape);
-// Rows of the token embedding, (n_tokens, C).
+// Rows of the token embedding as the file has them, (n_tokens, C); what is added to them is added before the model scales them.
 int ggd_model_embed(const ggd_model *model, int32_t n_tokens, const int32_t *tokens, float *rows);
 
 int ggd_session_create(const ggd_model *model, const ggd_session_options *options, ggd_session **session);

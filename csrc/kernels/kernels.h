@@ -34,6 +34,13 @@ typedef enum {
     GGD_N_TYPES
 } ggd_type;
 
+// Which elements of a head turn together: neighbours (2i, 2i + 1), or (i, i + n_rotated / 2).
+typedef enum { GGD_ROPE_PAIRS = 0, GGD_ROPE_HALVES = 1 } ggd_rope_kind;
+
+// What the gate goes through before it multiplies: silu(g) = g / (1 + exp(-g)), or GELU by its tanh formula (Hendrycks and Gimpel
+// 2016, arXiv:1606.08415): g (1 + tanh(c (g + 0.044715 g^3))) / 2 with c = sqrt(2 / pi).
+typedef enum { GGD_GATE_SILU = 0, GGD_GATE_GELU = 1 } ggd_gate;
+
 // A tile C[rows, 32] = init + A1 P1 + A2 P2, where the panel holds P1's k1 rows, then P2's k2 rows (both even for bfloat16).
 // A second operand is how a LoRA delta joins the product of the frozen weight without another pass over C.
 typedef struct {
@@ -135,13 +142,18 @@ typedef struct {
     float (*rmsnorm)(const float *x, const float *w, float eps, float *y, size_t n);
     // dx_j += r (dy_j w_j - x_j r^2 mean(dy w x))
     void (*rmsnorm_backward)(const float *dy, const float *x, const float *w, float r, float *dx, size_t n);
-    // Rotates the pairs (2i, 2i + 1) of each head by the angles whose cosine and sine are given (head_size / 2 each); `direction` 1 or
-    // -1 (the inverse, which is the backward).
-    void (*rope)(float *x, const float *cosine, const float *sine, float direction, size_t n_heads, size_t head_size);
-    // h = silu(g) u
-    void (*swiglu)(const float *g, const float *u, float *h, size_t n);
-    // From dh: dg = dh u silu'(g), du = dh silu(g), and h again.
-    void (*swiglu_backward)(const float *g, const float *u, const float *dh, float *dg, float *du, float *h, size_t n);
+    // Indexed by ggd_rope_kind. Rotates the first n_rotated elements of each head by the angles whose cosine and sine are given
+    // (n_rotated / 2 each); `direction` 1 or -1 (the transpose, which is the backward).
+    void (*rope[2])(float *x, const float *cosine, const float *sine, float direction, size_t n_heads, size_t head_size,
+                    size_t n_rotated);
+    // Indexed by ggd_gate: h = gate(g) u.
+    void (*gated[2])(const float *g, const float *u, float *h, size_t n);
+    // From dh: dg = dh u gate'(g), du = dh gate(g), and h again.
+    void (*gated_backward[2])(const float *g, const float *u, const float *dh, float *dg, float *du, float *h, size_t n);
+    // x_j = cap tanh(scale x_j / cap)
+    void (*soft_cap)(float *x, float scale, float cap, size_t n);
+    // d_j *= 1 - (x_j / cap)^2, from the x that soft_cap gave.
+    void (*soft_cap_backward)(const float *x, float cap, float *d, size_t n);
 
     // Scores of one query to probabilities in place: p_j = exp(scale s_j + (j >= first_future ? future_bias : 0) - lse); returns lse.
     float (*attention_softmax)(float *s, size_t n, size_t first_future, float scale, float future_bias);

@@ -224,14 +224,60 @@ static void rmsnorm_backward(const float *dy, const float *x, const float *w, fl
     }
 }
 
-static void rope(float *x, const float *cosine, const float *sine, float direction, size_t n_heads, size_t head_size) {
-    for (size_t head = 0; head < n_heads; head++) {
-        for (size_t i = 0; i < head_size / 2; i++) {
-            float *pair = x + head * head_size + 2 * i;
-            float first = pair[0], second = pair[1];
-            pair[0] = first * cosine[i] - direction * second * sine[i];
-            pair[1] = direction * first * sine[i] + second * cosine[i];
+static void rotate(float *first, float *second, float cosine, float sine) {
+    float a = *first, b = *second;
+    *first = a * cosine - b * sine;
+    *second = a * sine + b * cosine;
+}
+
+static void rope_pairs(float *x, const float *cosine, const float *sine, float direction, size_t n_heads, size_t head_size,
+                       size_t n_rotated) {
+    for (size_t head = 0; head < n_heads; head++, x += head_size) {
+        for (size_t i = 0; i < n_rotated / 2; i++) {
+            rotate(x + 2 * i, x + 2 * i + 1, cosine[i], direction * sine[i]);
         }
+    }
+}
+
+static void rope_halves(float *x, const float *cosine, const float *sine, float direction, size_t n_heads, size_t head_size,
+                        size_t n_rotated) {
+    for (size_t head = 0; head < n_heads; head++, x += head_size) {
+        for (size_t i = 0; i < n_rotated / 2; i++) {
+            rotate(x + i, x + i + n_rotated / 2, cosine[i], direction * sine[i]);
+        }
+    }
+}
+
+static const float GELU_LINEAR = 0.79788456080286536f, GELU_CUBIC = 0.044715f;  // sqrt(2 / pi)
+
+static void geglu(const float *g, const float *u, float *h, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        float inner = GELU_LINEAR * (g[i] + GELU_CUBIC * g[i] * g[i] * g[i]);
+        h[i] = 0.5f * g[i] * (1.0f + tanhf(inner)) * u[i];
+    }
+}
+
+static void geglu_backward(const float *g, const float *u, const float *dh, float *dg, float *du, float *h, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        float d = dh[i], gate = g[i], up = u[i];
+        float t = tanhf(GELU_LINEAR * (gate + GELU_CUBIC * gate * gate * gate));
+        float slope = GELU_LINEAR * (1.0f + 3.0f * GELU_CUBIC * gate * gate);
+        float gelu = 0.5f * gate * (1.0f + t);
+        h[i] = gelu * up;
+        du[i] = d * gelu;
+        dg[i] = d * up * (0.5f * (1.0f + t) + 0.5f * gate * (1.0f - t * t) * slope);
+    }
+}
+
+static void soft_cap(float *x, float scale, float cap, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        x[i] = cap * tanhf(scale * x[i] / cap);
+    }
+}
+
+static void soft_cap_backward(const float *x, float cap, float *d, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        d[i] *= 1.0f - x[i] / cap * (x[i] / cap);
     }
 }
 
@@ -333,9 +379,11 @@ const ggd_kernels ggd_kernels_reference = {
     .from_bf16 = from_bf16,
     .rmsnorm = rmsnorm,
     .rmsnorm_backward = rmsnorm_backward,
-    .rope = rope,
-    .swiglu = swiglu,
-    .swiglu_backward = swiglu_backward,
+    .rope = {rope_pairs, rope_halves},
+    .gated = {swiglu, geglu},
+    .gated_backward = {swiglu_backward, geglu_backward},
+    .soft_cap = soft_cap,
+    .soft_cap_backward = soft_cap_backward,
     .attention_softmax = attention_softmax,
     .attention_gradient = attention_gradient,
     .exp_sum = exp_sum,

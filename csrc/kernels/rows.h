@@ -126,14 +126,26 @@ static void rows_rmsnorm_backward(const float *restrict dy, const float *restric
     }
 }
 
-static void rows_rope(float *x, const float *restrict cosine, const float *restrict sine, float direction, size_t n_heads,
-                      size_t head_size) {
+static void rows_rope_pairs(float *x, const float *restrict cosine, const float *restrict sine, float direction, size_t n_heads,
+                            size_t head_size, size_t n_rotated) {
     for (size_t head = 0; head < n_heads; head++) {
         float *restrict pairs = x + head * head_size;
-        for (size_t i = 0; i < head_size / 2; i++) {
+        for (size_t i = 0; i < n_rotated / 2; i++) {
             float first = pairs[2 * i], second = pairs[2 * i + 1], s = direction * sine[i];
             pairs[2 * i] = first * cosine[i] - second * s;
             pairs[2 * i + 1] = first * s + second * cosine[i];
+        }
+    }
+}
+
+static void rows_rope_halves(float *x, const float *restrict cosine, const float *restrict sine, float direction, size_t n_heads,
+                             size_t head_size, size_t n_rotated) {
+    for (size_t head = 0; head < n_heads; head++) {
+        float *restrict low = x + head * head_size, *restrict high = low + n_rotated / 2;
+        for (size_t i = 0; i < n_rotated / 2; i++) {
+            float first = low[i], second = high[i], s = direction * sine[i];
+            low[i] = first * cosine[i] - second * s;
+            high[i] = first * s + second * cosine[i];
         }
     }
 }
@@ -152,6 +164,44 @@ static void rows_swiglu_backward(const float *restrict g, const float *restrict 
         h[i] = silu * u[i];
         du[i] = dh[i] * silu;
         dg[i] = dh[i] * u[i] * sigmoid * (1.0f + g[i] * (1.0f - sigmoid));
+    }
+}
+
+// (1 + tanh(z)) / 2 = 1 / (1 + exp(-2 z)), so GELU is g sigmoid(2 c (g + 0.044715 g^3)).
+static const float rows_gelu_linear = 1.59576912160573071f, rows_gelu_cubic = 0.044715f;  // 2 sqrt(2 / pi)
+
+static void rows_geglu(const float *restrict g, const float *restrict u, float *restrict h, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        float twice = rows_gelu_linear * (g[i] + rows_gelu_cubic * g[i] * g[i] * g[i]);
+        h[i] = g[i] / (1.0f + fast_exp(-twice)) * u[i];
+    }
+}
+
+static void rows_geglu_backward(const float *restrict g, const float *restrict u, const float *restrict dh, float *restrict dg,
+                                float *restrict du, float *restrict h, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        float twice = rows_gelu_linear * (g[i] + rows_gelu_cubic * g[i] * g[i] * g[i]);
+        float slope = rows_gelu_linear * (1.0f + 3.0f * rows_gelu_cubic * g[i] * g[i]);
+        float sigmoid = 1.0f / (1.0f + fast_exp(-twice));
+        float gelu = g[i] * sigmoid;
+        h[i] = gelu * u[i];
+        du[i] = dh[i] * gelu;
+        dg[i] = dh[i] * u[i] * (sigmoid + gelu * (1.0f - sigmoid) * slope);
+    }
+}
+
+static void rows_soft_cap(float *restrict x, float scale, float cap, size_t n) {
+    float twice = 2.0f * scale / cap;
+    for (size_t i = 0; i < n; i++) {
+        x[i] = cap - 2.0f * cap / (1.0f + fast_exp(twice * x[i]));
+    }
+}
+
+static void rows_soft_cap_backward(const float *restrict x, float cap, float *restrict d, size_t n) {
+    float inverse = 1.0f / cap;
+    for (size_t i = 0; i < n; i++) {
+        float t = x[i] * inverse;
+        d[i] *= 1.0f - t * t;
     }
 }
 
@@ -345,8 +395,9 @@ static inline void rows_int8_pack_columns(const ggd_int8_format *format, const i
 // The row kernels of a table; the includer adds name, fast_element, tiles and the bfloat16 packers.
 #define GGD_ROW_KERNELS                                                                                                          \
     GGD_UNPACK_KERNELS, .to_bf16 = rows_to_bf16, .from_bf16 = rows_from_bf16, .rmsnorm = rows_rmsnorm,                           \
-        .rmsnorm_backward = rows_rmsnorm_backward, .rope = rows_rope, .swiglu = rows_swiglu,                                     \
-        .swiglu_backward = rows_swiglu_backward, .attention_softmax = rows_attention_softmax,                                    \
+        .rmsnorm_backward = rows_rmsnorm_backward, .rope = {rows_rope_pairs, rows_rope_halves},                                  \
+        .gated = {rows_swiglu, rows_geglu}, .gated_backward = {rows_swiglu_backward, rows_geglu_backward},                       \
+        .soft_cap = rows_soft_cap, .soft_cap_backward = rows_soft_cap_backward, .attention_softmax = rows_attention_softmax,     \
         .attention_gradient = rows_attention_gradient, .exp_sum = rows_exp_sum, .max = rows_max, .dot = rows_dot,                \
         .add_scaled = rows_add_scaled, .scale = rows_scale
 

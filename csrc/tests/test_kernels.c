@@ -314,25 +314,46 @@ static void test_norm_and_rope(const ggd_kernels *set, size_t n) {
     size_t head_size = n >= 64 ? 64 : n >= 2 ? n / 2 * 2 : 0, n_heads = head_size > 0 ? n / head_size : 0;
     fill(got, n, 2.0f);
     memcpy(expected, got, sizeof got);
-    set->rope(got, w, dy, -1.0f, n_heads, head_size);
-    reference->rope(expected, w, dy, -1.0f, n_heads, head_size);
-    expect(set->name, "rope", n, got, expected, n, ROUNDING, 4.0);
+    for (int kind = 0; kind < 2; kind++) {
+        for (size_t part = 1; part <= 2 && head_size / part >= 2; part++) {  // all elements of a head, or the first half
+            size_t n_rotated = head_size / part / 2 * 2;
+            set->rope[kind](got, w, dy, part == 1 ? -1.0f : 1.0f, n_heads, head_size, n_rotated);
+            reference->rope[kind](expected, w, dy, part == 1 ? -1.0f : 1.0f, n_heads, head_size, n_rotated);
+            expect(set->name, kind == GGD_ROPE_PAIRS ? "rope of pairs" : "rope of halves", n, got, expected, n, ROUNDING, 8.0);
+        }
+    }
 }
 
-static void test_swiglu(const ggd_kernels *set, size_t n) {
+// Within the exponential's error: tanh by one of it differs from tanhf by twice that, times the cap.
+static void test_soft_cap(const ggd_kernels *set, size_t n) {
+    static float got[MAX_N], expected[MAX_N], d[MAX_N], d_twin[MAX_N];
+    fill(got, n, 200.0f);
+    got[n / 2] = 0.0f;
+    memcpy(expected, got, sizeof got);
+    set->soft_cap(got, 0.5f, 30.0f, n);
+    reference->soft_cap(expected, 0.5f, 30.0f, n);
+    expect(set->name, "soft_cap", n, got, expected, n, EXPONENTIAL, 30.0);
+    fill(d, n, 1.0f);
+    memcpy(d_twin, d, sizeof d);
+    set->soft_cap_backward(expected, 30.0f, d, n);
+    reference->soft_cap_backward(expected, 30.0f, d_twin, n);
+    expect(set->name, "soft_cap_backward", n, d, d_twin, n, ROUNDING, 1.0);
+}
+
+static void test_gate(const ggd_kernels *set, ggd_gate gate, size_t n) {
     static float g[MAX_N], u[MAX_N], dh[MAX_N], got[3][MAX_N], expected[3][MAX_N];
     fill(g, n, 30.0f);
     fill(u, n, 1.0f);
     fill(dh, n, 1.0f);
     g[0] = 0.0f;
     g[n / 2] = -200.0f;
-    set->swiglu(g, u, got[0], n);
-    reference->swiglu(g, u, expected[0], n);
-    expect(set->name, "swiglu", n, got[0], expected[0], n, EXPONENTIAL, 30.0);
-    set->swiglu_backward(g, u, dh, got[0], got[1], got[2], n);
-    reference->swiglu_backward(g, u, dh, expected[0], expected[1], expected[2], n);
+    set->gated[gate](g, u, got[0], n);
+    reference->gated[gate](g, u, expected[0], n);
+    expect(set->name, "gated", n, got[0], expected[0], n, EXPONENTIAL, 30.0);
+    set->gated_backward[gate](g, u, dh, got[0], got[1], got[2], n);
+    reference->gated_backward[gate](g, u, dh, expected[0], expected[1], expected[2], n);
     for (int i = 0; i < 3; i++) {
-        expect(set->name, "swiglu_backward", n, got[i], expected[i], n, EXPONENTIAL, 30.0);
+        expect(set->name, "gated_backward", n, got[i], expected[i], n, EXPONENTIAL, 30.0);
     }
 }
 
@@ -398,7 +419,9 @@ static void test_set(const ggd_kernels *set) {
         }
         test_conversion(set, sizes[i]);
         test_norm_and_rope(set, sizes[i]);
-        test_swiglu(set, sizes[i]);
+        test_gate(set, GGD_GATE_SILU, sizes[i]);
+        test_gate(set, GGD_GATE_GELU, sizes[i]);
+        test_soft_cap(set, sizes[i]);
         test_attention(set, sizes[i]);
         test_vectors(set, sizes[i]);
     }
