@@ -72,7 +72,7 @@ demo: build ## convert SmolLM2-135M on the text of Python's own manual, about 8 
 
 # What was interrupted goes on with the same command.
 english: build ## the recorded conversion of docs/results/english.md: text, 4.1 million tokens of training, figures; about 2.5 hours
-	model="$$($(BIN)/python -c 'from ggml_diffusion.demo import demo_model; print(demo_model())')"; \
+	model="$$($(BIN)/python -c 'from ggml_diffusion.app.demo import demo_model; print(demo_model())')"; \
 	[ -f english.jsonl ] || $(BIN)/python tools/make_english_text.py english.jsonl --model "$$model"; \
 	$(BIN)/ggml-diffusion convert "$$model" --data english.jsonl --output english-run --preset laptop --steps 4000; \
 	$(BIN)/ggml-diffusion evaluate "$$model" english-run --sequences 62 --spans 2 --output english-run/evaluation; \
@@ -107,8 +107,8 @@ sanitize: ## the fast tests under the address and undefined-behaviour sanitizers
 	LD_PRELOAD="$$($${CC:-cc} -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 \
 		$(VENV)-sanitize/bin/python -m pytest -m "not slow and not peer" $(PYTEST_ARGUMENTS)
 
-bench: build ## speed and memory of training and generation, about 10 minutes; see tools/bench.py --help
-	$(BIN)/python tools/bench.py $(BENCH_ARGUMENTS)
+bench: build ## speed and memory of training and generation, about 10 minutes; see tools/bench/bench.py --help
+	$(BIN)/python tools/bench/bench.py $(BENCH_ARGUMENTS)
 
 docs: build ## docs/cli.md from the command line's own help
 	$(BIN)/python tools/make_cli_docs.py

@@ -7,48 +7,48 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ggml_diffusion.adapter_file import CheckpointMetadata, DiffusionCheckpoint
-    from ggml_diffusion.annealing import AnnealingSchedule, AttentionMaskAnnealer
-    from ggml_diffusion.config import (
+    from ggml_diffusion.config.settings import (
         ConversionTrainingConfig,
         MaskAnnealingConfig,
         QLoraConversionConfig,
         TimeEmbeddingConfig,
     )
-    from ggml_diffusion.corruption import NoiseSchedule
-    from ggml_diffusion.data import TextDataLoader, TokenBatch
-    from ggml_diffusion.diffusion_model import DiffusionModel
-    from ggml_diffusion.engine import LossResult, Q4Model
+    from ggml_diffusion.engine.cpu.q4_model import LossResult, Q4Model
     from ggml_diffusion.errors import UserError
-    from ggml_diffusion.generate import GenerationConfig
-    from ggml_diffusion.lora import LoraAdapter, TargetModule
-    from ggml_diffusion.metrics import TrainMetrics
-    from ggml_diffusion.time_embedding import TimeEmbedding
-    from ggml_diffusion.tokenizer import Tokenizer
-    from ggml_diffusion.trainer import ConversionTrainer
+    from ggml_diffusion.formats.adapter_file import CheckpointMetadata, DiffusionCheckpoint
+    from ggml_diffusion.formats.lora import LoraAdapter, TargetModule
+    from ggml_diffusion.generation.denoise import GenerationConfig
+    from ggml_diffusion.generation.diffusion_model import DiffusionModel
+    from ggml_diffusion.objective.annealing import AnnealingSchedule, AttentionMaskAnnealer
+    from ggml_diffusion.objective.corruption import NoiseSchedule
+    from ggml_diffusion.objective.time_embedding import TimeEmbedding
+    from ggml_diffusion.text.loader import TextDataLoader, TokenBatch
+    from ggml_diffusion.text.tokenizer import Tokenizer
+    from ggml_diffusion.training.metrics import TrainMetrics
+    from ggml_diffusion.training.trainer import ConversionTrainer
 
 _HOMES = {
-    "AnnealingSchedule": "annealing",
-    "AttentionMaskAnnealer": "annealing",
-    "CheckpointMetadata": "adapter_file",
-    "ConversionTrainer": "trainer",
-    "ConversionTrainingConfig": "config",
-    "DiffusionCheckpoint": "adapter_file",
-    "DiffusionModel": "diffusion_model",
-    "GenerationConfig": "generate",
-    "LoraAdapter": "lora",
-    "LossResult": "engine",
-    "MaskAnnealingConfig": "config",
-    "NoiseSchedule": "corruption",
-    "Q4Model": "engine",
-    "QLoraConversionConfig": "config",
-    "TargetModule": "lora",
-    "TextDataLoader": "data",
-    "TimeEmbedding": "time_embedding",
-    "TimeEmbeddingConfig": "config",
-    "TokenBatch": "data",
-    "Tokenizer": "tokenizer",
-    "TrainMetrics": "metrics",
+    "AnnealingSchedule": "objective.annealing",
+    "AttentionMaskAnnealer": "objective.annealing",
+    "CheckpointMetadata": "formats.adapter_file",
+    "ConversionTrainer": "training.trainer",
+    "ConversionTrainingConfig": "config.settings",
+    "DiffusionCheckpoint": "formats.adapter_file",
+    "DiffusionModel": "generation.diffusion_model",
+    "GenerationConfig": "generation.denoise",
+    "LoraAdapter": "formats.lora",
+    "LossResult": "engine.cpu.q4_model",
+    "MaskAnnealingConfig": "config.settings",
+    "NoiseSchedule": "objective.corruption",
+    "Q4Model": "engine.cpu.q4_model",
+    "QLoraConversionConfig": "config.settings",
+    "TargetModule": "formats.lora",
+    "TextDataLoader": "text.loader",
+    "TimeEmbedding": "objective.time_embedding",
+    "TimeEmbeddingConfig": "config.settings",
+    "TokenBatch": "text.loader",
+    "Tokenizer": "text.tokenizer",
+    "TrainMetrics": "training.metrics",
     "UserError": "errors",
 }
 

@@ -12,7 +12,7 @@ import numpy as np
 import oracle
 from numpy.typing import NDArray
 
-from ggml_diffusion.lora import LoraAdapter
+from ggml_diffusion.formats.lora import LoraAdapter
 
 FloatArray = NDArray[np.float32]
 

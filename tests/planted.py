@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from ggml_diffusion.corruption import NoiseSchedule
-from ggml_diffusion.data import TokenBatch
-from ggml_diffusion.diffusion_model import DiffusionModel
-from ggml_diffusion.engine import LossResult
-from ggml_diffusion.lora import LoraAdapter
+from ggml_diffusion.engine.cpu.q4_model import LossResult
+from ggml_diffusion.formats.lora import LoraAdapter
+from ggml_diffusion.generation.diffusion_model import DiffusionModel
+from ggml_diffusion.objective.corruption import NoiseSchedule
+from ggml_diffusion.text.loader import TokenBatch
 
 # (tokens (T,) of one document, causal ratio, whether an adapter is on) -> logits (T, V)
 Rows = Callable[[Any, float, bool], Any]

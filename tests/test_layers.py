@@ -1,8 +1,8 @@
 """The directions of imports, in Python and in C.
 
-Each list names the layers from the top down. A file may use its own layer and those below it, never one
-above, and no two files may use each other. A new file has to be given a place here. Reads the sources only;
-imports and compiles nothing.
+`WINGS` names the folders of the package from the top down: a file may use its own wing and those below it,
+never one above, and no two files may use each other. A new Python file belongs to the wing of its folder; a
+new C file has to be given a place in `C_LAYERS`. Reads the sources only; imports and compiles nothing.
 """
 
 import ast
@@ -11,34 +11,27 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "ggml_diffusion"
 
-NUMERICS = {"corruption", "block_diffusion", "annealing", "time_embedding", "optim", "sampling"}
-COMPONENTS = {"engine", "data", "metrics", *NUMERICS}
-MEASURES = {
-    f"evaluation.{name}" for name in ("estimates", "scoring", "likelihood", "masked", "infilling")
-} | {
-    "evaluation.fluency",
-    "evaluation.continuation",
-}
+WINGS = (
+    "app",
+    "training",
+    "config",
+    "evaluation",
+    "generation",
+    "objective",
+    "engine",
+    "text",
+    "formats",
+)
 PYTHON_LAYERS = (
     {"__init__", "__main__"},
-    {"cli"},
-    {"demo", "display", "evaluation.tables", "evaluation.plots"},
-    {"convert", "evaluation.suite"},
-    {"evaluate", "evaluation.results"},
-    {"evaluation", *MEASURES},
-    {"trainer", "generate", "identity", "int8_gate", "diffusion_model", "inspect"},
-    {"noisy_batch"},
-    {"config"},
-    {"config_groups"},
-    COMPONENTS,
-    {"adapter_file", "checkpoint", "gguf_adapter", "native_structs"},
-    {"prompts"},
-    {"lora", "_native", "model_file", "gguf_reader", "safetensors_file", "tokenizer"},
-    {"chat_template"},
-    {"durable", "output_rows", "segments", "memory_plan"},
+    *({wing} for wing in WINGS),
+    {"durable"},
     {"errors", "_core"},
 )
+# Wings that do not know each other, though the order would let the upper ones see the lower ones.
+APART = ("objective", "engine", "text")
 C_LAYERS = (
     {"api", "tests/test_kernels"},
     {"session", "transformer", "peak"},
@@ -48,25 +41,29 @@ C_LAYERS = (
     {"matrix", "kernels", "threads"},
     {"error", "include/ggd"},
 )
-CONFIG_READERS = {"__init__", "cli", "convert", "trainer", "noisy_batch"}
 GGML_USERS = {"model"}
 
 
 def module_name(path: Path) -> str:
-    """Return a module's name inside the package: `cli`, `export` (for its __init__), `export.inspect`."""
-    parts = path.relative_to(ROOT / "ggml_diffusion").with_suffix("").parts
+    """Return a module's name inside the package: `errors`, `text` (for its __init__), `text.loader`."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+def place(module: str) -> str:
+    """What a module's place depends on: its wing, or its own name where it lies above or below the wings."""
+    return module.partition(".")[0]
 
 
 def python_modules() -> dict[str, Path]:
     """Every module of the package with its file; the extension stands in by its stub."""
-    files = [*(ROOT / "ggml_diffusion").rglob("*.py"), ROOT / "ggml_diffusion" / "_core.pyi"]
+    files = [*PACKAGE.rglob("*.py"), PACKAGE / "_core.pyi"]
     return {module_name(path): path for path in files}
 
 
 def python_imports(source: str, path: Path, modules: dict[str, Path]) -> set[str]:
     """Modules of the package which a file's source imports, inside functions too."""
-    package = ["ggml_diffusion", *path.relative_to(ROOT / "ggml_diffusion").parts[:-1]]
+    package = ["ggml_diffusion", *path.relative_to(PACKAGE).parts[:-1]]
     full_names: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -129,6 +126,13 @@ def python_uses() -> dict[str, set[str]]:
     }
 
 
+def first_sentence(wing: str) -> str:
+    """What a wing's `__init__.py` says first."""
+    face = ast.get_docstring(ast.parse((PACKAGE / wing / "__init__.py").read_text(encoding="utf-8")))
+    assert face is not None
+    return face.partition("\n\n")[0].replace("\n", " ")
+
+
 def c_uses() -> dict[str, set[str]]:
     uses: dict[str, set[str]] = {}
     for path in c_files():
@@ -137,35 +141,50 @@ def c_uses() -> dict[str, set[str]]:
 
 
 def test_the_sources_are_found():
-    assert {"_native", "errors"} <= python_modules().keys()
+    assert {"engine.cpu._native", "errors"} <= python_modules().keys()
     assert "include/ggd" in c_uses()
 
 
-def test_python_modules_import_their_own_layer_or_lower_ones():
-    assert layer_faults(PYTHON_LAYERS, python_uses()) == []
+def test_python_modules_import_their_own_wing_or_lower_ones():
+    uses: dict[str, set[str]] = {}
+    for module, used in python_uses().items():
+        uses.setdefault(place(module), set()).update(place(other) for other in used)
+    assert layer_faults(PYTHON_LAYERS, uses) == []
 
 
 def test_no_python_modules_import_each_other():
     TopologicalSorter(python_uses()).prepare()  # CycleError names the cycle
 
 
-def test_config_is_seen_by_the_command_line_convert_and_the_trainers_wiring_only():
-    readers = {name for name, used in python_uses().items() if "config" in used}
-    assert readers <= CONFIG_READERS
+def test_every_folder_of_the_package_is_a_wing_with_a_face():
+    folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert folders == set(WINGS)
+    assert all((PACKAGE / wing / "__init__.py").is_file() for wing in WINGS)
 
 
-def test_the_components_below_the_trainer_do_not_import_each_other():
+def test_the_formulas_the_engine_and_the_text_do_not_know_each_other():
     uses = python_uses()
     assert {
-        name: uses[name] & COMPONENTS for name in COMPONENTS & uses.keys() if uses[name] & COMPONENTS
+        name: others
+        for name, used in uses.items()
+        if place(name) in APART
+        and (others := {other for other in used if place(other) in APART and place(other) != place(name)})
     } == {}
 
 
-def test_only_the_engine_imports_the_compiled_extension():
+def test_only_the_engine_on_the_cpu_imports_the_compiled_extension():
     uses = python_uses()
-    assert {name for name, used in uses.items() if "_core" in used} == {"_native"}
-    assert {name for name, used in uses.items() if "_native" in used} == {"engine", "native_structs"}
-    assert {name for name, used in uses.items() if "native_structs" in used} == {"engine"}
+    assert {name for name, used in uses.items() if "_core" in used} == {"engine.cpu._native"}
+    inner = {"engine.cpu._native", "engine.cpu.native_structs"}
+    users = {name for name, used in uses.items() if used & inner}
+    assert {name.rpartition(".")[0] for name in users} == {"engine.cpu"}
+
+
+def test_the_page_on_the_architecture_shows_the_wings_in_this_order_with_their_first_sentences():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    table = re.search(r"^\| wing, top down \|.*\n\|---.*\n((?:\|.*\n)+)", page, re.MULTILINE)
+    assert table is not None
+    assert table[1].splitlines() == [f"| `{wing}` | {first_sentence(wing)} |" for wing in WINGS]
 
 
 def test_c_files_include_their_own_layer_or_lower_ones():
@@ -206,6 +225,9 @@ def test_a_use_of_a_layer_above_is_reported():
 
 def test_imports_are_read_in_every_form():
     modules = python_modules()
-    path = ROOT / "ggml_diffusion" / "sample_that_does_not_exist.py"
-    source = "import ggml_diffusion.errors\nfrom . import lora\ndef f():\n    from .errors import UserError\n"
-    assert python_imports(source, path, modules) == {"errors", "lora"}
+    path = PACKAGE / "text" / "sample_that_does_not_exist.py"
+    source = (
+        "import ggml_diffusion.errors\nfrom . import loader\nfrom ggml_diffusion.formats import lora\n"
+        "def f():\n    from ..durable import replace_file\n"
+    )
+    assert python_imports(source, path, modules) == {"errors", "text.loader", "formats.lora", "durable"}

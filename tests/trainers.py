@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from ggml_diffusion.config import load_config
-from ggml_diffusion.data import TokenBatch
-from ggml_diffusion.engine import Q4Model
-from ggml_diffusion.trainer import ConversionTrainer
+from ggml_diffusion.config.settings import load_config
+from ggml_diffusion.engine.cpu.q4_model import Q4Model
+from ggml_diffusion.text.loader import TokenBatch
+from ggml_diffusion.training.trainer import ConversionTrainer
 
 SMALL = {
     "training.batch_size": 2,

@@ -20,16 +20,16 @@ from typing import Any
 import numpy as np
 from tool_errors import run_tool
 
-from ggml_diffusion.adapter_file import DiffusionCheckpoint
-from ggml_diffusion.config import load_config
-from ggml_diffusion.convert import EVALUATION, METRICS, exported_weights, run_conversion
-from ggml_diffusion.demo import demo_model, write_demo_text
-from ggml_diffusion.diffusion_model import DiffusionModel
-from ggml_diffusion.engine import Q4Model
-from ggml_diffusion.evaluate import as_rows, masked_scores
+from ggml_diffusion.app.demo import demo_model, write_demo_text
+from ggml_diffusion.config.settings import load_config
+from ggml_diffusion.engine.cpu.q4_model import Q4Model
+from ggml_diffusion.evaluation.held_out import as_rows, masked_scores
 from ggml_diffusion.evaluation.suite import load_held_out
-from ggml_diffusion.metrics import TrainMetrics
-from ggml_diffusion.tokenizer import Tokenizer
+from ggml_diffusion.formats.adapter_file import DiffusionCheckpoint
+from ggml_diffusion.generation.diffusion_model import DiffusionModel
+from ggml_diffusion.text.tokenizer import Tokenizer
+from ggml_diffusion.training.metrics import TrainMetrics
+from ggml_diffusion.training.run import EVALUATION, METRICS, exported_weights, run_conversion
 
 QKVO = ["q_proj", "k_proj", "v_proj", "o_proj"]
 HELD_OUT_SEQUENCES, BATCH_SIZE = 62, 8

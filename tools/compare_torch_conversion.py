@@ -24,17 +24,17 @@ import numpy as np
 from numpy.typing import NDArray
 from tool_errors import run_tool
 
-from ggml_diffusion.config import ConversionTrainingConfig, load_config
-from ggml_diffusion.data import TokenBatch
-from ggml_diffusion.demo import demo_model
-from ggml_diffusion.diffusion_model import DiffusionModel
-from ggml_diffusion.engine import Q4Model
+from ggml_diffusion.app.demo import demo_model
+from ggml_diffusion.config.settings import ConversionTrainingConfig, load_config
+from ggml_diffusion.engine.cpu.q4_model import Q4Model
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.evaluation.scoring import score_masked, untrained
-from ggml_diffusion.int8_gate import choose_int8, without_int8
-from ggml_diffusion.lora import TargetModule
-from ggml_diffusion.tokenizer import Tokenizer
-from ggml_diffusion.trainer import ConversionTrainer
+from ggml_diffusion.formats.lora import TargetModule
+from ggml_diffusion.generation.diffusion_model import DiffusionModel
+from ggml_diffusion.text.loader import TokenBatch
+from ggml_diffusion.text.tokenizer import Tokenizer
+from ggml_diffusion.training.int8_gate import choose_int8, without_int8
+from ggml_diffusion.training.trainer import ConversionTrainer
 
 T, B, HELD_OUT, GROUP = 128, 8, 64, 16
 SHARES = (0.15, 0.5, 0.85)

@@ -25,7 +25,7 @@ from tool_errors import run_tool
 
 from ggml_diffusion.durable import replace_file
 from ggml_diffusion.errors import UserError
-from ggml_diffusion.tokenizer import Tokenizer
+from ggml_diffusion.text.tokenizer import Tokenizer
 
 MIN_DOCUMENT_WORDS = 50
 # Lists of changes, legal texts, tests, other projects' code and other languages; at last those modules that

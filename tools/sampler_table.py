@@ -18,14 +18,14 @@ from typing import Any
 
 from tool_errors import run_tool
 
-from ggml_diffusion.adapter_file import DiffusionCheckpoint
-from ggml_diffusion.convert import exported_weights
-from ggml_diffusion.diffusion_model import DiffusionModel
-from ggml_diffusion.engine import Q4Model
+from ggml_diffusion.engine.cpu.q4_model import Q4Model
 from ggml_diffusion.evaluation.fluency import WrittenText, cut_prompts, denoised_texts, reference_texts
 from ggml_diffusion.evaluation.suite import load_held_out
-from ggml_diffusion.generate import GenerationConfig
-from ggml_diffusion.tokenizer import Tokenizer
+from ggml_diffusion.formats.adapter_file import DiffusionCheckpoint
+from ggml_diffusion.generation.denoise import GenerationConfig
+from ggml_diffusion.generation.diffusion_model import DiffusionModel
+from ggml_diffusion.text.tokenizer import Tokenizer
+from ggml_diffusion.training.run import exported_weights
 
 SAMPLERS: Mapping[str, Mapping[str, Any]] = {
     "random": {"order": "random"},

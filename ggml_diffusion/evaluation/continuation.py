@@ -10,9 +10,9 @@ Letters: N prefixes, S samples of each, K new tokens, V vocabulary.
 import numpy as np
 from numpy.typing import NDArray
 
-from ggml_diffusion.engine import Q4Model
+from ggml_diffusion.engine.cpu.q4_model import Q4Model
 from ggml_diffusion.evaluation.scoring import OnTokens, chunks, ignore_tokens
-from ggml_diffusion.sampling import draw, log_softmax
+from ggml_diffusion.generation.sampling import draw, log_softmax
 
 _TOKENS_AT_ONCE = 1024
 

@@ -21,16 +21,16 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from ggml_diffusion.data import TokenBatch
-from ggml_diffusion.diffusion_model import DiffusionModel
-from ggml_diffusion.engine import Q4Model
+from ggml_diffusion.engine.cpu.q4_model import Q4Model
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.evaluation.continuation import continuation_losses, continue_sampled
 from ggml_diffusion.evaluation.estimates import Estimate, estimate_ratio, exponential
 from ggml_diffusion.evaluation.infilling import document_parts
 from ggml_diffusion.evaluation.scoring import STREAM_BASE_TEXT, OnTokens, generator_of, ignore_tokens
-from ggml_diffusion.generate import GenerationConfig
-from ggml_diffusion.tokenizer import Tokenizer
+from ggml_diffusion.generation.denoise import GenerationConfig
+from ggml_diffusion.generation.diffusion_model import DiffusionModel
+from ggml_diffusion.text.loader import TokenBatch
+from ggml_diffusion.text.tokenizer import Tokenizer
 
 REPEATED_GROUP = 4
 

@@ -14,9 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ggml_diffusion.data import TokenBatch
-from ggml_diffusion.diffusion_model import DiffusionModel
-from ggml_diffusion.engine import Q4Model
+from ggml_diffusion.engine.cpu.q4_model import Q4Model
 from ggml_diffusion.evaluation.continuation import (
     continuation_losses,
     continue_greedily,
@@ -30,8 +28,10 @@ from ggml_diffusion.evaluation.scoring import (
     generator_of,
     ignore_tokens,
 )
-from ggml_diffusion.generate import GenerationConfig
-from ggml_diffusion.sampling import RevealOrder
+from ggml_diffusion.generation.denoise import GenerationConfig
+from ggml_diffusion.generation.diffusion_model import DiffusionModel
+from ggml_diffusion.generation.sampling import RevealOrder
+from ggml_diffusion.text.loader import TokenBatch
 
 SPAN_LENGTHS = (1, 4, 8)
 MIN_CONTEXT = 8  # tokens on each side of a hole, at least

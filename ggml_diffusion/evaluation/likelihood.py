@@ -18,9 +18,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ggml_diffusion.corruption import corrupt_exactly, exact_counts, stratified_times
-from ggml_diffusion.data import TokenBatch
-from ggml_diffusion.diffusion_model import DiffusionModel
 from ggml_diffusion.evaluation.estimates import Estimate, estimate_ratio, exponential
 from ggml_diffusion.evaluation.scoring import (
     STREAM_NELBO,
@@ -29,6 +26,9 @@ from ggml_diffusion.evaluation.scoring import (
     ignore_tokens,
     score_masked,
 )
+from ggml_diffusion.generation.diffusion_model import DiffusionModel
+from ggml_diffusion.objective.corruption import corrupt_exactly, exact_counts, stratified_times
+from ggml_diffusion.text.loader import TokenBatch
 
 
 @dataclass(frozen=True)

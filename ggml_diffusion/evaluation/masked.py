@@ -18,8 +18,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ggml_diffusion.data import TokenBatch
-from ggml_diffusion.diffusion_model import DiffusionModel
 from ggml_diffusion.evaluation.estimates import Estimate, estimate_ratio
 from ggml_diffusion.evaluation.scoring import (
     STREAM_MASKS,
@@ -31,6 +29,8 @@ from ggml_diffusion.evaluation.scoring import (
     score_masked,
     score_noisy,
 )
+from ggml_diffusion.generation.diffusion_model import DiffusionModel
+from ggml_diffusion.text.loader import TokenBatch
 
 MASKED_SHARES = (0.15, 0.5, 0.85)
 

@@ -17,7 +17,7 @@ from ggml_diffusion.evaluation.fluency import WrittenText
 from ggml_diffusion.evaluation.infilling import InfillComparison
 from ggml_diffusion.evaluation.likelihood import Likelihood
 from ggml_diffusion.evaluation.masked import MaskedComparison
-from ggml_diffusion.sampling import RevealOrder
+from ggml_diffusion.generation.sampling import RevealOrder
 
 FORMAT = 1
 

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ggml_diffusion.corruption import NoiseSchedule, maskable
-from ggml_diffusion.data import TokenBatch
-from ggml_diffusion.diffusion_model import DiffusionModel
-from ggml_diffusion.engine import LossResult, Q4Model
-from ggml_diffusion.lora import LoraAdapter
-from ggml_diffusion.output_rows import Prediction, to_output_rows
-from ggml_diffusion.sampling import time_at_share
+from ggml_diffusion.engine.cpu.q4_model import LossResult, Q4Model
+from ggml_diffusion.formats.lora import LoraAdapter
+from ggml_diffusion.generation.diffusion_model import DiffusionModel
+from ggml_diffusion.generation.sampling import time_at_share
+from ggml_diffusion.objective.corruption import NoiseSchedule, maskable
+from ggml_diffusion.objective.output_rows import Prediction, to_output_rows
+from ggml_diffusion.text.loader import TokenBatch
 
 OnTokens = Callable[[int], None]  # told how many tokens have gone through the model
 

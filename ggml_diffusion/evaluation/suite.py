@@ -18,10 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ggml_diffusion.adapter_file import DiffusionCheckpoint
-from ggml_diffusion.data import TextDataLoader, TokenBatch
-from ggml_diffusion.diffusion_model import DiffusionModel
-from ggml_diffusion.engine import Q4Model
+from ggml_diffusion.engine.cpu.q4_model import Q4Model
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.evaluation.fluency import compare_texts, cut_prompts, writing_tokens
 from ggml_diffusion.evaluation.infilling import (
@@ -35,10 +32,13 @@ from ggml_diffusion.evaluation.likelihood import Likelihood, likelihood, nelbo_t
 from ggml_diffusion.evaluation.masked import MASKED_SHARES, compare_arms, random_masks
 from ggml_diffusion.evaluation.results import BaseCheck, Evaluation, EvaluationSettings
 from ggml_diffusion.evaluation.scoring import OnTokens, TokenScores, predictable, score_base, untrained
-from ggml_diffusion.generate import GenerationConfig
-from ggml_diffusion.lora import LoraAdapter
-from ggml_diffusion.model_file import file_sha256
-from ggml_diffusion.tokenizer import Tokenizer
+from ggml_diffusion.formats.adapter_file import DiffusionCheckpoint
+from ggml_diffusion.formats.lora import LoraAdapter
+from ggml_diffusion.formats.model_file import file_sha256
+from ggml_diffusion.generation.denoise import GenerationConfig
+from ggml_diffusion.generation.diffusion_model import DiffusionModel
+from ggml_diffusion.text.loader import TextDataLoader, TokenBatch
+from ggml_diffusion.text.tokenizer import Tokenizer
 
 
 class Listener(Protocol):

@@ -1,0 +1,288 @@
+"""A converted model, ready for use: a frozen base, its adapter, and how the two were trained to be read.
+
+Deliberately not here: the denoising loop (denoise.py), the choice of tokens (sampling.py), training
+(trainer.py).
+Letters: B sequences, T tokens, C hidden size, V vocabulary, N positions.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ggml_diffusion.engine.cpu.q4_model import Q4Model
+from ggml_diffusion.errors import UserError
+from ggml_diffusion.formats.adapter_file import TIME_BIAS, TIME_WEIGHT, DiffusionCheckpoint
+from ggml_diffusion.formats.lora import LoraAdapter
+from ggml_diffusion.generation.denoise import DEFAULT_BLOCK_LENGTH, DenoisingStep, GenerationConfig, denoise
+from ggml_diffusion.generation.sampling import time_at_share
+from ggml_diffusion.objective.corruption import NoiseSchedule
+from ggml_diffusion.objective.output_rows import Prediction, rows_of_positions
+from ggml_diffusion.objective.time_embedding import TimeEmbedding
+from ggml_diffusion.text.tokenizer import Tokenizer
+
+TimeOffset = Callable[[NDArray[np.float32]], NDArray[np.float32]]  # t (B,) -> (B, C)
+
+
+class DiffusionModel:
+    """A base model with its conversion.
+
+    Attributes:
+        engine: the base model; an engine may serve several conversions.
+        adapter: LoRA pairs, mask token and mask embedding.
+        tokenizer: the base's own vocabulary.
+        prediction: which output row predicts a token (output_rows.py).
+        causal_ratio: of the attention mask that the conversion was saved at.
+        noise_schedule: p(t), the same one as in training.
+        block_size: tokens of a block if the conversion writes in blocks, one after the other with nothing
+            behind it; None = it was trained on whole sequences.
+        prompts: whether it was trained on prompts with responses: the time then tells how much of what is to
+            be written is masked, else how much of the whole text.
+        time_offset: the time embedding as a function, or None if the conversion has none.
+
+    """
+
+    def __init__(
+        self,
+        engine: Q4Model,
+        adapter: LoraAdapter,
+        tokenizer: Tokenizer,
+        *,
+        prediction: Prediction,
+        causal_ratio: float,
+        noise_schedule: NoiseSchedule,
+        block_size: int | None = None,
+        prompts: bool = False,
+        time_offset: TimeOffset | None = None,
+    ) -> None:
+        if adapter.mask_token_id is None:
+            raise UserError(
+                "the adapter does not say which token is the mask token: it is no diffusion adapter"
+            )
+        self.engine = engine
+        self.adapter = adapter
+        self.tokenizer = tokenizer
+        self.mask_token_id: int = adapter.mask_token_id
+        self.prediction: Prediction = prediction
+        self.causal_ratio = causal_ratio
+        self.noise_schedule = noise_schedule
+        self.block_size = block_size
+        self.prompts = prompts
+        self.time_offset = time_offset
+
+    @classmethod
+    def load(
+        cls,
+        base: str | Path,
+        weights: str | Path,
+        n_threads: int | None = None,
+        *,
+        allow_other_base: bool = False,
+    ) -> "DiffusionModel":
+        """Read a base GGUF and a conversion of it.
+
+        Args:
+            base: the GGUF that was converted.
+            weights: adapter.safetensors, or adapter.gguf where it carries the same.
+            n_threads: None = as many as there are cores.
+            allow_other_base: use the conversion although it was trained on another file.
+
+        Raises:
+            UserError: a file is missing or malformed, or the conversion belongs to another base.
+
+        """
+        checkpoint = DiffusionCheckpoint.load(weights)
+        engine = Q4Model.from_gguf(base, n_threads)
+        checkpoint.check_base(engine.sha256, allow_other_base=allow_other_base)
+        return cls.from_checkpoint(engine, Tokenizer.from_gguf(base), checkpoint)
+
+    @classmethod
+    def from_checkpoint(
+        cls, engine: Q4Model, tokenizer: Tokenizer, checkpoint: DiffusionCheckpoint
+    ) -> "DiffusionModel":
+        """The same from parts in memory, e.g. `ConversionTrainer.checkpoint()`; arrays are not copied.
+
+        Raises:
+            UserError: the conversion does not fit the engine's model, or says something impossible.
+
+        """
+        checkpoint.check_shapes(engine)
+        metadata, time_offset = checkpoint.metadata, None
+        try:
+            schedule = NoiseSchedule(checkpoint.noise_schedule.get("type", "none"))
+            if metadata.time_max_timesteps is not None:
+                weight, bias = checkpoint.tensors[TIME_WEIGHT], checkpoint.tensors[TIME_BIAS]
+                embedding = TimeEmbedding(weight.shape[1], engine.C, metadata.time_max_timesteps)
+                time_offset = partial(embedding.forward, weight=weight, bias=bias)
+        except ValueError as error:
+            raise UserError(f"adapter: {error}") from None
+        return cls(
+            engine,
+            checkpoint.adapter(),
+            tokenizer,
+            prediction=metadata.prediction,
+            causal_ratio=metadata.final_causal_ratio,
+            noise_schedule=schedule,
+            block_size=metadata.block_size,
+            prompts=metadata.prompts,
+            time_offset=time_offset,
+        )
+
+    def logits(self, tokens: NDArray[np.int32], t: float | NDArray[np.float32]) -> NDArray[np.float32]:
+        """What the converted model predicts, by output row.
+
+        Args:
+            tokens: (B, T) or (T,) int32, masks included.
+            t: diffusion time in [0, 1] of all sequences, or of each (B,); it only reaches the time embedding.
+
+        Returns:
+            (B, T, V) or (T, V) float32; row i predicts the token at i + 1 ("shifted") or at i ("aligned").
+            The mask token is at -inf.
+
+        """
+        batch = np.atleast_2d(np.asarray(tokens, dtype=np.int32))
+        result = self.engine.logits(
+            batch, self.causal_ratio, self.adapter, self.embedding_offset(np.broadcast_to(t, len(batch)))
+        )
+        result[..., self.mask_token_id] = -np.inf
+        return result if np.ndim(tokens) == 2 else result[0]
+
+    def embedding_offset(self, t: NDArray[np.float32]) -> NDArray[np.float32] | None:
+        """The time embedding (B, C) of times (B,), or None if the conversion has none."""
+        if self.time_offset is None:
+            return None
+        return self.time_offset(np.ascontiguousarray(t, dtype=np.float32))
+
+    def generate(
+        self,
+        prompt: str,
+        config: GenerationConfig | None = None,
+        on_step: Callable[[DenoisingStep], None] | None = None,
+        *,
+        suffix: str = "",
+        chat: bool = False,
+    ) -> str:
+        """Write the text between a prompt and a suffix; both may be empty.
+
+        Args:
+            prompt: the text before, not repeated in the result.
+            config: None = the defaults; `config.length` tokens are denoised.
+            on_step: called after every step with all tokens, prompt and suffix included.
+            suffix: the text after the hole, for infilling.
+            chat: put the prompt into the model's chat template, as a user's message that is to be answered;
+                for conversions that were trained on messages.
+
+        Returns:
+            The text of the hole, up to the first end-of-text.
+
+        Raises:
+            UserError: prompt, hole and suffix together are longer than the model's context, or the model has
+                no chat template that could be used.
+
+        """
+        config = config or GenerationConfig()
+        before = self._chat_tokens(prompt) if chat else self._start_tokens(prompt)
+        after = self.tokenizer.encode(suffix)
+        hole = np.full(config.length, self.mask_token_id, dtype=np.int32)
+        end_of_text = self.tokenizer.eos_id
+        filled = self._denoise(np.concatenate([before, hole, after]), config, on_step, end_of_text)
+        written = filled[len(before) : len(before) + config.length]
+        if end_of_text is not None and (written == end_of_text).any():
+            written = written[: int(np.argmax(written == end_of_text))]
+        return self.tokenizer.decode(written)
+
+    def fill(
+        self,
+        tokens: NDArray[np.int32] | Sequence[int],
+        config: GenerationConfig | None = None,
+        on_step: Callable[[DenoisingStep], None] | None = None,
+    ) -> NDArray[np.int32]:
+        """Replace every mask token of a sequence (T,), wherever it is; `config.length` is not used.
+
+        Raises:
+            UserError: longer than the model's context, a token outside of the vocabulary, or, with a shifted
+                prediction, a mask in the first place.
+
+        """
+        return self._denoise(
+            np.asarray(tokens, dtype=np.int32), config or GenerationConfig(), on_step, stop_token=None
+        )
+
+    def _chat_tokens(self, prompt: str) -> NDArray[np.int32]:
+        """A user's message and what opens the answer, as the model's chat template writes them."""
+        template = self.tokenizer.open_chat_template()
+        if template is None:
+            raise UserError("this model has no chat template: give the prompt as it is")
+        with template:
+            text = template.render([{"role": "user", "content": prompt}], add_generation_prompt=True)
+        return self.tokenizer.encode(text, special=True)
+
+    def _start_tokens(self, prompt: str) -> NDArray[np.int32]:
+        """The prompt's tokens; an empty one gets the token that a shifted prediction needs to start from."""
+        tokens = self.tokenizer.encode(prompt)
+        if len(tokens) or self.prediction == "aligned":
+            return tokens
+        start = self.tokenizer.bos_id if self.tokenizer.bos_id is not None else self.tokenizer.eos_id
+        if start is None:
+            raise UserError("this vocabulary has neither a BOS nor an end-of-text token: give a prompt")
+        return np.array([start], dtype=np.int32)
+
+    def _denoise(
+        self,
+        tokens: NDArray[np.int32],
+        config: GenerationConfig,
+        on_step: Callable[[DenoisingStep], None] | None,
+        stop_token: int | None,
+    ) -> NDArray[np.int32]:
+        if len(tokens) > self.engine.context_length:
+            raise UserError(
+                f"{len(tokens)} tokens are more than the model's context of {self.engine.context_length}: "
+                f"shorten the prompt or the length"
+            )
+        if self.prediction == "shifted" and len(tokens) and tokens[0] == self.mask_token_id:
+            raise UserError(
+                "the first token cannot be a mask: a shifted prediction reads it from the token before"
+            )
+        if config.block_length is None:
+            config = config.model_copy(update={"block_length": self.block_size or DEFAULT_BLOCK_LENGTH})
+        n_not_masked = 1 if self.prediction == "shifted" else 0
+        if self.prompts:
+            n_not_masked = int((tokens != self.mask_token_id).sum())
+
+        def predict(
+            seen: NDArray[np.int32], positions: NDArray[np.int64], block: NDArray[np.int64]
+        ) -> NDArray[np.float32]:
+            # What was masked in training, and may be here: a block, or the text.
+            n_maskable = len(seen) - n_not_masked if self.block_size is None else len(block)
+            is_mask = (seen if self.block_size is None else seen[block]) == self.mask_token_id
+            return self._predict(seen, positions, float(is_mask.sum()) / n_maskable)
+
+        return denoise(
+            tokens,
+            self.mask_token_id,
+            predict,
+            self.noise_schedule.mask_probability,
+            config,
+            stop_token=stop_token,
+            hide_later_blocks=self.block_size is not None,
+            on_step=on_step,
+        )
+
+    def _predict(
+        self, tokens: NDArray[np.int32], positions: NDArray[np.int64], share_masked: float
+    ) -> NDArray[np.float32]:
+        """Logits (N, V) of the tokens at `positions`, computing the head for no other row."""
+        t = time_at_share(share_masked, self.noise_schedule.mask_probability)
+        select = np.zeros((1, len(tokens)), dtype=bool)
+        select[0, rows_of_positions(positions, self.prediction)] = True
+        logits = self.engine.logits(
+            tokens[None],
+            self.causal_ratio,
+            self.adapter,
+            self.embedding_offset(np.array([t], dtype=np.float32)),
+            select=select,
+        )
+        logits[:, self.mask_token_id] = -np.inf
+        return logits

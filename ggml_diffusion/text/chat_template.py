@@ -1,0 +1,175 @@
+"""Chat messages as text, by the template that a model's GGUF carries.
+
+A template is a program by an unknown author. It runs in jinja2's immutable sandbox, which keeps it from
+Python's internals, inside a process of its own, which can be ended when it takes too long or too much memory.
+The names that templates expect are those of the Hugging Face libraries: messages, add_generation_prompt,
+bos_token, eos_token, raise_exception, tojson, break and continue; but no clock, so that the same messages
+give the same text on every day.
+
+Deliberately not here: which messages are a prompt (prompts.py), tokens (tokenizer.py).
+Source: jinja2's documentation of its sandbox, "Security Considerations".
+"""
+
+import contextlib
+import json
+import os
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+from ggml_diffusion.errors import UserError, one_line
+
+START_LIMIT_S = 60.0  # Python and jinja2 on a busy machine
+TIME_LIMIT_S = 10.0
+MEMORY_LIMIT_BYTES = 1 << 30
+_MAX_REPLY_BYTES = 64 << 20
+
+# Isolated, so that nothing of the current folder is imported; the module path is the one of this process.
+_CHILD = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from ggml_diffusion.text.chat_template import _serve; _serve()"
+)
+
+
+class ChatTemplate:
+    """A template in its process, which starts with the first use; a context manager."""
+
+    def __init__(self, template: str, bos_token: str, eos_token: str) -> None:
+        """Keep a template.
+
+        Args:
+            template: jinja2 source, a GGUF's tokenizer.chat_template.
+            bos_token: how the vocabulary writes it, "" if it has none.
+            eos_token: the same for end-of-text.
+
+        """
+        self._setup = {"template": template, "bos_token": bos_token, "eos_token": eos_token}
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
+        """The text of messages.
+
+        Args:
+            messages: each with "role" and "content".
+            add_generation_prompt: end with what opens an answer.
+
+        Raises:
+            UserError: the template is no template, refuses the messages, or reaches a limit.
+
+        """
+        if self._process is None:
+            self._start()
+        return self._ask(
+            {"messages": list(messages), "add_generation_prompt": add_generation_prompt}, TIME_LIMIT_S
+        )
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+
+    def __enter__(self) -> "ChatTemplate":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _start(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-c", _CHILD, json.dumps(sys.path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        self._ask(self._setup, START_LIMIT_S)
+
+    def _ask(self, request: Mapping[str, Any], time_limit_s: float) -> str:
+        assert self._process is not None and self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(request).encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            self._fail("ended without a word")
+        reply = json.loads(self._read_line(time_limit_s))
+        if "error" in reply:
+            raise UserError(f"the model's chat template fails: {one_line(reply['error'])}")
+        return str(reply["text"])
+
+    def _read_line(self, time_limit_s: float) -> bytes:
+        assert self._process is not None and self._process.stdout is not None
+        descriptor, line = self._process.stdout.fileno(), bytearray()
+        end_s = time.monotonic() + time_limit_s
+        while not line.endswith(b"\n"):
+            if not select.select([descriptor], [], [], max(0.0, end_s - time.monotonic()))[0]:
+                self._fail(f"took longer than {time_limit_s:g} s")
+            chunk = os.read(descriptor, 1 << 16)
+            if not chunk:
+                self._fail("ended without a word, as if out of memory")
+            line += chunk
+            if len(line) > _MAX_REPLY_BYTES:
+                self._fail(f"wrote more than {_MAX_REPLY_BYTES >> 20} MB")
+        return bytes(line)
+
+    def _fail(self, reason: str) -> NoReturn:
+        self.close()
+        raise UserError(f"the model's chat template {reason}")
+
+
+# -- inside the process ----------------------------------------------------------------------------
+
+
+def _serve() -> None:
+    """Answer requests, one JSON line each: first the template, then messages."""
+    with contextlib.suppress(ImportError, ValueError, OSError):  # macOS knows no such limit
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
+    setup = json.loads(sys.stdin.readline())
+    try:
+        template = _compile(setup["template"])
+        reply = {"text": ""}
+    except Exception as error:  # whatever a template can raise is a reply
+        template, reply = None, {"error": _reason(error)}
+    _write(reply)
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            assert template is not None
+            text = template.render(bos_token=setup["bos_token"], eos_token=setup["eos_token"], **request)
+            reply = {"text": text}
+        except Exception as error:
+            reply = {"error": _reason(error)}
+        _write(reply)
+
+
+def _write(reply: Mapping[str, str]) -> None:
+    sys.stdout.write(json.dumps(reply) + "\n")
+    sys.stdout.flush()
+
+
+def _reason(error: Exception) -> str:
+    return str(error) or type(error).__name__
+
+
+def _compile(source: str) -> Any:
+    """A jinja2 template in the sandbox; imported here, because only the child needs it."""
+    from jinja2.exceptions import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def raise_exception(message: object) -> NoReturn:
+        raise TemplateError(str(message))
+
+    def to_json(value: Any, indent: int | None = None) -> str:  # jinja2's own writes HTML
+        return json.dumps(value, ensure_ascii=False, indent=indent)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.globals["raise_exception"] = raise_exception
+    environment.filters["tojson"] = to_json
+    return environment.from_string(source)

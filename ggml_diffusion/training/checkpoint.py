@@ -1,0 +1,240 @@
+"""The state of a run on disk: saved so that no crash loses it, loaded only if it is whole.
+
+A checkpoint is a folder: `state.safetensors` (what the optimizer needs to go on), `adapter.safetensors` (the
+conversion as it stands) and `manifest.json` (size and SHA-256 of both). It is written under a temporary name,
+flushed, renamed to `step-NNNNNNNN`, and only then does the file `latest` name it. Loading starts from
+`latest` and falls back to the next older checkpoint when one is damaged.
+
+Deliberately not here: when to save, and whether a state belongs to the run (run.py). Randomness needs no
+state: it is drawn from (seed, step). Source: rename and fsync order as in SQLite's atomic commit.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ggml_diffusion.durable import fsync_path, replace_file
+from ggml_diffusion.errors import UserError, quoted
+from ggml_diffusion.formats.adapter_file import CheckpointMetadata, DiffusionCheckpoint
+from ggml_diffusion.formats.model_file import file_sha256
+from ggml_diffusion.formats.safetensors_file import parse_object, read_safetensors, write_safetensors
+
+__all__ = [
+    "CheckpointMetadata",
+    "DiffusionCheckpoint",
+    "LoadedCheckpoint",
+    "TrainingState",
+    "load_latest",
+    "save_state",
+]
+
+_FORMAT = 1
+_ARRAYS = ("parameters", "first_moment", "second_moment")
+_STATE_KEYS: dict[str, type] = {
+    "step": int,
+    "tokens_seen": int,
+    "config": dict,
+    "base_sha256": str,
+    "data_fingerprint": str,
+    "extra": dict,
+}
+_STATE_FILE, _ADAPTER_FILE, _MANIFEST_FILE = "state.safetensors", "adapter.safetensors", "manifest.json"
+_LATEST_FILE = "latest"
+_FOLDER_NAME = re.compile(r"step-(\d{8,})(?:-(\d+))?")
+_UNFINISHED_PREFIX = ".unfinished-"
+
+
+@dataclass
+class TrainingState:
+    """What a run needs to go on exactly where it was, beside its settings and data.
+
+    Attributes:
+        step: optimizer steps done.
+        tokens_seen: tokens that went through the model.
+        parameters: (n,) float32, everything that is trained, as `ParameterStore.flat`.
+        first_moment: (n,) float32, AdamW's mean of the gradient.
+        second_moment: (n,) float32, AdamW's mean of the squared gradient.
+        config: the resolved settings, as plain JSON values.
+        base_sha256: of the base GGUF.
+        data_fingerprint: of the token stream.
+        extra: whatever else the trainer keeps, as plain JSON values.
+
+    """
+
+    step: int
+    tokens_seen: int
+    parameters: NDArray[np.float32]
+    first_moment: NDArray[np.float32]
+    second_moment: NDArray[np.float32]
+    config: dict[str, Any]
+    base_sha256: str
+    data_fingerprint: str
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class LoadedCheckpoint:
+    """A whole checkpoint, and a sentence about every newer one that was not."""
+
+    folder: Path
+    state: TrainingState
+    checkpoint: DiffusionCheckpoint
+    warnings: list[str]
+
+
+def save_state(
+    folder: str | Path, state: TrainingState, checkpoint: DiffusionCheckpoint, keep: int = 2
+) -> Path:
+    """Save a checkpoint durably, then delete all but the newest `keep`.
+
+    Args:
+        folder: the run's `checkpoints` folder; made if it is missing.
+        state: for going on.
+        checkpoint: for using the conversion as it stands.
+        keep: how many checkpoints stay, at least 2, so that a damaged one never is the only one.
+
+    Returns:
+        The new checkpoint's folder.
+
+    Raises:
+        UserError: it could not be saved; the checkpoints from before are as they were.
+
+    """
+    folder = Path(folder)
+    temporary = folder / f"{_UNFINISHED_PREFIX}{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _delete_unfinished(folder)
+        temporary.mkdir()
+        _write_files(temporary, state, checkpoint)
+        saved = _unused_name(folder, state.step)
+        os.rename(temporary, saved)
+        fsync_path(folder)
+    except (OSError, UserError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        reason = error if isinstance(error, UserError) else error.strerror or error
+        raise UserError(f"{folder}: the checkpoint of step {state.step} was not saved: {reason}") from error
+    replace_file(folder / _LATEST_FILE, lambda path: _write_text(path, saved.name + "\n"))
+    for old in [other for other in _newest_first(folder) if other != saved][max(keep, 2) - 1 :]:
+        shutil.rmtree(old, ignore_errors=True)
+    return saved
+
+
+def load_latest(folder: str | Path) -> LoadedCheckpoint | None:
+    """Load the newest whole checkpoint of a run: the one `latest` names, else the one of the highest step.
+
+    Returns:
+        None if the folder holds no checkpoint at all.
+
+    Raises:
+        UserError: there are checkpoints, but every one is damaged.
+
+    """
+    folder = Path(folder)
+    candidates = _newest_first(folder)
+    latest = folder / _read_latest(folder)
+    if latest in candidates:
+        candidates.remove(latest)
+        candidates.insert(0, latest)
+    warnings: list[str] = []
+    for candidate in candidates:
+        try:
+            state, checkpoint = _load(candidate)
+        except UserError as error:
+            warnings.append(f"a damaged checkpoint is left out: {error}")
+        else:
+            return LoadedCheckpoint(candidate, state, checkpoint, warnings)
+    if not candidates:
+        return None
+    raise UserError(f"{folder}: all {len(candidates)} checkpoints are damaged; the newest: {warnings[0]}")
+
+
+def _write_files(folder: Path, state: TrainingState, checkpoint: DiffusionCheckpoint) -> None:
+    document = {"format": _FORMAT} | {key: getattr(state, key) for key in _STATE_KEYS}
+    write_safetensors(folder / _STATE_FILE, {name: getattr(state, name) for name in _ARRAYS}, document)
+    checkpoint.save(folder / _ADAPTER_FILE)
+    _write_text(folder / _MANIFEST_FILE, json.dumps(_manifest(folder), indent=1) + "\n")
+    fsync_path(folder / _MANIFEST_FILE)
+    fsync_path(folder)
+
+
+def _load(folder: Path) -> tuple[TrainingState, DiffusionCheckpoint]:
+    manifest_path = folder / _MANIFEST_FILE
+    try:
+        text = manifest_path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{manifest_path}: cannot be read: {error.strerror}") from None
+    manifest = parse_object(manifest_path, text, "its content")
+    if manifest != _manifest(folder):
+        raise UserError(f"{folder}: its files do not have the sizes and sums of its {_MANIFEST_FILE}")
+    return _read_state(folder / _STATE_FILE), DiffusionCheckpoint.load(folder / _ADAPTER_FILE)
+
+
+def _read_state(path: Path) -> TrainingState:
+    arrays, document = read_safetensors(path)
+    if document.pop("format", None) != _FORMAT:
+        raise UserError(f"{path}: is no training state of format {_FORMAT}")
+    for key, kind in _STATE_KEYS.items():
+        if not isinstance(document.get(key), kind):
+            raise UserError(f"{path}: metadata key '{key}' is missing or no {kind.__name__}")
+    for key in document:
+        if key not in _STATE_KEYS:
+            raise UserError(f"{path}: metadata key {quoted(key)} is unknown")
+    shapes = {name: array.shape for name, array in arrays.items()}
+    if sorted(shapes) != sorted(_ARRAYS) or len(set(shapes.values())) != 1 or arrays["parameters"].ndim != 1:
+        raise UserError(f"{path}: expected three vectors of one length, found {quoted(str(shapes))}")
+    fields: dict[str, Any] = {**document, **arrays}
+    return TrainingState(**fields)
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """What `manifest.json` must say about the files as they are."""
+    files = {}
+    for name in (_STATE_FILE, _ADAPTER_FILE):
+        sha256 = file_sha256(folder / name)  # raises if the file is missing
+        files[name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256}
+    return {"format": _FORMAT, "files": files}
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    """Checkpoint folders, the highest step first; of equal steps, the one saved later."""
+    found = []
+    with contextlib.suppress(OSError):
+        for path in folder.iterdir():
+            match = _FOLDER_NAME.fullmatch(path.name)
+            if match and path.is_dir():
+                found.append((int(match[1]), int(match[2] or 0), path))
+    return [path for _, _, path in sorted(found, reverse=True)]
+
+
+def _unused_name(folder: Path, step: int) -> Path:
+    """`step-N`, or `step-N-1`... where that step was saved before: a run may go back to an older one."""
+    name, count = f"step-{step:08d}", 0
+    while (folder / (name if count == 0 else f"{name}-{count}")).exists():
+        count += 1
+    return folder / (name if count == 0 else f"{name}-{count}")
+
+
+def _read_latest(folder: Path) -> str:
+    try:
+        return (folder / _LATEST_FILE).read_bytes()[:100].decode("utf-8", errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _delete_unfinished(folder: Path) -> None:
+    """Clear away what a killed process left."""
+    for path in folder.glob(f"{_UNFINISHED_PREFIX}*"):
+        shutil.rmtree(path, ignore_errors=True)

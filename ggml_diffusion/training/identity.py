@@ -1,0 +1,152 @@
+"""The identity gate: before a conversion starts, the engine must compute the base model as llama.cpp does.
+
+At causal ratio 1 with no adapter the engine *is* the base model; if its predictions on a plain English
+sentence differ from llama.cpp's, then training would adapt a model that does not exist. llama.cpp runs in a
+child process: it aborts on files that it does not like, and its memory is given back. It maps the weights and
+repacks nothing (`use_extra_bufts = false`), so that a large model is not held twice.
+
+Deliberately not here: close comparisons (tests/ has them); llama.cpp quantises activations, which alone is
+3e-3 nats on a Q4_1 model, and the gate is there to catch a wrong computation, not a rounding.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ggml_diffusion.engine.cpu.q4_model import Q4Model
+from ggml_diffusion.errors import UserError
+from ggml_diffusion.generation.sampling import log_softmax
+from ggml_diffusion.text.tokenizer import Tokenizer
+
+SENTENCE = (
+    "The old lighthouse keeper climbed the stairs every evening, lit the lamp, and wrote the weather of the "
+    "day into a book that nobody had ever asked to read."
+)
+MEAN_KL_LIMIT = (
+    0.05  # nats; rounding gives 3e-3 on a 4-bit model, a wrong RoPE or a swapped tensor gives whole nats
+)
+CHILD_TIMEOUT_S = 1800.0  # a model that is read from a slow disk for the first time
+
+
+@dataclass(frozen=True)
+class IdentityReport:
+    """Mean KL(llama.cpp || engine) in nats over `n_tokens` positions of the built-in sentence."""
+
+    mean_kl: float
+    n_tokens: int
+
+    def __str__(self) -> str:
+        return (
+            f"identity gate passed: mean KL from llama.cpp {self.mean_kl:.1e} nats over {self.n_tokens} "
+            f"tokens (limit {MEAN_KL_LIMIT})"
+        )
+
+
+def check_identity(model: Q4Model, tokenizer: Tokenizer) -> IdentityReport:
+    """Compare the engine with llama.cpp on the built-in sentence.
+
+    Raises:
+        UserError: llama.cpp cannot run the file, or the two differ by more than `MEAN_KL_LIMIT`.
+
+    """
+    tokens = _sentence_tokens(tokenizer, model.context_length)
+    reference = llama_logits(model.path, tokens, model.n_threads)
+    mean_kl = mean_kl_divergence(reference, model.logits(tokens[None], causal_ratio=1.0)[0])
+    if not mean_kl <= MEAN_KL_LIMIT:  # written so that NaN fails
+        raise UserError(
+            f"{model.path}: this program computes the model differently from llama.cpp (mean KL "
+            f"{mean_kl:.3g} nats over {len(tokens)} tokens, limit {MEAN_KL_LIMIT}), so it will not train it; "
+            f"please report the model"
+        )
+    return IdentityReport(mean_kl, len(tokens))
+
+
+def mean_kl_divergence(reference: NDArray[np.float32], ours: NDArray[np.float32]) -> float:
+    """Mean over positions of KL(reference || ours) in nats, from logits (T, V)."""
+    log_p, log_q = log_softmax(reference), log_softmax(ours)
+    return float((np.exp(log_p) * (log_p - log_q)).sum(axis=-1).mean())
+
+
+def _sentence_tokens(tokenizer: Tokenizer, context_length: int) -> NDArray[np.int32]:
+    tokens = tokenizer.encode(SENTENCE)
+    if tokenizer.bos_id is not None:  # models that were trained with it are not themselves without it
+        tokens = np.concatenate([np.array([tokenizer.bos_id], dtype=np.int32), tokens])
+    return np.ascontiguousarray(tokens[:context_length], dtype=np.int32)
+
+
+def llama_logits(path: Path, tokens: NDArray[np.int32], n_threads: int) -> NDArray[np.float32]:
+    """Causal logits (T, V) of llama.cpp on a GGUF file, computed in a child process.
+
+    Raises:
+        UserError: the child failed or was killed; the message holds the last line that it wrote.
+
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        token_file, logits_file = Path(folder) / "tokens.npy", Path(folder) / "logits.npy"
+        np.save(token_file, tokens)
+        command = [
+            sys.executable,
+            "-c",
+            "from ggml_diffusion.training.identity import child; child()",
+            str(path),
+            str(token_file),
+            str(logits_file),
+            str(n_threads),
+        ]
+        # the child must import this package, whatever lies in the current folder
+        environment = {**os.environ, "PYTHONSAFEPATH": "1"}
+        try:
+            done = subprocess.run(
+                command, capture_output=True, check=False, timeout=CHILD_TIMEOUT_S, env=environment
+            )
+        except subprocess.TimeoutExpired:
+            raise UserError(f"{path}: llama.cpp did not finish within {CHILD_TIMEOUT_S:.0f} s") from None
+        if done.returncode != 0 or not logits_file.exists():
+            lines = done.stderr.decode(errors="replace").split("\n")
+            last = next((line.strip() for line in reversed(lines) if line.strip()), "no message")
+            raise UserError(f"{path}: llama.cpp cannot run this model (exit code {done.returncode}): {last}")
+        logits: NDArray[np.float32] = np.load(logits_file)
+        return logits
+
+
+def child() -> None:
+    """Body of the child process. Its arguments: model, token file, file to write logits to, threads."""
+    path, token_file, logits_file, n_threads = sys.argv[1:]
+    np.save(logits_file, _run_llama(path, np.load(token_file), int(n_threads)))
+
+
+def _run_llama(path: str, tokens: NDArray[np.int32], n_threads: int) -> NDArray[np.float32]:
+    import llama_cpp
+
+    api: Any = llama_cpp
+    model_params = api.llama_model_default_params()
+    model_params.n_gpu_layers = 0
+    model_params.use_extra_bufts = False
+    model = api.llama_model_load_from_file(path.encode(), model_params)
+    if not model:
+        raise SystemExit("the file does not load")
+    params = api.llama_context_default_params()
+    params.n_ctx = params.n_batch = params.n_ubatch = max(len(tokens), 32)
+    params.n_threads = params.n_threads_batch = n_threads
+    context = api.llama_init_from_model(model, params)
+    if not context:
+        raise SystemExit("no context of that size")
+    batch = api.llama_batch_init(len(tokens), 0, 1)
+    batch.n_tokens = len(tokens)
+    for position, token in enumerate(tokens):
+        batch.token[position] = int(token)
+        batch.pos[position] = position
+        batch.n_seq_id[position] = 1
+        batch.seq_id[position][0] = 0
+        batch.logits[position] = 1
+    if api.llama_decode(context, batch) != 0:
+        raise SystemExit("llama_decode failed")
+    vocabulary = api.llama_vocab_n_tokens(api.llama_model_get_vocab(model))
+    return np.array(np.ctypeslib.as_array(api.llama_get_logits(context), shape=(len(tokens), vocabulary)))

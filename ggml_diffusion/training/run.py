@@ -1,0 +1,425 @@
+"""A whole conversion run: a GGUF, some text and a config in; an adapter and its evidence out.
+
+`run_conversion` reads top-down: lock the output folder, read base and data, check the engine against
+llama.cpp, go on from the last checkpoint or start anew, measure, train, save and export, measure again.
+
+The output folder holds adapter.safetensors and adapter.gguf (the exports), metrics.jsonl (one object a step),
+config.toml (as resolved), evaluation.json (if it was asked for) and checkpoints/.
+
+Deliberately not here: what a step does (trainer.py), how it looks on the screen (app/display.py), flags
+(app/cli.py).
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+from filelock import FileLock, Timeout
+
+from ggml_diffusion.config.settings import ConversionTrainingConfig, scaled_to_run, to_toml
+from ggml_diffusion.durable import replace_file
+from ggml_diffusion.engine.cpu.q4_model import Q4Model
+from ggml_diffusion.errors import UserError
+from ggml_diffusion.evaluation.held_out import MaskedScore, Score, as_rows, base_score, masked_scores
+from ggml_diffusion.formats.lora import LoraAdapter
+from ggml_diffusion.formats.model_file import ModelFile, read_model
+from ggml_diffusion.generation.diffusion_model import DiffusionModel
+from ggml_diffusion.text.loader import TextDataLoader, TokenBatch
+from ggml_diffusion.text.tokenizer import Tokenizer
+from ggml_diffusion.training.identity import check_identity
+from ggml_diffusion.training.int8_gate import choose_int8, without_int8
+from ggml_diffusion.training.metrics import MetricsWriter, TrainMetrics
+from ggml_diffusion.training.trainer import ConversionTrainer
+
+CHECKPOINTS, METRICS, CONFIG, EVALUATION = "checkpoints", "metrics.jsonl", "config.toml", "evaluation.json"
+EXPORTS = ("adapter.safetensors", "adapter.gguf")
+_LOCK, _PID = ".lock", ".pid"
+
+
+class Listener(Protocol):
+    """What a run tells of itself while it goes on; display.py has one for people."""
+
+    def note(self, text: str) -> None:
+        """Something that happened."""
+
+    def warn(self, text: str) -> None:
+        """Something that the user should know."""
+
+    def start(self, first_step: int, tokens_seen: int, total_steps: int) -> None:
+        """The loop begins after `first_step` steps."""
+
+    def step(self, metrics: TrainMetrics) -> None:
+        """A step was taken."""
+
+    def stop(self) -> None:
+        """The loop has ended."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Held-out figures: of the base as it is, before the first step, and after the last.
+
+    Attributes:
+        n_sequences: held-out sequences that were measured.
+        base: next-token score of the base, causal, on clean text.
+        before: masked scores with no adapter, at the final causal ratio.
+        after: the same with the conversion.
+
+    """
+
+    n_sequences: int
+    base: Score
+    before: list[MaskedScore]
+    after: list[MaskedScore]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a run left behind.
+
+    Attributes:
+        output: the folder.
+        step: optimizer steps taken, those before a resume included.
+        total_steps: steps of the whole run.
+        interrupted_by: the signal that ended it early, None if it is complete.
+        safetensors, gguf: the exports, None if it was interrupted.
+        evidence: None unless it was asked for, and if it was interrupted.
+
+    """
+
+    output: Path
+    step: int
+    total_steps: int
+    interrupted_by: int | None
+    safetensors: Path | None = None
+    gguf: Path | None = None
+    evidence: Evidence | None = None
+
+
+def run_conversion(
+    config: ConversionTrainingConfig, listener: Listener, *, fresh: bool = False, evaluate_on: int = 0
+) -> Conversion:
+    """Convert a model, or go on with a conversion that was interrupted.
+
+    Args:
+        config: with base_model, data and output set.
+        listener: told about everything.
+        fresh: delete the run that the output folder holds, and start anew.
+        evaluate_on: held-out sequences to measure before and after; 0 = measure nothing.
+
+    Raises:
+        UserError: a file, a setting or the output folder cannot be used; another process is converting into
+            the same folder; the folder's run has another base, data or settings; the engine computes the base
+            differently from llama.cpp; or the training diverged.
+
+    """
+    base_path, output = _paths(config)
+    base = read_model(base_path)
+    with _exclusive(output):
+        config, sentence = scaled_to_run(config)
+        if sentence is not None:
+            listener.note(sentence)
+        tokenizer = Tokenizer.from_gguf(base_path)
+        data = _training_data(config, tokenizer, base, listener)
+        held_out = _held_out(config, tokenizer, evaluate_on)
+        hardware = config.hardware
+        with Q4Model.from_gguf(
+            base_path,
+            hardware.num_threads,
+            compute=hardware.compute,
+            use_simd=hardware.use_simd,
+            memory_budget=_memory_budget(hardware.memory_mib),
+        ) as model:
+            _describe(model, base, config, listener)
+            trainer = ConversionTrainer(model, config, data_fingerprint=data.fingerprint, warn=listener.warn)
+            listener.note(f"mask token {trainer.mask_token_id}: {trainer.mask_token_reason}")
+            listener.note(_memory_line(trainer))
+            listener.note(str(check_identity(model, tokenizer)))
+            if fresh:
+                _delete_run(output)
+            if not _resume(trainer, output, listener) and hardware.int8:
+                listener.note(str(choose_int8(trainer, data.batch_at(0))))
+            _write_text(output / CONFIG, to_toml(config))
+            before = None
+            if held_out is not None:
+                listener.note(f"measuring on {len(held_out)} held-out sequences before the first step")
+                with without_int8(model):
+                    before = _measure_before(trainer, tokenizer, held_out)
+            signal_number = _train(trainer, data, output, listener)
+            if signal_number is not None:
+                return Conversion(output, trainer.step_count, config.total_steps, signal_number)
+            safetensors, gguf = trainer.export(output)
+            evidence = None
+            if held_out is not None and before is not None:
+                listener.note(f"measuring on {len(held_out)} held-out sequences after the last step")
+                with without_int8(model):
+                    evidence = _measure_after(trainer, tokenizer, held_out, *before)
+                _write_text(output / EVALUATION, json.dumps(_as_json(evidence), indent=2) + "\n")
+            return Conversion(
+                output, trainer.step_count, config.total_steps, None, safetensors, gguf, evidence
+            )
+
+
+# -- before the loop ---------------------------------------------------------------------------------
+
+
+def exported_weights(adapter: Path) -> Path:
+    """The safetensors file of a conversion that is named by its output folder or by itself."""
+    return adapter / EXPORTS[0] if adapter.is_dir() else adapter
+
+
+def _paths(config: ConversionTrainingConfig) -> tuple[Path, Path]:
+    if config.base_model is None:
+        raise UserError("which model? name a GGUF file")
+    if not config.data:
+        raise UserError("which text? give --data: a .txt or .jsonl file, or a folder of them")
+    if config.output is None:
+        raise UserError("where to? give --output: a folder for the run")
+    return Path(config.base_model), Path(config.output)
+
+
+@contextmanager
+def _exclusive(output: Path) -> Iterator[None]:
+    """Make the output folder and keep other processes out of it; the operating system lifts the lock."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(output / _LOCK)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"{output}: process {_read_pid(output)} is converting into this folder") from None
+    except OSError as error:
+        raise UserError(f"{output}: cannot be used as output folder: {error.strerror or error}") from None
+    try:
+        _write_text(output / _PID, f"{os.getpid()}\n")
+        yield
+    finally:
+        lock.release()
+
+
+def _read_pid(output: Path) -> str:
+    try:
+        return (output / _PID).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return "of unknown number"
+
+
+def _training_data(
+    config: ConversionTrainingConfig, tokenizer: Tokenizer, base: ModelFile, listener: Listener
+) -> TextDataLoader:
+    """The text to train on; one batch is what one optimizer step takes."""
+    if config.sequence_length > base.context_length:
+        raise UserError(
+            f"sequence_length {config.sequence_length} is longer than the context of {base.path}, "
+            f"{base.context_length} tokens"
+        )
+    data = TextDataLoader(
+        config.data,
+        tokenizer,
+        config.sequence_length,
+        config.batch_size * config.gradient_accumulation,
+        config.seed,
+        split="train",
+        held_out_fraction=config.held_out_fraction,
+    )
+    listener.note(
+        f"data: {data.n_documents} documents, {data.n_tokens} training tokens in {len(data.sequences)} "
+        f"sequences of {config.sequence_length}"
+    )
+    if data.n_skipped:
+        listener.warn(f"{data.n_skipped} documents without text were left out")
+    if data.n_too_long:
+        listener.warn(f"{data.n_too_long} examples whose prompt alone fills a sequence were left out")
+    return data
+
+
+def _held_out(config: ConversionTrainingConfig, tokenizer: Tokenizer, n_sequences: int) -> TokenBatch | None:
+    """The sequences to measure on, the same ones whatever the run's seed is."""
+    if n_sequences == 0:
+        return None
+    if config.held_out_fraction == 0.0:
+        raise UserError("held_out_fraction is 0: there is no held-out text to evaluate on")
+    held_out = TextDataLoader(
+        config.data,
+        tokenizer,
+        config.sequence_length,
+        n_sequences,
+        split="held_out",
+        held_out_fraction=config.held_out_fraction,
+    )
+    return held_out.batch_at(0)
+
+
+def _memory_budget(memory_mib: int | None) -> int:
+    """Bytes for a training step: as set, else half of the machine's memory."""
+    if memory_mib is not None:
+        return memory_mib << 20
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def _memory_line(trainer: ConversionTrainer) -> str:
+    """What a training step will take, before the first one takes it."""
+    config, model = trainer.config, trainer.model
+    n_tokens, teacher = config.sequence_length, config.distillation_weight > 0.0
+    plan = model.step_plan(config.batch_size, n_tokens, config.qlora.rank, teacher)
+    planned = model.memory_bytes(
+        plan.sequences * n_tokens, n_tokens, config.qlora.rank, keep=plan.keep, teacher=teacher
+    )
+    how = {"all": "", "without-ffn": ", gate and up computed again", "boundaries": ", layers computed again"}
+    return (
+        f"a step takes {planned >> 20} MiB beside the model: {plan.sequences} of {config.batch_size} "
+        f"sequences at a time{how[plan.keep]}"
+    )
+
+
+def _describe(model: Q4Model, base: ModelFile, config: ConversionTrainingConfig, listener: Listener) -> None:
+    listener.note(f"base: {model.description}")
+    bits = _weight_bits(base)
+    expected = config.qlora.quantization_bits
+    if bits != expected:
+        listener.warn(
+            f"quantization_bits is {expected}, but the layers of {base.path} have {bits} bits a weight"
+        )
+
+
+def _weight_bits(base: ModelFile) -> int:
+    """Bits a weight of the type that most bytes of the layers' matrices have, by its name: Q4_K has 4."""
+    bytes_of_type: Counter[str] = Counter()
+    for name, tensor in base.tensors.items():
+        if name.startswith("blk.") and len(tensor.shape) == 2:
+            bytes_of_type[tensor.type_name] += tensor.n_bytes
+    digits = re.search(r"\d+", bytes_of_type.most_common(1)[0][0])
+    assert digits is not None
+    return int(digits[0])
+
+
+def _delete_run(output: Path) -> None:
+    """Delete what earlier runs wrote into the folder, and nothing else."""
+    try:
+        if (output / CHECKPOINTS).exists():
+            shutil.rmtree(output / CHECKPOINTS)
+        for name in (*EXPORTS, METRICS, CONFIG, EVALUATION):
+            (output / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{output}: the earlier run cannot be deleted: {error.strerror or error}") from None
+
+
+def _resume(trainer: ConversionTrainer, output: Path, listener: Listener) -> bool:
+    try:
+        resumed = trainer.resume(output / CHECKPOINTS)
+    except UserError as error:
+        raise UserError(f"{error}; go on with what it began with, or start anew with --fresh") from None
+    if resumed:
+        listener.note(
+            f"going on at step {trainer.step_count} of {trainer.config.total_steps}; --fresh would start anew"
+        )
+    return resumed
+
+
+# -- the loop ----------------------------------------------------------------------------------------
+
+
+def _train(trainer: ConversionTrainer, data: TextDataLoader, output: Path, listener: Listener) -> int | None:
+    """Take the steps that are left, and save; returns the signal that cut it short, if one did."""
+    total_steps, checkpoint_every = trainer.config.total_steps, trainer.config.checkpoint_every
+    if trainer.step_count >= total_steps:
+        listener.note(f"all {total_steps} steps are done")
+        return None
+    with (
+        _stop_on_signals(listener) as received,
+        MetricsWriter(output / METRICS, resume_step=trainer.step_count) as writer,
+    ):
+        listener.start(trainer.step_count, trainer.tokens_seen, total_steps)
+        try:
+            while trainer.step_count < total_steps and not received:
+                metrics = trainer.train_step(data.batch_at(trainer.step_count))
+                writer.write(metrics)
+                listener.step(metrics)
+                if checkpoint_every and trainer.step_count % checkpoint_every == 0:
+                    trainer.save_checkpoint(output / CHECKPOINTS)
+        finally:
+            listener.stop()
+        if not (checkpoint_every and trainer.step_count % checkpoint_every == 0):
+            trainer.save_checkpoint(output / CHECKPOINTS)
+        return received[0] if received and trainer.step_count < total_steps else None
+
+
+@contextmanager
+def _stop_on_signals(listener: Listener) -> Iterator[list[int]]:
+    """Collect the first SIGINT or SIGTERM instead of dying of it; a second one kills at once.
+
+    Only Python's main thread can take signals: elsewhere nothing is collected.
+    """
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
+        listener.note("stopping after this step; once more stops at once")
+
+    before = {each: signal.signal(each, stop) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+# -- evidence ----------------------------------------------------------------------------------------
+
+
+def _measure_before(
+    trainer: ConversionTrainer, tokenizer: Tokenizer, held_out: TokenBatch
+) -> tuple[Score, list[MaskedScore]]:
+    """The base by itself, and read as a diffusion model with nothing trained."""
+    untrained = DiffusionModel(
+        trainer.model,
+        LoraAdapter(1.0, {}, mask_token_id=trainer.mask_token_id),
+        tokenizer,
+        prediction=trainer.config.qlora.prediction,
+        causal_ratio=trainer.config.qlora.mask_annealing.final_causal_ratio,
+        noise_schedule=trainer.noise_schedule,
+    )
+    batch_size = trainer.config.batch_size
+    return base_score(trainer.model, held_out, batch_size), masked_scores(untrained, held_out, batch_size)
+
+
+def _measure_after(
+    trainer: ConversionTrainer,
+    tokenizer: Tokenizer,
+    held_out: TokenBatch,
+    base: Score,
+    before: list[MaskedScore],
+) -> Evidence:
+    converted = DiffusionModel.from_checkpoint(trainer.model, tokenizer, trainer.checkpoint())
+    after = masked_scores(converted, held_out, trainer.config.batch_size)
+    return Evidence(len(held_out), base, before, after)
+
+
+def _as_json(evidence: Evidence) -> dict[str, Any]:
+    return {
+        "n_sequences": evidence.n_sequences,
+        "base_next_token": asdict(evidence.base),
+        "before": as_rows(evidence.before),
+        "after": as_rows(evidence.after),
+    }
+
+
+def _write_text(path: Path, text: str) -> None:
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    replace_file(path, write)

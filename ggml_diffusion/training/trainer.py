@@ -1,0 +1,511 @@
+"""Training of one conversion: from a batch of clean text to an optimizer step.
+
+`train_step` reads top-down: draw times and masks for the whole accumulated batch, ask the engine for loss and
+gradients of one micro-batch after the other, add the causal next-token loss if it has a share, clip, step
+AdamW, advance the annealing. All randomness of a step comes from (seed, step) alone, so that a resumed run
+draws what an undisturbed one would have drawn.
+
+This is the wiring: it sees the config, and hands plain values to the parts it wires. Deliberately not here:
+where batches come from (text/loader.py), the draw of a step (noisy_batch.py), the arithmetic of the network
+(the engine), the run as a whole (run.py).
+Sources: masked-diffusion objective, MDLM [Sahoo et al. 2024, arXiv:2406.07524]; attention-mask annealing,
+DiffuLLaMA [Gong et al. 2024, arXiv:2410.17891]; distillation [Hinton et al. 2015, arXiv:1503.02531] at
+temperature 1.
+Letters: B sequences, T tokens, C hidden size.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ggml_diffusion.config.settings import ConversionTrainingConfig, settings_that_differ
+from ggml_diffusion.engine.cpu.q4_model import LossResult, Q4Model, Teacher
+from ggml_diffusion.errors import UserError
+from ggml_diffusion.formats.adapter_file import (
+    MASK_EMBEDDING,
+    CheckpointMetadata,
+    DiffusionCheckpoint,
+    creation_time,
+)
+from ggml_diffusion.formats.lora import (
+    LORA_A_SUFFIX,
+    LORA_B_SUFFIX,
+    LoraAdapter,
+    ParameterStore,
+    init_lora,
+    lora_shapes,
+)
+from ggml_diffusion.objective.annealing import AttentionMaskAnnealer
+from ggml_diffusion.objective.corruption import NoiseSchedule, maskable
+from ggml_diffusion.objective.optim import AdamW, clip_by_global_norm, learning_rate_at
+from ggml_diffusion.objective.output_rows import to_output_rows
+from ggml_diffusion.objective.time_embedding import BIAS_NAME, WEIGHT_NAME, TimeEmbedding
+from ggml_diffusion.text.loader import TokenBatch
+from ggml_diffusion.text.tokenizer import choose_mask_token
+from ggml_diffusion.training.checkpoint import TrainingState, load_latest, save_state
+from ggml_diffusion.training.metrics import TrainMetrics
+from ggml_diffusion.training.noisy_batch import NoisyBatch, block_size_of_step, draw_noise, predictable
+
+MAX_SKIPPED_IN_A_ROW = 3
+
+_log = logging.getLogger("ggml_diffusion")
+
+# Philox streams under the run's seed: two draws of the same stream and step are the same numbers.
+_STREAM_STEP = 0
+_STREAM_START_VALUES = 2  # 1 is the order of the data (text/loader.py)
+
+
+def generator_for(seed: int, step: int, stream: int) -> np.random.Generator:
+    """Randomness that is a function of (seed, step, stream): nothing has to be saved to go on with it."""
+    key = np.array([seed, step], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, stream]))
+
+
+@dataclass(frozen=True)
+class _MaskedTerms:
+    """Of a step's masked tokens: loss and distillation loss in nats, without their weights, and accuracy."""
+
+    loss: float
+    accuracy: float
+    distillation_loss: float | None
+
+
+class ConversionTrainer:
+    """Trains LoRA pairs, mask embedding and time embedding of one frozen base model.
+
+    Attributes:
+        model: the base.
+        config: as given.
+        mask_token_id: the token that stands for a mask; `mask_token_reason` says why it is that one.
+        step_count: optimizer steps taken, skipped ones included.
+        tokens_seen: training tokens of those steps, padding not.
+        parameters: everything that is trained; its views are what the engine and the exports read.
+        adapter: the LoRA pairs and the mask embedding, as views of `parameters`.
+
+    """
+
+    def __init__(
+        self,
+        model: Q4Model,
+        config: ConversionTrainingConfig,
+        *,
+        data_fingerprint: str = "",
+        warn: Callable[[str], None] = _log.warning,
+    ) -> None:
+        self.model = model
+        self.config = config
+        vocabulary = model.file.metadata
+        self.mask_token_id, self.mask_token_reason = choose_mask_token(config.qlora.mask_token_id, vocabulary)
+        # Some vocabularies start a text with their end-of-text token; that one is a target like any other.
+        bos_id, eos_id = (vocabulary.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos"))
+        self._bos_id = bos_id if isinstance(bos_id, int) and bos_id != eos_id else None
+        self.step_count = 0
+        self.tokens_seen = 0
+        self.data_fingerprint = data_fingerprint
+        self._warn = warn
+        self._skipped_in_a_row = 0
+        self._has_prompts = False
+
+        qlora = config.qlora
+        self.noise_schedule = NoiseSchedule(config.noise_schedule.type)
+        self.annealer = AttentionMaskAnnealer(qlora.mask_annealing)
+        self.time_embedding: TimeEmbedding | None = None
+        shapes: dict[str, tuple[int, ...]] = dict(lora_shapes(model, qlora.target_modules, qlora.rank))
+        shapes[MASK_EMBEDDING] = (model.C,)
+        if qlora.time_embedding.enabled:
+            self.time_embedding = TimeEmbedding(
+                qlora.time_embedding.dim, model.C, qlora.time_embedding.max_timesteps
+            )
+            shapes.update(self.time_embedding.parameter_shapes)
+        self.parameters = ParameterStore(shapes)
+        self._gradients = ParameterStore(shapes)
+        init_lora(self.parameters.views, generator_for(config.seed, 0, _STREAM_START_VALUES))
+        self.adapter = LoraAdapter(
+            alpha=qlora.alpha,
+            tensors=_lora_views(self.parameters),
+            mask_token_id=self.mask_token_id,
+            mask_embedding=self.parameters.views[MASK_EMBEDDING],
+        )
+        self.optimizer = AdamW(
+            self.parameters.flat,
+            decayed=[self.parameters.slices[name] for name, shape in shapes.items() if len(shape) == 2],
+            rate_factors=[
+                (self.parameters.slices[name], factor)
+                for name in shapes
+                if (factor := self._rate_factor(name)) != 1.0
+            ],
+            weight_decay=config.weight_decay,
+        )
+
+    def _rate_factor(self, name: str) -> float:
+        """The learning rate of a parameter, as a multiple of that of the LoRA matrices A.
+
+        The time projection adds up `dim` features of size one, and AdamW moves each of its entries by about
+        the learning rate: at the full rate its output outgrows the token embeddings within a few dozen steps.
+        """
+        config, time_embedding = self.config, self.config.qlora.time_embedding
+        if name.endswith(LORA_B_SUFFIX):
+            return config.lora_b_rate_factor
+        if name == WEIGHT_NAME:
+            return config.embedding_rate_factor * (time_embedding.rate_factor or 1.0 / time_embedding.dim)
+        return config.embedding_rate_factor if name in (MASK_EMBEDDING, BIAS_NAME) else 1.0
+
+    # -- one optimizer step ----------------------------------------------------------------------
+
+    def train_step(self, batch: TokenBatch) -> TrainMetrics:
+        """Take one optimizer step on a whole accumulated batch.
+
+        Sequences go through the engine `config.batch_size` at a time; weights are normalised over all of
+        them, so that the split changes nothing but rounding. A loss or gradient that is not finite leaves the
+        parameters as they are, with a warning that names the batch.
+
+        Raises:
+            UserError: three steps in a row were skipped.
+
+        """
+        started_s = time.perf_counter()
+        causal_ratio = self.annealer.causal_ratio_at(self.step_count)
+        learning_rate = self._learning_rate()
+        noisy_batch = self.corrupt(batch)
+        self._gradients.flat[...] = 0.0
+        masked = self._masked_terms(noisy_batch, causal_ratio)
+        ar_loss = self._ar_term(batch) if self.config.ar_loss_share else None
+        grad_norm = clip_by_global_norm(self._gradients.flat, self.config.max_grad_norm)
+        loss = masked.loss + (masked.distillation_loss or 0.0) + (ar_loss or 0.0)
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            self.optimizer.step(self._gradients.flat, learning_rate)
+            self._skipped_in_a_row = 0
+        else:
+            self._skip(loss, grad_norm)
+        self.step_count += 1
+        self.annealer.step()
+        n_tokens = noisy_batch.n_tokens
+        self.tokens_seen += n_tokens
+        self._has_prompts |= batch.maskable is not None
+        return TrainMetrics(
+            step=self.step_count,
+            loss=masked.loss,
+            masked_accuracy=masked.accuracy,
+            causal_ratio=causal_ratio,
+            learning_rate=learning_rate,
+            grad_norm=grad_norm,
+            tokens=self.tokens_seen,
+            tokens_per_second=n_tokens / (time.perf_counter() - started_s),
+            ar_loss=ar_loss,
+            distillation_loss=masked.distillation_loss,
+        )
+
+    def first_gradient(self, batch: TokenBatch) -> NDArray[np.float32]:
+        """The gradient (n,) of the next step's first micro-batch; the next gradient overwrites it."""
+        self._gradients.flat[...] = 0.0
+        part = self.corrupt(batch).part(slice(0, self.config.batch_size))
+        self._accumulate(part, self.annealer.causal_ratio_at(self.step_count), self._gradients)
+        return self._gradients.flat
+
+    def corrupt(self, batch: TokenBatch) -> NoisyBatch:
+        """The noise that the next step adds to a batch: a function of (seed, step) and the batch."""
+        return draw_noise(
+            batch,
+            self.config,
+            self.noise_schedule,
+            generator_for(self.config.seed, self.step_count, _STREAM_STEP),
+            step=self.step_count,
+            bos_id=self._bos_id,
+            mask_token_id=self.mask_token_id,
+        )
+
+    def _masked_terms(self, batch: NoisyBatch, causal_ratio: float) -> "_MaskedTerms":
+        """Add the gradients of the masked-diffusion loss, and of the distillation, of a step's whole draw."""
+        share, distillation = 1.0 - self.config.ar_loss_share, self.config.distillation_weight
+        loss, distilled, n_right, n_predicted = 0.0, 0.0, 0, 0
+        for start in range(0, len(batch.clean), self.config.batch_size):
+            part = batch.part(slice(start, start + self.config.batch_size))
+            part = replace(part, weights=part.weights * np.float32(share))
+            result = self._accumulate(part, causal_ratio, self._gradients, distillation)
+            loss += result.loss / share
+            distilled += result.distillation_loss / share
+            n_right += int(result.row_correct.sum())
+            n_predicted += int((part.weights != 0.0).sum())
+        return _MaskedTerms(
+            loss, n_right / max(1, n_predicted), distilled / distillation if distillation else None
+        )
+
+    def _ar_term(self, batch: TokenBatch) -> float:
+        """Add the gradients of the causal next-token loss on the clean text; returns its mean in nats.
+
+        Its rows are shifted whatever the prediction is, as the base's, and there is no time embedding: this
+        is the adapted model as any program for autoregressive models would run it.
+        """
+        predicted = predictable(batch, "shifted", self._bos_id, self.mask_token_id)
+        share = self.config.ar_loss_share
+        weight = np.float32(share / max(1, int(predicted.sum())))
+        targets, weights = to_output_rows(batch.tokens, predicted * weight, batch.document_ids, "shifted")
+        loss = 0.0
+        for start in range(0, len(batch), self.config.batch_size):
+            rows = slice(start, start + self.config.batch_size)
+            loss += self.model.loss_and_gradients(
+                batch.tokens[rows],
+                targets[rows],
+                weights[rows],
+                1.0,
+                self.adapter,
+                self._engine_gradients(self._gradients),
+                lengths=batch.lengths[rows],
+                document_ids=batch.document_ids[rows],
+            ).loss
+        return loss / share
+
+    def loss_and_gradients(
+        self,
+        clean: NDArray[np.int32],
+        noisy: NDArray[np.int32],
+        weights: NDArray[np.float32],
+        t: NDArray[np.floating],
+        causal_ratio: float,
+        lengths: NDArray[np.int32] | None = None,
+        document_ids: NDArray[np.int32] | None = None,
+        bernoulli_seed: int | None = None,
+    ) -> tuple[float, dict[str, NDArray[np.float32]]]:
+        """Loss and gradients of all that is trained, for given noise; changes nothing.
+
+        Args:
+            clean: (B, T), the tokens to predict.
+            noisy: (B, T), the tokens that the model sees.
+            weights: (B, T), of each position's cross-entropy; indexed by the target's own position whatever
+                the prediction is, and 0 on padding.
+            t: (B,) diffusion times, for the time embedding.
+            causal_ratio: of the attention mask.
+            lengths: (B,), positions from there on are padding; None = no padding.
+            document_ids: (B, T), attention stays within runs of equal numbers; None = one document a
+                sequence.
+            bernoulli_seed: draws the Bernoulli attention mask; None = soft mask.
+
+        Returns:
+            The sum of weights * cross-entropy in nats, not normalised, and float32 gradients named
+            "blk.N.attn_q.weight.lora_a" and so on, "mask_embedding", and, if there is a time embedding,
+            "time_embedding.weight" and "time_embedding.bias".
+
+        Raises:
+            ValueError: with prediction "shifted", the first position of a document has a weight.
+
+        """
+        gradients = ParameterStore({name: view.shape for name, view in self.parameters.views.items()})
+        batch = NoisyBatch(
+            clean,
+            np.ascontiguousarray(noisy, dtype=np.int32),
+            weights,
+            np.asarray(t, dtype=np.float32),
+            np.ones(len(clean), dtype=bool),
+            lengths,
+            document_ids,
+            bernoulli_seed,
+        )
+        return self._accumulate(batch, causal_ratio, gradients).loss, gradients.views
+
+    def _accumulate(
+        self,
+        batch: NoisyBatch,
+        causal_ratio: float,
+        gradients: ParameterStore,
+        distillation_weight: float = 0.0,
+    ) -> LossResult:
+        """Add the gradients of one micro-batch to `gradients`."""
+        targets, weights = to_output_rows(
+            batch.clean, batch.weights, batch.document_ids, self.config.qlora.prediction
+        )
+        teacher = None
+        if distillation_weight:
+            teacher = self._teacher(batch, weights * np.float32(distillation_weight))
+        result = self.model.loss_and_gradients(
+            batch.noisy,
+            targets,
+            weights,
+            causal_ratio,
+            self.adapter,
+            self._engine_gradients(gradients),
+            self._embedding_offset(batch),
+            lengths=batch.lengths,
+            document_ids=batch.document_ids,
+            bernoulli_seed=batch.bernoulli_seed,
+            teacher=teacher,
+        )
+        if self.time_embedding is not None:
+            assert result.offset_gradient is not None
+            d_weight, d_bias = self.time_embedding.backward(
+                batch.t, result.offset_gradient * batch.keeps_time[:, None]
+            )
+            gradients.views[WEIGHT_NAME] += d_weight
+            gradients.views[BIAS_NAME] += d_bias
+        return result
+
+    def _teacher(self, batch: NoisyBatch, weights: NDArray[np.float32]) -> Teacher:
+        """The frozen base on the clean text, for the rows (B, T) with a weight."""
+        if self.config.qlora.prediction == "shifted":
+            return Teacher(batch.clean, weights)
+        # Aligned, a document's first token may be masked; the base has no prediction for it.
+        has_teacher = maskable(batch.clean, batch.document_ids, batch.lengths, "shifted", None)
+        return Teacher(batch.clean, weights * has_teacher, rows_back=1)
+
+    def _engine_gradients(self, gradients: ParameterStore) -> dict[str, NDArray[np.float32]]:
+        """Where the engine adds its gradients; without one for the mask embedding that stays 0."""
+        views = _lora_views(gradients)
+        if self.config.qlora.train_mask_embedding:
+            views[MASK_EMBEDDING] = gradients.views[MASK_EMBEDDING]
+        return views
+
+    def _embedding_offset(self, batch: NoisyBatch) -> NDArray[np.float32] | None:
+        """The time embedding (B, C), 0 where a sequence goes without it."""
+        if self.time_embedding is None:
+            return None
+        views = self.parameters.views
+        offset = self.time_embedding.forward(batch.t, views[WEIGHT_NAME], views[BIAS_NAME])
+        return np.ascontiguousarray(offset * batch.keeps_time[:, None], dtype=np.float32)
+
+    def _learning_rate(self) -> float:
+        config = self.config
+        return learning_rate_at(
+            self.step_count,
+            peak=config.learning_rate,
+            warmup_steps=config.warmup_steps,
+            total_steps=config.total_steps,
+            schedule=config.lr_schedule,
+        )
+
+    def _skip(self, loss: float, grad_norm: float) -> None:
+        self._skipped_in_a_row += 1
+        what = f"batch {self.step_count}: loss {loss:.4g}, gradient norm {grad_norm:.4g}"
+        if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise UserError(
+                f"{what}: {MAX_SKIPPED_IN_A_ROW} batches in a row are not finite; go on from the last "
+                f"checkpoint with a lower learning rate (now {self.config.learning_rate:g})"
+            )
+        self._warn(f"{what}: the step is skipped")
+
+    # -- what comes out ----------------------------------------------------------------------------
+
+    def checkpoint(self) -> DiffusionCheckpoint:
+        """The conversion as it is now; its arrays are those that training goes on to change."""
+        config = self.config
+        return DiffusionCheckpoint(
+            config=config.model_dump(mode="json"),
+            tensors=dict(self.parameters.views),
+            metadata=CheckpointMetadata(
+                base_model=self.model.path.name,
+                base_sha256=self.model.sha256,
+                conversion_steps=self.step_count,
+                training_tokens=self.tokens_seen,
+                final_causal_ratio=self.annealer.causal_ratio_at(self.step_count),
+                prediction=config.qlora.prediction,
+                mask_token_id=self.mask_token_id,
+                alpha=config.qlora.alpha,
+                block_size=block_size_of_step(config, self.step_count),
+                prompts=self._has_prompts,
+                time_max_timesteps=self.time_embedding.max_timesteps if self.time_embedding else None,
+                created_at=creation_time(),
+                version=version("ggml-diffusion"),
+            ),
+            noise_schedule=config.noise_schedule.model_dump(mode="json"),
+        )
+
+    def save_checkpoint(self, folder: str | Path) -> Path:
+        """Save all that the run needs to go on exactly, as a folder of its own inside `folder`.
+
+        Raises:
+            UserError: it could not be saved; earlier checkpoints are as they were.
+
+        """
+        state = TrainingState(
+            step=self.step_count,
+            tokens_seen=self.tokens_seen,
+            parameters=self.parameters.flat,
+            first_moment=self.optimizer.first_moment,
+            second_moment=self.optimizer.second_moment,
+            config=self.config.model_dump(mode="json"),
+            base_sha256=self.model.sha256,
+            data_fingerprint=self.data_fingerprint,
+            extra={
+                "optimizer_steps": self.optimizer.step_count,
+                "skipped_in_a_row": self._skipped_in_a_row,
+                "mask_token_id": self.mask_token_id,
+                "has_prompts": self._has_prompts,
+                "int8": self.model.int8,
+            },
+        )
+        return save_state(folder, state, self.checkpoint())
+
+    def resume(self, folder: str | Path) -> bool:
+        """Go on from the newest whole checkpoint in `folder`, exactly as if the run had not been interrupted.
+
+        Returns:
+            False if there is no checkpoint; the trainer is then as it was.
+
+        Raises:
+            UserError: all checkpoints are damaged, or they are of another base, other data or other settings.
+
+        """
+        loaded = load_latest(folder)
+        if loaded is None:
+            return False
+        for warning in loaded.warnings:
+            self._warn(warning)
+        state = loaded.state
+        differences = self._differences(state)
+        if differences:
+            raise UserError(f"{folder}: the run there differs from this one in {'; '.join(differences)}")
+        self.parameters.flat[...] = state.parameters
+        self.optimizer.first_moment[...] = state.first_moment
+        self.optimizer.second_moment[...] = state.second_moment
+        self.optimizer.step_count = int(state.extra["optimizer_steps"])
+        self._skipped_in_a_row = int(state.extra["skipped_in_a_row"])
+        self._has_prompts = bool(state.extra.get("has_prompts", False))
+        self.model.int8 = state.extra["int8"]
+        self.step_count = self.annealer.current_step = state.step
+        self.tokens_seen = state.tokens_seen
+        return True
+
+    def _differences(self, state: TrainingState) -> list[str]:
+        """Why a saved state cannot be gone on from, one phrase a difference; "there" is the saved one."""
+        found = []
+        if state.base_sha256 != self.model.sha256:
+            found.append(f"base model (sha256 {state.base_sha256[:12]} there, {self.model.sha256[:12]} here)")
+        if state.data_fingerprint != self.data_fingerprint:
+            found.append(
+                f"training data (sha256 {state.data_fingerprint[:12]} there, "
+                f"{self.data_fingerprint[:12]} here)"
+            )
+        found += settings_that_differ(state.config, self.config)
+        if state.extra.get("mask_token_id") != self.mask_token_id:
+            found.append(f"mask token ({state.extra.get('mask_token_id')} there, {self.mask_token_id} here)")
+        if not found and state.parameters.shape != self.parameters.flat.shape:
+            found.append(
+                f"number of parameters ({state.parameters.size} there, {self.parameters.flat.size} here)"
+            )
+        return found
+
+    def export(self, folder: str | Path) -> tuple[Path, Path]:
+        """Write adapter.safetensors (everything that was trained) and adapter.gguf (for llama.cpp).
+
+        Returns:
+            The two paths.
+
+        Raises:
+            UserError: writing failed; what was there before is still there.
+
+        """
+        folder = Path(folder)
+        checkpoint = self.checkpoint()
+        safetensors, gguf = folder / "adapter.safetensors", folder / "adapter.gguf"
+        checkpoint.save(safetensors)
+        checkpoint.save_gguf(gguf, self.model.file)
+        return safetensors, gguf
+
+
+def _lora_views(store: ParameterStore) -> dict[str, NDArray[np.float32]]:
+    return {name: view for name, view in store.views.items() if name.endswith((LORA_A_SUFFIX, LORA_B_SUFFIX))}

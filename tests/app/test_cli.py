@@ -1,0 +1,412 @@
+"""The command line from outside: what it writes, where, and with which exit code."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import make_cli_docs
+import numpy as np
+import pytest
+from gguf_bytes import STRING, U32, Gguf, Tensor, scalar, tiny_llama, with_key, with_tensor
+
+from ggml_diffusion.app import cli
+from ggml_diffusion.app.cli import main
+from ggml_diffusion.config.settings import load_config
+from ggml_diffusion.formats.adapter_file import DiffusionCheckpoint
+from ggml_diffusion.generation.denoise import GenerationConfig
+from ggml_diffusion.training import run as convert
+
+TEXT = "the old mill ground corn for the whole village and the miller told his children of it. " * 40
+COMMANDS = ("convert", "evaluate", "generate", "export", "inspect", "demo")
+
+
+@pytest.fixture(scope="module")
+def base(tiny_model):
+    return tiny_model(L=1, C=32, H=2, G=1, F=32, type="Q4_0")
+
+
+@pytest.fixture(autouse=True)
+def quick_gate(request, monkeypatch):
+    if "gate" not in request.node.name:
+        monkeypatch.setattr(convert, "check_identity", lambda model, tokenizer: "gate")
+
+
+def run(*arguments):
+    """Run a command line in this process; returns its exit code."""
+    with pytest.raises(SystemExit) as exit_:
+        main([str(argument) for argument in arguments])
+    return exit_.value.code or 0
+
+
+def convert_arguments(base, folder, *more):
+    (folder / "text.txt").write_text(TEXT)
+    return (
+        "convert", base, "--data", folder / "text.txt", "--output", folder / "run", "--steps", 3,
+        "--batch-size", 2, "--gradient-accumulation", 1, "--sequence-length", 16, "--rank", 2,
+        "--threads", 1, *more,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished_run(base, tmp_path_factory):
+    """An output folder; made through the command line once."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convert, "check_identity", lambda model, tokenizer: "gate")
+        assert run(*convert_arguments(base, folder, "--evaluate", 2)) == 0
+    return folder / "run"
+
+
+# -- what it does ---------------------------------------------------------------------------------------
+
+
+def test_convert_with_its_gate_writes_plain_lines_where_there_is_no_terminal(base, tmp_path, capsys):
+    assert run(*convert_arguments(base, tmp_path, "--evaluate", 2)) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "\x1b" not in out
+    assert "identity gate passed" in out
+    assert "step 3/3  loss" in out
+    assert "future-context gain" in out
+    assert f"written: {tmp_path / 'run' / 'adapter.safetensors'}" in out
+    assert f"written: {tmp_path / 'run' / 'adapter.gguf'}" in out
+
+
+def test_flags_override_the_file_which_overrides_the_preset(base, tmp_path):
+    (tmp_path / "config.toml").write_text(
+        "[model]\nqlora_rank = 3\n[training]\nlearning_rate = 0.25\ntotal_steps = 2\n"
+    )
+    arguments = convert_arguments(base, tmp_path, "--preset", "laptop", "--config", tmp_path / "config.toml")
+    assert run(*arguments) == 0
+    config = load_config(tmp_path / "run" / "config.toml")
+    assert config.learning_rate == 0.25  # the file's, not the preset's
+    assert config.total_steps == 3  # the flag's
+    assert config.qlora.rank == 2
+    assert config.noise_schedule.type == load_config(preset="laptop").noise_schedule.type
+
+
+def test_target_modules_are_separated_by_commas(base, tmp_path):
+    assert run(*convert_arguments(base, tmp_path, "--target-modules", "q_proj,down_proj")) == 0
+    tensors = DiffusionCheckpoint.load(tmp_path / "run" / "adapter.safetensors").tensors
+    assert "blk.0.ffn_down.weight.lora_a" in tensors
+    assert "blk.0.attn_k.weight.lora_a" not in tensors
+
+
+@pytest.mark.parametrize("adapter", ["", "adapter.safetensors", "adapter.gguf"])
+def test_generate_prints_prompt_text_and_suffix_and_nothing_else(base, finished_run, adapter, capsys):
+    arguments = ("generate", base, finished_run / adapter, "--length", 5, "--steps", 2, "--threads", 1)
+    assert run(*arguments, "--prompt", "the mill ", "--suffix", " of corn") == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("the mill ")
+    assert out.endswith(" of corn\n")
+    assert err == ""
+
+
+def test_chat_without_a_template_is_one_line(base, finished_run, capsys):
+    assert run("generate", base, finished_run, "--prompt", "the", "--chat") == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1].endswith("give the prompt as it is")
+
+
+def test_the_same_seed_writes_the_same_text(base, finished_run, capsys):
+    texts = []
+    for seed in (1, 1, 2):
+        assert run("generate", base, finished_run, "--prompt", "the", "--seed", seed, "--length", 20) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    assert texts[0] != texts[2]
+
+
+@pytest.mark.parametrize("target", ["copy.safetensors", "copy.gguf"])
+@pytest.mark.parametrize("source", ["", "adapter.safetensors", "adapter.gguf"])
+def test_export_writes_the_conversion_elsewhere(finished_run, tmp_path, source, target):
+    assert run("export", finished_run / source, tmp_path / target) == 0
+    original = DiffusionCheckpoint.load(finished_run / "adapter.safetensors")
+    copy = DiffusionCheckpoint.load(tmp_path / target)
+    assert copy.metadata == original.metadata
+    for name, array in original.tensors.items():
+        assert (copy.tensors[name] == array).all()
+
+
+def test_export_of_an_unfinished_run_gives_its_last_checkpoint(base, finished_run, tmp_path):
+    unfinished = tmp_path / "unfinished"
+    unfinished.mkdir()
+    (finished_run / "checkpoints").rename(unfinished / "checkpoints")
+    try:
+        assert run("export", unfinished, tmp_path / "last.safetensors") == 0
+        assert DiffusionCheckpoint.load(tmp_path / "last.safetensors").metadata.conversion_steps == 3
+    finally:
+        (unfinished / "checkpoints").rename(finished_run / "checkpoints")
+
+
+def test_inspect_shows_models_and_adapters(base, finished_run, capsys):
+    for path in (base, finished_run / "adapter.safetensors", finished_run / "adapter.gguf"):
+        assert run("inspect", path) == 0
+        assert path.name in capsys.readouterr().out.replace("\n", "")
+
+
+QUICK = ("--threads", 1, "--sequences", 3, "--seeds", 1, "--one-by-one", 2, "--spans", 0, "--samples", 0)
+
+
+@pytest.mark.parametrize("adapter", ["", "adapter.gguf"])
+def test_evaluate_shows_tables_and_writes_json_and_a_page(base, finished_run, tmp_path, adapter, capsys):
+    pytest.importorskip("matplotlib")
+    output = tmp_path / "evaluation"
+    assert run("evaluate", base, finished_run / adapter, "--output", output, *QUICK) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "tokens are to go through the model" in out
+    assert "converted, NELBO" in out
+    assert "Future-context gain" in out
+    assert f"written: {output / 'evaluation.json'}" in out
+    assert f"written: {output / 'evaluation.png'}" in out
+    assert json.loads((output / "evaluation.json").read_text())["about"]["n_sequences"] == 3
+
+
+def test_evaluate_prints_json_alone_if_asked_to_and_its_progress_elsewhere(base, finished_run, capsys):
+    assert run("evaluate", base, finished_run, "--json", "--control", finished_run, *QUICK) == 0
+    out, err = capsys.readouterr()
+    document = json.loads(out)
+    assert document["about"]["settings"]["one_by_one"] == 2
+    assert document["masked"][0]["gain"].keys() == {"a", "b", "c"}
+    assert "tokens are to go through the model" in err
+
+
+# -- help -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example(command, capsys):
+    assert run(command, "--help") == 0
+    assert f"ggml-diffusion {command}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_every_flag_has_a_help_text_and_settings_have_the_settings_own():
+    commands = cli.click_group().commands
+    for name, command in commands.items():
+        for parameter in command.params:
+            assert getattr(parameter, "help", None), f"{name} {parameter.name}"
+    by_flag = {flag: parameter for parameter in commands["generate"].params for flag in parameter.opts}
+    for field, flag in (("steps", "--steps"), ("top_p", "--top-p"), ("remasking", "--remasking")):
+        assert by_flag[flag].help.startswith(GenerationConfig.model_fields[field].description)
+
+
+def test_convert_has_the_flags_of_its_settings():
+    flags = {flag for parameter in cli.click_group().commands["convert"].params for flag in parameter.opts}
+    assert {
+        "--config", "--data", "--output", "--preset", "--steps", "--batch-size", "--sequence-length",
+        "--learning-rate", "--rank", "--target-modules", "--seed", "--threads", "--fresh",
+    } <= flags  # fmt: skip
+
+
+def test_the_page_of_the_command_line_is_up_to_date():
+    assert make_cli_docs.TARGET.read_text() == make_cli_docs.cli_docs(), "run python tools/make_cli_docs.py"
+
+
+# -- what the user can mend ---------------------------------------------------------------------------------
+
+
+def refused(capsys, *arguments):
+    """Exit code 2, one line on stderr, no traceback; returns the line."""
+    assert run(*arguments) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    return err
+
+
+def gguf_files(folder):
+    """Bad models by what is wrong with them -> (file, words of the message)."""
+
+    def write(name, data):
+        (folder / name).write_bytes(data)
+        return folder / name
+
+    whole = tiny_llama().build()
+    uneven = with_tensor("blk.0.attn_q.weight", dims=(24, 32), type_id=2)
+    return {
+        "missing": (folder / "nothing.gguf", "no such file"),
+        "not a GGUF": (write("text.gguf", b"hello, I am a text" * 9), "GGUF"),
+        "empty": (write("empty.gguf", b""), "empty.gguf"),
+        "truncated": (write("short.gguf", whole[: len(whole) // 2]), "short.gguf"),
+        "architecture": (
+            write("arch.gguf", with_key("general.architecture", scalar(STRING, "gpt2")).build()),
+            "'gpt2' is not supported; supported: llama",
+        ),
+        "type": (write("type.gguf", iq_model().build()), "IQ4_NL, which is not supported; supported: F32"),
+        "block size": (write("uneven.gguf", uneven.build()), "blk.0.attn_q.weight"),
+        "count": (write("layers.gguf", with_key("llama.block_count", scalar(U32, 0)).build()), "block_count"),
+    }
+
+
+def iq_model() -> Gguf:
+    """The tiny model with a tensor in IQ4_NL (18 bytes for 32 weights), which ggml knows."""
+    file = tiny_llama()
+    name = "blk.0.attn_q.weight"
+    strange = Tensor(file.tensor(name).dims, bytes(32 * 32 // 32 * 18), type_id=20)
+    file.tensors = [(other, strange if other == name else tensor) for other, tensor in file.tensors]
+    return file
+
+
+@pytest.mark.parametrize(
+    "fault",
+    ["missing", "not a GGUF", "empty", "truncated", "architecture", "type", "block size", "count"],
+)
+def test_a_bad_model_is_one_line(tmp_path, fault, capsys):
+    path, words = gguf_files(tmp_path)[fault]
+    assert words in refused(capsys, *convert_arguments(path, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("text.txt", b"", "no text"),
+        ("text.txt", b"good\n\xff\xfe bad", "line 2: not UTF-8"),
+        ("rows.jsonl", b'{"text": "good"}\n{"text": 7}\n', "rows.jsonl, line 2"),
+        ("rows.jsonl", b'{"text": "good"}\nnonsense\n', "rows.jsonl, line 2: not valid JSON"),
+        ("text.pdf", b"%PDF", "only .txt and .jsonl"),
+    ],
+)
+def test_bad_data_is_one_line_that_names_the_place(base, tmp_path, name, content, words, capsys):
+    (tmp_path / name).write_bytes(content)
+    arguments = ("convert", base, "--data", tmp_path / name, "--output", tmp_path / "run")
+    assert words in refused(capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("--sequence-length", 4000), "longer than the context"),
+        (("--mask-token-id", 99999), "mask_token_id 99999 is outside of the vocabulary"),
+        (("--preset", "phone"), "no preset 'phone'"),
+        (("--learning-rate", -1), "learning_rate"),
+        (("--target-modules", "q_proj,z_proj"), "target_modules"),
+        (("--rank", 0), "qlora_rank"),
+        (("--threads", 0), "num_threads"),
+        (("--config", "/nowhere/config.toml"), "/nowhere/config.toml"),
+    ],
+)
+def test_a_bad_setting_is_one_line(base, tmp_path, more, words, capsys):
+    assert words in refused(capsys, *convert_arguments(base, tmp_path, *more))
+
+
+@pytest.mark.parametrize(
+    ("toml", "words"),
+    [
+        ("[training]\nlearing_rate = 1.0\n", "learning_rate"),
+        ('[hardware]\ndevice = "cuda"\n', "not supported yet"),
+        ('[hardware]\ndevice = "metal"\n', "not supported yet"),
+        ("[training\n", "not valid TOML"),
+    ],
+)
+def test_a_bad_config_file_is_one_line(base, tmp_path, toml, words, capsys):
+    (tmp_path / "config.toml").write_text(toml)
+    arguments = convert_arguments(base, tmp_path, "--config", tmp_path / "config.toml")
+    assert words in refused(capsys, *arguments)
+
+
+def test_an_adapter_of_another_base_is_refused_unless_allowed(tiny_model, finished_run, capsys):
+    other = tiny_model(L=1, C=32, H=2, G=1, F=32, type="Q4_0", seed=5)
+    arguments = ("generate", other, finished_run, "--prompt", "the", "--length", 3)
+    assert "another base model" in refused(capsys, *arguments)
+    assert run(*arguments, "--allow-other-base") == 0
+    capsys.readouterr()
+    assert "another base model" in refused(
+        capsys, "export", finished_run, finished_run.parent / "other.gguf", "--base", other
+    )
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("--steps", 0), "--steps 0"),
+        (("--temperature", -1), "--temperature"),
+        (("--order", "backwards"), "--order backwards"),
+        (("--top-p", 2), "--top-p"),
+        (("--length", 100_000), "context"),
+    ],
+)
+def test_a_bad_setting_of_generate_is_one_line(base, finished_run, more, words, capsys):
+    assert words in refused(capsys, "generate", base, finished_run, "--prompt", "the", *more)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("--sequences", 0), "--sequences 0"),
+        (("--top-p", 2), "--top-p"),
+        (("--order", "backwards"), "--order backwards"),
+        (("--held-out-fraction", 0), "held nothing out"),
+        (("--sequence-length", 1), "sequence_length must be at least 2"),
+        (("--data", "/nowhere.txt"), "/nowhere.txt: no such file"),
+        (("--control", "/nowhere.gguf"), "/nowhere.gguf"),
+    ],
+)
+def test_a_bad_setting_of_evaluate_is_one_line(base, finished_run, more, words, capsys):
+    assert words in refused(capsys, "evaluate", base, finished_run, "--threads", 1, *more)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("generate", "BASE", "/nowhere/adapter.safetensors"),
+        ("evaluate", "BASE", "/nowhere/adapter.safetensors"),
+        ("generate", "/nowhere/model.gguf", "RUN"),
+        ("generate", "BASE", "BASE"),
+        ("export", "/nowhere", "x.gguf"),
+        ("export", "RUN", "x.bin"),
+        ("export", "RUN", "/nowhere/at/all/x.gguf"),
+        ("export", "EMPTY", "x.gguf"),
+        ("inspect", "/nowhere/model.gguf"),
+        ("inspect", "EMPTY"),
+        ("convert",),
+        ("convert", "BASE"),
+    ],
+)
+def test_files_that_are_not_there_or_of_another_kind_are_one_line(
+    base, finished_run, tmp_path, arguments, capsys
+):
+    places = {"BASE": base, "RUN": finished_run, "EMPTY": tmp_path}
+    refused(capsys, *(places.get(argument, argument) for argument in arguments))
+
+
+@pytest.mark.parametrize(
+    "arguments", [("convert", "--nonsense"), ("convert", "m.gguf", "--steps", "many"), ("nonsense",)]
+)
+def test_usage_errors_exit_with_2_as_well(arguments, capsys):
+    assert run(*arguments) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+# -- signals -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_to_a_run_with_its_gate_saves_it_and_says_how_to_go_on(base, tmp_path, number, code):
+    command = [sys.executable, "-m", "ggml_diffusion"]
+    command += [str(argument) for argument in convert_arguments(base, tmp_path, "--steps", 100_000)]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        for line in process.stdout:  # the first step is shown as soon as it is taken
+            if line.startswith("step "):
+                break
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == code
+    assert err == ""
+    assert "stopped and saved after step" in out
+    assert "the same command goes on from there" in out
+    steps = [
+        json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert steps == list(np.arange(len(steps)) + 1)
+    assert list((tmp_path / "run" / "checkpoints").glob(f"step-{steps[-1]:08d}"))

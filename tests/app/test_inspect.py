@@ -1,0 +1,159 @@
+"""What `inspect` says about each kind of file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conversions import conversion, refusal
+from gguf_bytes import F32, I32, STRING, U32, Gguf, Tensor, array, scalar, tiny_llama
+from rich.console import Console
+
+from ggml_diffusion.app.inspect import Description, describe_file
+from ggml_diffusion.formats.model_file import read_model
+
+
+def rows(description: Description) -> dict[str, dict[str, str]]:
+    """The description as nested dicts; every text in it must be one printable line."""
+    for section in description.sections:
+        for pair in section.rows:
+            assert all(text.isprintable() for text in pair)
+    return {section.title: dict(section.rows) for section in description.sections}
+
+
+@pytest.fixture
+def model_path(tmp_path: Path) -> Path:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(tiny_llama().build())
+    return path
+
+
+def test_a_model_is_described_with_sizes_types_and_tokenizer(model_path: Path):
+    description = describe_file(model_path)
+    assert description.kind == "GGUF model"
+    said = rows(description)
+    assert said["File"]["architecture"] == "llama"
+    assert said["Sizes"]["L  layers"] == "1"
+    assert said["Sizes"]["F  feed-forward size"] == "64"
+    assert said["Sizes"]["V  vocabulary"] == "12"
+    assert said["Sizes"]["context length"] == "64"
+    assert said["Sizes"]["output matrix"] == "its own"
+    # embedding, head, 2 attention matrices of 32 x 32 and 2 of 16 x 32, 3 of 64 x 32, 3 norms
+    n_weights = 2 * 12 * 32 + 2 * 32 * 32 + 2 * 16 * 32 + 3 * 64 * 32 + 3 * 32
+    assert said["Tensors"] == {
+        "all": f"12 tensors, {n_weights:,} weights",
+        "F32": f"12 tensors, {n_weights * 4:,} bytes",
+    }
+    assert said["Tokenizer"]["kind"] == "gpt2, pre-tokenizer default"
+    assert said["Tokenizer"]["tokens"] == "12"
+    assert said["Tokenizer"]["eos"] == "10  '<end>'"
+    assert said["Tokenizer"]["mask token"] == "11  the unused token ''"
+    assert said["Conversion"]["possible"].startswith("yes")
+
+
+def test_smollm2_is_described_with_its_mask_token(smollm2_path: Path):
+    said = rows(describe_file(smollm2_path))
+    assert said["Tensors"]["all"] == "272 tensors, 134,515,008 weights"
+    assert list(said["Tensors"]) == ["all", "Q4_1", "Q8_0", "F32"]
+    assert said["Tokenizer"]["mask token"].startswith("7  ")
+    assert said["Sizes"]["output matrix"].startswith("tied")
+
+
+def test_a_model_that_cannot_be_converted_is_described_with_the_reason(model_path: Path):
+    model_path.write_bytes(tiny_llama().set("llama.expert_count", scalar(U32, 8)).build())
+    assert rows(describe_file(model_path))["Conversion"]["possible"] == (
+        "no: key 'llama.expert_count' is 8; only 0 is supported"
+    )
+
+
+def test_a_model_of_another_architecture_is_described_as_far_as_it_can_be(model_path: Path):
+    keys = [("general.architecture", scalar(STRING, "mamba")), ("mamba.block_count", scalar(U32, 3))]
+    model_path.write_bytes(Gguf(keys, [("x", Tensor((4,), bytes(16)))]).build())
+    said = rows(describe_file(model_path))
+    assert said["Sizes"] == {"L  layers": "3", "RoPE base": "10000", "RoPE scaling factor": "1"} | {
+        "output matrix": "tied: the token embedding"
+    }
+    assert said["Tokenizer"] == {"vocabulary": "none"}
+    assert said["Conversion"]["possible"] == "no: architecture 'mamba' is not supported; supported: llama"
+
+
+def test_a_vocabulary_without_a_mask_token_says_how_to_go_on(model_path: Path):
+    file = tiny_llama().set("tokenizer.ggml.token_type", array(I32, [1] * 12))
+    model_path.write_bytes(file.build())
+    assert "set mask_token_id" in rows(describe_file(model_path))["Tokenizer"]["mask token"]
+
+
+def test_hostile_text_in_a_file_is_shown_as_text(model_path: Path):
+    file = tiny_llama().set("general.name", scalar(STRING, "[bold]x[/bold]\n\x1b[2J"))
+    file.set("tokenizer.ggml.eos_token_id", scalar(U32, 99))
+    model_path.write_bytes(file.build())
+    description = describe_file(model_path)
+    said = rows(description)
+    assert said["Tokenizer"]["eos"] == "99  outside of the vocabulary"
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(description)
+    assert "[bold]x[/bold] ?[2J" in console.export_text()
+
+
+@pytest.mark.parametrize("name", ["adapter.safetensors", "adapter.gguf"])
+def test_a_conversion_is_described_in_both_of_its_forms(tmp_path: Path, model_path: Path, name: str):
+    base = read_model(model_path)
+    checkpoint = conversion(base)
+    if name.endswith("gguf"):
+        checkpoint.save_gguf(tmp_path / name, base)
+    else:
+        checkpoint.save(tmp_path / name)
+    description = describe_file(tmp_path / name)
+    assert "conversion" in description.kind
+    said = rows(description)
+    assert said["Conversion"]["base model"] == f"Tiny é, sha256 {'ab' * 32}"
+    assert said["Conversion"]["steps"] == "12"
+    assert said["Conversion"]["final causal ratio"] == "0.1"
+    assert said["Conversion"]["prediction"] == "shifted"
+    assert said["Conversion"]["noise schedule"] == "num_timesteps 1000, type cosine"
+    # Rank 3 on seven projections of (in, out): q 32+32, k 32+16, v 32+16, o 32+32, gate, up and down 96 each.
+    assert said["LoRA"] == {
+        "target modules": "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj",
+        "layers": "1",
+        "rank R": "3",
+        "alpha": "5",
+        "parameters": f"{3 * (64 + 48 + 48 + 64 + 3 * 96):,}",
+    }
+    assert said["Also trained"] == {
+        "mask_embedding": "(32,)",
+        "time_embedding.weight": "(32, 6)",
+        "time_embedding.bias": "(32,)",
+    }
+    assert said["Settings"]["training.learning_rate"] == "0.0001"
+
+
+def test_a_lora_of_another_program_is_described(tmp_path: Path):
+    file = tiny_llama()
+    file.keys = [
+        ("general.architecture", scalar(STRING, "llama")),
+        ("general.type", scalar(STRING, "adapter")),
+        ("adapter.type", scalar(STRING, "lora")),
+        ("adapter.lora.alpha", scalar(F32, 16)),
+    ]
+    pair = {"lora_a": np.ones((2, 32), np.float32), "lora_b": np.ones((16, 2), np.float32)}
+    file.tensors = [
+        (f"blk.0.attn_k.weight.{half}", Tensor(values.shape[::-1], values.tobytes()))
+        for half, values in pair.items()
+    ]
+    (tmp_path / "lora.gguf").write_bytes(file.build())
+    description = describe_file(tmp_path / "lora.gguf")
+    assert description.kind == "GGUF LoRA adapter"
+    assert rows(description)["LoRA"] == {
+        "target modules": "k_proj",
+        "layers": "1",
+        "rank R": "2",
+        "alpha": "16",
+        "parameters": "96",
+    }
+
+
+def test_what_cannot_be_read_is_refused(tmp_path: Path):
+    assert refusal(lambda: describe_file(tmp_path / "none")).endswith("no such file")
+    (tmp_path / "text").write_text("hello")
+    assert "not a safetensors file" in refusal(lambda: describe_file(tmp_path / "text"))

@@ -1,0 +1,176 @@
+"""What the engine promises beside its arithmetic: memory policies, bits, plans, profiles."""
+
+from typing import Literal
+
+import numpy as np
+import oracle
+import pytest
+from cases import lora_adapter, offset_of, packed_batch, random_adapter, relative_errors
+from conftest import TinyModel, sizes_for
+from numpy.typing import NDArray
+
+from ggml_diffusion.engine.cpu.q4_model import Compute, Int8, Keep, LossResult, Q4Model
+from ggml_diffusion.engine.memory_plan import plan_step
+from ggml_diffusion.errors import UserError
+
+POLICIES: tuple[Keep, ...] = ("all", "without-ffn", "boundaries")
+
+
+def step(
+    path: str,
+    keep: Keep | Literal["auto"],
+    n_threads: int = 2,
+    *,
+    compute: Compute = "fast",
+    int8: Int8 = "none",
+    memory_budget: int | None = None,
+) -> tuple[LossResult, dict[str, NDArray[np.float32]]]:
+    reference = oracle.load_model(path)
+    batch = packed_batch(reference.V, B=3, T=21)
+    adapter = random_adapter(reference, rank=3, B=3)
+    lora = lora_adapter(adapter)
+    assert lora.mask_embedding is not None
+    arrays = {**lora.tensors, "mask_embedding": lora.mask_embedding}
+    gradients = {name: np.zeros_like(value) for name, value in arrays.items()}
+    with Q4Model.from_gguf(path, n_threads, keep=keep, compute=compute, memory_budget=memory_budget) as model:
+        model.int8 = int8
+        result = model.loss_and_gradients(
+            batch.tokens,
+            batch.targets,
+            batch.weights,
+            0.4,
+            lora,
+            gradients,
+            offset_of(adapter),
+            lengths=batch.lengths,
+            document_ids=batch.document_ids,
+        )
+    return result, gradients
+
+
+@pytest.mark.parametrize("keep", POLICIES[1:])
+@pytest.mark.parametrize("n_threads", [1, 3])
+def test_what_is_kept_for_the_backward_changes_no_bit(
+    tiny_model: TinyModel, keep: Keep, n_threads: int
+) -> None:
+    path = str(tiny_model(type="Q4_1", L=3))
+    expected, expected_gradients = step(path, "all")
+    result, gradients = step(path, keep, n_threads)
+    assert result.loss == expected.loss
+    for name, gradient in expected_gradients.items():
+        assert gradient.any()
+        np.testing.assert_array_equal(gradients[name], gradient, err_msg=name)
+    np.testing.assert_array_equal(result.offset_gradient, expected.offset_gradient)
+
+
+def test_keeping_less_plans_less_memory(tiny_model: TinyModel) -> None:
+    with Q4Model.from_gguf(tiny_model(type="Q4_1", L=3), 1) as model:
+        planned = [model.memory_bytes(512, 128, rank=8, keep=keep) for keep in POLICIES]
+        assert planned[0] > planned[1] > planned[2]
+        assert model.memory_bytes(512, 128, rank=8, gradients=False) < planned[2]
+
+
+def test_the_plan_keeps_what_fits_and_goes_in_parts_before_it_computes_again() -> None:
+    def planned_bytes(keep: Keep, sequences: int) -> int:
+        return {"all": 100, "without-ffn": 60, "boundaries": 10}[keep] * sequences
+
+    def plan(budget: int | None, rows: int = 256) -> tuple[str, int]:
+        found = plan_step(8, rows, budget, planned_bytes)
+        return found.keep, found.sequences
+
+    assert plan(None) == ("all", 8)
+    assert plan(800) == ("all", 8)
+    assert plan(799) == ("all", 4)
+    assert plan(399) == ("all", 3)  # 3 + 3 + 2
+    assert plan(250) == ("all", 2)
+    assert plan(65) == ("without-ffn", 1)
+    # of 16 rows a sequence, unpacking for few of them costs more than computing layers again for all
+    assert plan(100, rows=16) == ("boundaries", 8)
+    assert plan(5) == ("boundaries", 1)  # nothing fits: the least there is
+
+
+def test_a_batch_in_parts_has_the_gradients_of_the_whole_one(tiny_model: TinyModel) -> None:
+    path = str(tiny_model(type="Q4_1", L=3))
+    expected, expected_gradients = step(path, "auto")
+    with Q4Model.from_gguf(path, 1) as model:
+        budget = model.memory_bytes(21, 21, rank=3)
+    result, gradients = step(path, "auto", memory_budget=budget)
+    # the same sums in another order, in float32
+    assert result.loss == pytest.approx(expected.loss, rel=1e-6)
+    np.testing.assert_array_equal(result.row_loss, expected.row_loss)
+    np.testing.assert_array_equal(result.row_correct, expected.row_correct)
+    np.testing.assert_array_equal(result.offset_gradient, expected.offset_gradient)
+    errors = relative_errors(
+        gradients, {name: value.astype(np.float64) for name, value in expected_gradients.items()}
+    )
+    assert max(errors.values()) < 1e-5
+    assert any((gradients[name] != value).any() for name, value in expected_gradients.items())
+
+
+def test_the_profile_counts_parts_of_the_work(tiny_model: TinyModel) -> None:
+    tokens = np.full((1, 8), 20, np.int32)
+    with Q4Model.from_gguf(tiny_model(type="Q4_1"), 1) as model:
+        model.logits(tokens)
+        assert {"frozen forward", "attention forward", "head logits"} <= set(model.profile())
+        assert all(time_s > 0 for time_s in model.profile().values())
+        model.reset_profile()
+        assert model.profile() == {}
+
+
+def test_a_closed_model_says_so(tiny_model: TinyModel) -> None:
+    model = Q4Model.from_gguf(tiny_model(type="Q4_1"), 1)
+    model.close()
+    model.close()
+    with pytest.raises(ValueError, match="closed"):
+        model.logits(np.zeros((1, 2), np.int32))
+
+
+def has_int8(path: str) -> bool:
+    with Q4Model.from_gguf(path, 1) as model:
+        try:
+            model.int8 = "both"
+        except UserError:
+            return False
+        return True
+
+
+INT8_PRODUCTS: tuple[Int8, ...] = ("backward", "both")
+QUANTISED = ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"]
+
+
+@pytest.mark.parametrize("products", INT8_PRODUCTS)
+@pytest.mark.parametrize("type_name", QUANTISED)
+def test_gradients_in_int8_stay_close_to_those_in_float32(
+    tiny_model: TinyModel, type_name: str, products: Int8
+) -> None:
+    path = str(tiny_model(type=type_name, **sizes_for(type_name)))
+    if not has_int8(path):
+        pytest.skip("this processor has no int8 products")
+    _, exact = step(path, "all", compute="f32")
+    _, gradients = step(path, "all", int8=products)
+    # each product has a relative error of about 1e-2, from two roundings to 127 steps a block
+    errors = relative_errors(gradients, {name: value.astype(np.float64) for name, value in exact.items()})
+    assert not {name: error for name, error in errors.items() if not error < 1e-1}
+
+
+@pytest.mark.parametrize("products", INT8_PRODUCTS)
+@pytest.mark.parametrize("n_threads", [1, 3])
+def test_int8_gives_the_same_bits_for_any_threads_and_policy(
+    tiny_model: TinyModel, n_threads: int, products: Int8
+) -> None:
+    path = str(tiny_model(type="Q4_1", L=3))
+    if not has_int8(path):
+        pytest.skip("this processor has no int8 products")
+    _, expected = step(path, "all", int8=products)
+    for keep in POLICIES:
+        _, gradients = step(path, keep, n_threads, int8=products)
+        for name, gradient in expected.items():
+            np.testing.assert_array_equal(gradients[name], gradient, err_msg=name)
+
+
+def test_int8_is_refused_where_the_model_computes_in_float32(tiny_model: TinyModel) -> None:
+    with (
+        Q4Model.from_gguf(tiny_model(type="Q4_1"), 1, compute="f32") as model,
+        pytest.raises(UserError, match="no int8 products"),
+    ):
+        model.int8 = "both"

@@ -1,0 +1,218 @@
+"""The vocabulary of a GGUF: tokens and text both ways, silence, faults, and the choice of the mask token."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from ggml_diffusion.errors import UserError
+from ggml_diffusion.formats.model_file import read_gguf
+from ggml_diffusion.text.tokenizer import Tokenizer, choose_mask_token, special_ids
+
+TEXTS = (
+    "",
+    "The cat sat on the mat, and on the other thing.",
+    " leading and trailing ",
+    "two\n\nlines\tand a tab\r\n",
+    "naïve café — 漢字 🎉👍🏽",
+    "nul \0 byte",
+    "<|im_end|> and <|eos|> and </s> are plain text",
+)
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+
+
+@pytest.fixture(scope="module", params=["bpe", "spm", "smollm2"])
+def tokenizer(request, tiny_model) -> Tokenizer:
+    if request.param == "smollm2":
+        return Tokenizer.from_gguf(request.getfixturevalue("smollm2_path"))
+    return Tokenizer.from_gguf(tiny_model(tokenizer=request.param, V=512))
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_comes_back_from_its_tokens(tokenizer, text):
+    tokens = tokenizer.encode(text)
+    assert tokens.dtype == np.int32 and tokens.ndim == 1
+    assert tokenizer.decode(tokens) == text
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_no_token_of_a_text_is_a_control_token(tokenizer, text):
+    assert not any(tokenizer.is_control(int(token)) for token in tokenizer.encode(text))
+
+
+def test_neither_bos_nor_end_of_text_is_added(tokenizer):
+    tokens = tokenizer.encode("the").tolist()
+    assert len(tokens) >= 1
+    assert tokenizer.bos_id not in tokens and tokenizer.eos_id not in tokens
+
+
+def test_the_same_text_has_the_tokens_that_llama_cpp_python_gives_it(smollm2_path):
+    import llama_cpp
+
+    theirs = llama_cpp.Llama(str(smollm2_path), vocab_only=True, verbose=False)
+    text = "".join(TEXTS)
+    assert Tokenizer.from_gguf(smollm2_path).encode(text).tolist() == theirs.tokenize(
+        text.encode(), add_bos=False, special=False
+    )
+
+
+def test_a_character_whose_bytes_are_not_all_there_becomes_the_replacement_character(tokenizer):
+    tokens = tokenizer.encode("é漢🎉")
+    # Both vocabularies have no token for the emoji: it is spread over bytes, of which the last is cut off.
+    assert tokenizer.decode(tokens[:-1]).endswith("�")
+    assert tokenizer.decode(tokens) == "é漢🎉"
+
+
+def test_control_tokens_are_left_out_of_a_text_unless_asked_for(tokenizer):
+    word = tokenizer.encode("the")
+    tokens = [tokenizer.eos_id, *word.tolist(), tokenizer.eos_id]
+    name = tokenizer.token_text(tokenizer.eos_id)
+    assert len(name) > 2
+    assert tokenizer.decode(tokens) == "the"
+    assert tokenizer.decode(tokens, special=True).replace(" ", "") == f"{name}the{name}"
+
+
+def test_special_tokens_of_smollm2_are_the_files(smollm2_path):
+    tokenizer = Tokenizer.from_gguf(smollm2_path)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (1, 2, 49152)
+    assert tokenizer.token_text(2) == "<|im_end|>"
+    assert tokenizer.is_control(7) and not tokenizer.is_control(500)
+
+
+@pytest.mark.parametrize("token", [-1, 512, 2**31 - 1])
+def test_a_token_outside_of_the_vocabulary_is_refused_and_does_not_abort(tiny_model, token):
+    tokenizer = Tokenizer.from_gguf(tiny_model(tokenizer="bpe", V=512))
+    for use in (tokenizer.token_text, tokenizer.is_control, lambda t: tokenizer.decode([t])):
+        with pytest.raises(UserError, match=f"token {token} is outside of the vocabulary of 512"):
+            use(token)
+
+
+def test_half_of_a_surrogate_pair_is_refused(tokenizer):
+    with pytest.raises(UserError, match="character 3 of the text"):
+        tokenizer.encode("ab\ud83d")
+
+
+def test_a_bos_that_is_the_end_of_text_too_is_none_of_its_own():
+    metadata = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.bos_token_id": 0,
+        "tokenizer.ggml.eos_token_id": 0,
+    }
+    assert special_ids(metadata) == (None, 0)
+    assert special_ids({**metadata, "tokenizer.ggml.bos_token_id": 1}) == (1, 0)
+    assert special_ids({"tokenizer.ggml.model": "gpt2"}) == (None, None)
+
+
+@pytest.mark.parametrize("name", ["missing.gguf", "not_a_model.gguf"])
+def test_a_file_that_is_no_model_is_refused_by_name(tmp_path, name):
+    (tmp_path / "not_a_model.gguf").write_bytes(b"no GGUF at all")
+    with pytest.raises(UserError, match=name):
+        Tokenizer.from_gguf(tmp_path / name)
+
+
+def test_a_model_without_a_vocabulary_is_refused(tiny_model, tmp_path):
+    source = tiny_model(tokenizer="bpe").read_bytes()
+    # Same lengths, so that nothing else in the file moves: the key is simply not one that is known.
+    renamed = source.replace(b"tokenizer.ggml.model", b"tokenizer.ggml.mxdel").replace(
+        b"tokenizer.ggml.tokens", b"tokenizer.ggml.txkens"
+    )
+    path = tmp_path / "mute.gguf"
+    path.write_bytes(renamed)
+    with pytest.raises(UserError, match="holds no vocabulary"):
+        Tokenizer.from_gguf(path)
+
+
+def test_nothing_is_written_to_stdout_or_stderr(tiny_model):
+    program = (
+        "import sys; from ggml_diffusion.text.tokenizer import Tokenizer\n"
+        "t = Tokenizer.from_gguf(sys.argv[1]); t.decode(t.encode('a text')); t.close()\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program, str(tiny_model(tokenizer="spm"))],
+        capture_output=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+    )
+    assert (run.stdout, run.stderr) == (b"", b"")
+
+
+def vocabulary(*tokens: tuple[str, int], **special: int) -> dict[str, object]:
+    return {
+        "tokenizer.ggml.tokens": [text for text, _ in tokens],
+        "tokenizer.ggml.token_type": np.array([kind for _, kind in tokens], dtype=np.int32),
+        **{f"tokenizer.ggml.{name}": token for name, token in special.items()},
+    }
+
+
+BYTES = [(f"<0x{byte:02X}>", BYTE) for byte in range(256)]
+LLAMA2 = vocabulary(
+    ("<unk>", UNKNOWN), ("<s>", CONTROL), ("</s>", CONTROL), *BYTES, ("▁the", NORMAL),
+    unknown_token_id=0, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "metadata, expected, reason",
+    [
+        (vocabulary(("<reserved>", CONTROL), ("<mask>", CONTROL), mask_token_id=1), 1, "own mask"),
+        (vocabulary(("<|end_of_text|>", CONTROL), ("<|reserved_special_token_0|>", CONTROL)), 1, "reserved"),
+        (vocabulary(("<unused0>", UNUSED), ("[control_8]", CONTROL)), 1, "reserved"),
+        (vocabulary(("<reserved_0>", CONTROL), ("<reserved_1>", CONTROL), eot_token_id=0), 1, "reserved"),
+        (vocabulary(("reserved", NORMAL), ("<bos>", CONTROL), ("<x>", UNUSED)), 2, "unused"),
+        (vocabulary(("<pad>", UNUSED), ("<x>", UNUSED), padding_token_id=0), 1, "unused"),
+        (LLAMA2, 0, "unknown token '<unk>'"),
+    ],
+    ids=["own", "llama3", "mistral", "in use", "unused", "unused in use", "llama2"],
+)  # fmt: skip
+def test_the_mask_token_is_chosen_in_the_stated_order(metadata, expected, reason):
+    token, why = choose_mask_token(None, metadata)
+    assert token == expected
+    assert reason in why
+
+
+def test_the_configs_mask_token_comes_first():
+    assert choose_mask_token(2, LLAMA2) == (2, "set in the config")
+    own = vocabulary(("a", NORMAL), ("<mask>", CONTROL), mask_token_id=1)
+    assert choose_mask_token(0, own)[0] == 0
+
+
+@pytest.mark.parametrize("requested", [-1, 260, 2**40])
+def test_a_mask_token_outside_of_the_vocabulary_is_refused(requested):
+    with pytest.raises(UserError, match=f"mask_token_id {requested} is outside of the vocabulary of 260"):
+        choose_mask_token(requested, LLAMA2)
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        vocabulary(("<bos>", CONTROL), ("<eos>", CONTROL), ("a", NORMAL), bos_token_id=0, eos_token_id=1),
+        vocabulary(("<unk>", UNKNOWN), ("a", NORMAL), unknown_token_id=0),
+        {"tokenizer.ggml.tokens": ["a", "b"]},
+    ],
+    ids=["only special ones", "unknown without bytes", "no types"],
+)
+def test_a_vocabulary_without_a_free_token_is_refused_with_what_to_do(metadata):
+    with pytest.raises(UserError, match="set mask_token_id"):
+        choose_mask_token(None, metadata)
+
+
+def test_a_model_without_a_vocabulary_has_no_mask_token():
+    with pytest.raises(UserError, match="no vocabulary"):
+        choose_mask_token(None, {})
+
+
+def test_smollm2_gets_its_first_untrained_token(smollm2_path):
+    token, why = choose_mask_token(None, read_gguf(smollm2_path).metadata)
+    assert token == 7
+    assert "<gh_stars>" in why
+
+
+@pytest.mark.parametrize("kind, expected", [("bpe", 3), ("spm", 3)])
+def test_tiny_models_get_a_reserved_token_that_text_does_not_contain(tiny_model, kind, expected):
+    path = tiny_model(tokenizer=kind)
+    token, _ = choose_mask_token(None, read_gguf(path).metadata)
+    assert token == expected
+    tokenizer = Tokenizer.from_gguf(path)
+    assert token not in tokenizer.encode(tokenizer.token_text(token))

@@ -1,0 +1,413 @@
+"""Whole runs on tiny models: what the folder holds, resuming, refusals, signals, the identity gate."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from ggml_diffusion.config.settings import load_config
+from ggml_diffusion.engine.cpu.q4_model import Q4Model
+from ggml_diffusion.errors import UserError
+from ggml_diffusion.formats.adapter_file import DiffusionCheckpoint
+from ggml_diffusion.text.tokenizer import Tokenizer
+from ggml_diffusion.training import run as convert
+from ggml_diffusion.training.identity import check_identity, mean_kl_divergence
+from ggml_diffusion.training.run import run_conversion
+
+TEXT = "the old mill ground corn for the whole village and the miller told his children of it. " * 40
+
+
+class Recorder:
+    """Keeps all that a run says."""
+
+    def __init__(self):
+        self.notes, self.warnings, self.steps, self.started = [], [], [], None
+
+    def note(self, text):
+        self.notes.append(text)
+
+    def warn(self, text):
+        self.warnings.append(text)
+
+    def start(self, first_step, tokens_seen, total_steps):
+        self.started = (first_step, tokens_seen, total_steps)
+
+    def step(self, metrics):
+        self.steps.append(metrics)
+
+    def stop(self):
+        pass
+
+
+@pytest.fixture(scope="module")
+def base(tiny_model):
+    return tiny_model(L=1, C=32, H=2, G=1, F=32, type="Q4_0")
+
+
+@pytest.fixture
+def settings(base, tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    return {
+        "model.base_model": str(base),
+        "model.qlora_rank": 2,
+        "training.data": [str(tmp_path / "text.txt")],
+        "training.output": str(tmp_path / "run"),
+        "training.batch_size": 2,
+        "training.gradient_accumulation": 1,
+        "training.sequence_length": 24,
+        "training.total_steps": 5,
+        "training.warmup_steps": 1,
+        "training.learning_rate": 1e-2,
+        "training.checkpoint_every": 2,
+        "training.held_out_fraction": 0.2,
+        "mask_annealing.total_steps": 3,
+        "time_embedding.dim": 8,
+        "hardware.num_threads": 1,
+    }
+
+
+@pytest.fixture(autouse=True)
+def quick_gate(request, monkeypatch):
+    """llama.cpp takes a second to start: only the tests of the gate let it run."""
+    if "gate" not in request.node.name:
+        monkeypatch.setattr(convert, "check_identity", lambda model, tokenizer: "gate")
+
+
+def run(settings, **options):
+    recorder = Recorder()
+    return run_conversion(load_config(overrides=settings), recorder, **options), recorder
+
+
+def steps_in(folder):
+    return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+# -- the run -------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_its_exports_metrics_config_and_checkpoints(settings, tmp_path):
+    conversion, recorder = run(settings)
+    output = tmp_path / "run"
+    assert conversion.interrupted_by is None
+    assert conversion.step == conversion.total_steps == 5
+    assert conversion.safetensors == output / "adapter.safetensors"
+    assert conversion.gguf == output / "adapter.gguf"
+    assert DiffusionCheckpoint.load(conversion.gguf).metadata.conversion_steps == 5
+    assert steps_in(output) == [1, 2, 3, 4, 5]
+    first = json.loads((output / "metrics.jsonl").read_text().splitlines()[0])
+    values = dataclasses.asdict(recorder.steps[0])
+    assert first.keys() == {name for name, value in values.items() if value is not None}
+    assert load_config(output / "config.toml") == load_config(overrides=settings)
+    assert sorted(path.name for path in (output / "checkpoints").glob("step-*")) == [
+        "step-00000004",
+        "step-00000005",
+    ]
+    assert [one.step for one in recorder.steps] == [1, 2, 3, 4, 5]
+
+
+def test_evaluation_is_written_only_if_asked_for(settings, tmp_path):
+    conversion, _ = run(settings)
+    assert conversion.evidence is None
+    assert not (tmp_path / "run" / "evaluation.json").exists()
+    conversion, _ = run(settings, evaluate_on=4)
+    written = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert written["n_sequences"] == conversion.evidence.n_sequences == 4
+    assert [row["share"] for row in written["before"]] == [0.15, 0.5, 0.85]
+    assert written["after"][1]["visible"]["cross_entropy"] == pytest.approx(
+        conversion.evidence.after[1].visible.cross_entropy
+    )
+    assert written["base_next_token"]["n_tokens"] > 0
+
+
+def test_figures_before_the_first_step_do_not_depend_on_whether_the_run_is_resumed(settings):
+    first, _ = run(settings, evaluate_on=4)
+    again, _ = run(settings, evaluate_on=4)
+    assert first.evidence.before == again.evidence.before
+    assert first.evidence.after == again.evidence.after
+    assert first.evidence.before != first.evidence.after
+
+
+def test_a_run_shorter_than_its_annealing_scales_it_and_says_so(settings, tmp_path):
+    _, recorder = run({**settings, "mask_annealing.total_steps": 1000})
+    assert any("scaled" in note for note in recorder.notes)
+    assert recorder.steps[-1].causal_ratio == 0.0
+    resolved = load_config(tmp_path / "run" / "config.toml")
+    assert resolved.qlora.mask_annealing.total_steps == 2
+    # the same command again finds the same settings
+    run({**settings, "mask_annealing.total_steps": 1000})
+
+
+def test_bits_that_are_not_as_expected_are_a_warning_that_names_both(settings):
+    _, recorder = run({**settings, "model.quantization_bits": 8})
+    assert len(recorder.warnings) == 1
+    assert "is 8" in recorder.warnings[0]
+    assert "4 bits" in recorder.warnings[0]
+    _, recorder = run({**settings, "model.quantization_bits": 4}, fresh=True)
+    assert recorder.warnings == []
+
+
+# -- resuming --------------------------------------------------------------------------------------------
+
+
+def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(settings, tmp_path, monkeypatch):
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    settings["training.output"] = "run"  # relative, so that both runs have one and the same config
+
+    def enter(name):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+
+    enter("undisturbed")
+    undisturbed, _ = run(settings)
+    expected = [path.read_bytes() for path in (undisturbed.safetensors, undisturbed.gguf)]
+
+    class Impatient(Recorder):
+        def step(self, metrics):
+            super().step(metrics)
+            if metrics.step == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    enter("interrupted")
+    stopped = run_conversion(load_config(overrides=settings), Impatient())
+    assert stopped.interrupted_by == signal.SIGTERM
+    assert stopped.step == 3
+    assert stopped.safetensors is None
+    resumed, recorder = run(settings)
+    assert recorder.started == (3, 3 * 48, 5)
+    assert steps_in(resumed.output) == [1, 2, 3, 4, 5]
+    assert [path.read_bytes() for path in (resumed.safetensors, resumed.gguf)] == expected
+
+
+def tensors_of(conversion):
+    loaded = DiffusionCheckpoint.load(conversion.safetensors)
+    return {name: array.tobytes() for name, array in loaded.tensors.items()}
+
+
+def test_signal_handlers_are_as_before_after_a_run(settings):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    run(settings)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(settings, tmp_path):
+    class Killed(Exception):
+        pass
+
+    class Mortal(Recorder):
+        def step(self, metrics):
+            if metrics.step == 4:
+                raise Killed
+
+    undisturbed, _ = run({**settings, "training.output": str(tmp_path / "undisturbed")})
+    with pytest.raises(Killed):
+        run_conversion(load_config(overrides={**settings, "training.checkpoint_every": 3}), Mortal())
+    resumed, recorder = run(settings)
+    assert recorder.started[0] == 3
+    assert steps_in(tmp_path / "run") == [1, 2, 3, 4, 5]
+    assert tensors_of(undisturbed) == tensors_of(resumed)
+
+
+def test_a_finished_run_is_not_trained_again(settings):
+    first, _ = run(settings)
+    before = tensors_of(first)
+    again, recorder = run(settings)
+    assert recorder.started is None
+    assert any("all 5 steps are done" in note for note in recorder.notes)
+    assert tensors_of(again) == before
+
+
+def test_fresh_starts_anew_and_deletes_nothing_of_the_users(settings, tmp_path):
+    run(settings)
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    conversion, recorder = run({**settings, "training.learning_rate": 2e-2}, fresh=True)
+    assert recorder.started == (0, 0, 5)
+    assert conversion.step == 5
+    assert steps_in(tmp_path / "run") == [1, 2, 3, 4, 5]
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"training.learning_rate": 2e-2}, "training.learning_rate (0.01 there, 0.02 here)"),
+        ({"model.qlora_rank": 3}, "model.qlora_rank (2 there, 3 here)"),
+        ({"training.seed": 1}, "training.seed (0 there, 1 here)"),
+    ],
+)
+def test_other_settings_are_refused_by_name_with_the_way_out(settings, change, named):
+    run(settings)
+    with pytest.raises(UserError) as caught:
+        run({**settings, **change})
+    assert named in str(caught.value)
+    assert "--fresh" in str(caught.value)
+
+
+def test_other_data_are_refused(settings, tmp_path):
+    run(settings)
+    (tmp_path / "text.txt").write_text(TEXT + "more")
+    with pytest.raises(UserError, match="training data"):
+        run(settings)
+
+
+def test_another_base_is_refused(settings, tiny_model):
+    run(settings)
+    other = tiny_model(L=1, C=32, H=2, G=1, F=32, type="Q4_0", seed=9)
+    with pytest.raises(UserError, match="base model"):
+        run({**settings, "model.base_model": str(other)})
+
+
+def test_the_same_base_and_data_may_be_found_elsewhere(settings, tmp_path):
+    run(settings)
+    moved = tmp_path / "moved.gguf"
+    shutil.copy(settings["model.base_model"], moved)
+    shutil.copy(tmp_path / "text.txt", tmp_path / "moved.txt")
+    _, recorder = run(
+        {**settings, "model.base_model": str(moved), "training.data": [str(tmp_path / "moved.txt")]}
+    )
+    assert recorder.started is None
+
+
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(settings, tmp_path):
+    run(settings)
+    newest = tmp_path / "run" / "checkpoints" / "step-00000005" / "state.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    _, recorder = run(settings)
+    assert recorder.started[0] == 4
+    assert any("damaged" in warning for warning in recorder.warnings)
+
+
+# -- refusals ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model.base_model": None}, "which model"),
+        ({"training.data": None}, "which text"),
+        ({"training.output": None}, "where to"),
+        ({"training.sequence_length": 1000}, "sequence_length 1000 is longer than the context"),
+        ({"model.mask_token_id": 100_000}, "mask_token_id 100000"),
+        ({"model.base_model": "/nowhere/model.gguf"}, "/nowhere/model.gguf"),
+        ({"training.data": ["/nowhere/text.txt"]}, "/nowhere/text.txt"),
+    ],
+)
+def test_what_cannot_be_used_is_named_in_one_line(settings, change, message):
+    with pytest.raises(UserError) as caught:
+        run({**settings, **change})
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_evaluating_without_held_out_text_is_refused(settings):
+    with pytest.raises(UserError, match="held_out_fraction is 0"):
+        run({**settings, "training.held_out_fraction": 0.0}, evaluate_on=4)
+
+
+def test_an_output_folder_that_is_a_file_is_refused(settings, tmp_path):
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(UserError, match="output folder"):
+        run(settings)
+
+
+def test_a_refused_run_leaves_the_earlier_one_as_it_was(settings, tmp_path, monkeypatch):
+    run(settings)
+
+    def refuse(model, tokenizer):
+        raise UserError("computed differently")
+
+    monkeypatch.setattr(convert, "check_identity", refuse)
+    with pytest.raises(UserError, match="computed differently"):
+        run(settings, fresh=True)
+    assert steps_in(tmp_path / "run") == [1, 2, 3, 4, 5]
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from ggml_diffusion.training.run import _exclusive
+with _exclusive(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_run_in_the_same_folder_is_refused_and_the_first_ones_pid_named(settings, tmp_path):
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout.readline().strip() == "held"
+        with pytest.raises(UserError, match=f"process {holder.pid} "):
+            run(settings)
+    finally:
+        holder.kill()
+        holder.wait()
+    run(settings)  # the lock died with its holder
+
+
+# -- the identity gate --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokenizer", ["bpe", "spm"])
+def test_the_gate_lets_a_right_model_pass_and_says_how_close_it_is(tiny_model, tokenizer):
+    path = tiny_model(type="Q4_0", tokenizer=tokenizer)
+    with Q4Model.from_gguf(path, 1) as model:
+        report = check_identity(model, Tokenizer.from_gguf(path))
+    assert 0 <= report.mean_kl < 0.05
+    assert report.n_tokens > 24
+    assert "passed" in str(report)
+
+
+class Wrong:
+    """An engine that computes something else than the file says."""
+
+    def __init__(self, model):
+        self._model = model
+
+    def __getattr__(self, name):
+        return getattr(self._model, name)
+
+    def logits(self, tokens, causal_ratio):
+        return self._model.logits(tokens[:, ::-1], causal_ratio)
+
+
+def test_the_gate_refuses_a_model_that_is_computed_differently(tiny_model):
+    path = tiny_model(type="Q4_0")
+    with (
+        Q4Model.from_gguf(path, 1) as model,
+        pytest.raises(UserError, match="computes the model differently"),
+    ):
+        check_identity(Wrong(model), Tokenizer.from_gguf(path))
+
+
+def test_the_gate_names_a_model_that_llama_cpp_cannot_run(tiny_model, tmp_path):
+    path = tmp_path / "model.gguf"
+    shutil.copy(tiny_model(type="Q4_0"), path)
+    tokenizer = Tokenizer.from_gguf(path)
+    with Q4Model.from_gguf(path, 1) as model:
+        path.rename(tmp_path / "elsewhere.gguf")
+        with pytest.raises(UserError, match="cannot run this model"):
+            check_identity(model, tokenizer)
+
+
+def test_a_run_with_the_gate_reports_it_in_a_line(settings):
+    _, recorder = run(settings)
+    assert sum("identity gate passed" in note for note in recorder.notes) == 1
+
+
+def test_mean_kl_of_the_gate_is_the_definition():
+    rng = np.random.default_rng(0)
+    p, q = rng.normal(size=(2, 5, 7)).astype(np.float32)
+    expected = []
+    for a, b in zip(p, q, strict=True):
+        pa, pb = np.exp(a) / np.exp(a).sum(), np.exp(b) / np.exp(b).sum()
+        expected.append((pa * np.log(pa / pb)).sum())
+    assert mean_kl_divergence(p, q) == pytest.approx(np.mean(expected), rel=1e-5)
+    assert mean_kl_divergence(p, p) == 0.0
+    assert np.isnan(mean_kl_divergence(p, np.full_like(q, np.nan)))

@@ -1,0 +1,210 @@
+"""The project's own arm of a benchmark: one model in one process, driven by bench.py line by line.
+
+A training step is `ConversionTrainer.train_step`, all of it: drawing the noise, loss and gradients, clipping,
+AdamW. What is measured with what is the business of bench_sections.py.
+
+The job (argv[1], JSON): model, n_threads, compute, keep, memory_mib, int8, batch_size, sequence_length, rank,
+targets, train.
+"""
+
+from __future__ import annotations
+
+import pydoc_data.topics
+import time
+from typing import Any
+
+import numpy as np
+from bench_arms import Action, Reply, peak_memory_bytes, resident_bytes_of_file, serve
+from numpy.typing import NDArray
+
+from ggml_diffusion.config.settings import (
+    ConversionTrainingConfig,
+    MaskAnnealingConfig,
+    NoiseScheduleConfig,
+    QLoraConversionConfig,
+)
+from ggml_diffusion.engine.cpu.q4_model import LossResult, Q4Model
+from ggml_diffusion.formats.lora import LoraAdapter, TargetModule
+from ggml_diffusion.generation.denoise import GenerationConfig
+from ggml_diffusion.generation.diffusion_model import DiffusionModel
+from ggml_diffusion.objective.output_rows import to_output_rows
+from ggml_diffusion.text.loader import TokenBatch
+from ggml_diffusion.text.tokenizer import Tokenizer
+from ggml_diffusion.training.int8_gate import choose_int8
+from ggml_diffusion.training.trainer import ConversionTrainer
+
+CHARACTERS_A_TOKEN = 10  # surely more than a token has on average
+CAUSAL_RATIO = 0.5  # a fractional mask, as in the middle of the annealing
+
+
+class TimedModel(Q4Model):
+    """A model that adds up the time of its training calls."""
+
+    time_s = 0.0
+
+    def loss_and_gradients(self, *arguments: Any, **settings: Any) -> LossResult:
+        """See `Q4Model`."""
+        started_s = time.perf_counter()
+        result = super().loss_and_gradients(*arguments, **settings)
+        self.time_s += time.perf_counter() - started_s
+        return result
+
+
+def training_config(job: Reply) -> ConversionTrainingConfig:
+    """The step of the benchmark: time embedding and mask row on, about half of the tokens masked."""
+    return ConversionTrainingConfig(
+        batch_size=job["batch_size"],
+        gradient_accumulation=1,
+        sequence_length=job["sequence_length"],
+        warmup_steps=0,
+        lr_schedule="constant",
+        qlora=QLoraConversionConfig(
+            rank=job["rank"],
+            alpha=2.0 * job["rank"],
+            target_modules=tuple(TargetModule(name) for name in job["targets"]),
+            mask_annealing=MaskAnnealingConfig(total_steps=0, final_causal_ratio=CAUSAL_RATIO),
+        ),
+        noise_schedule=NoiseScheduleConfig(type="linear"),
+    )
+
+
+class Worker:
+    """The actions of one job."""
+
+    def __init__(self, job: Reply) -> None:
+        self.job = job
+        budget = None if job["memory_mib"] is None else job["memory_mib"] << 20
+        model = TimedModel.from_gguf(
+            job["model"], job["n_threads"], compute=job["compute"], keep=job["keep"], memory_budget=budget
+        )
+        assert isinstance(model, TimedModel)
+        self.model = model
+        self.tokenizer = Tokenizer.from_gguf(job["model"])
+        self.trainer = ConversionTrainer(self.model, training_config(job)) if job["train"] else None
+        if self.trainer is not None and job["int8"]:
+            choose_int8(self.trainer, self._batch(job["batch_size"], job["sequence_length"]))
+
+    def describe(self) -> Reply:
+        """What is being measured."""
+        model = self.model
+        return {
+            "model": model.description,
+            "n_threads": model.n_threads,
+            "kernels": model.kernels,
+            "element": model.element + ("" if model.int8 == "none" else f", int8 {model.int8}"),
+        }
+
+    def peak(self, time_s: float) -> Reply:
+        """The kernels' own bound."""
+        return {"gflops": self.model.peak_gflops(time_s)}
+
+    def memory(self) -> Reply:
+        """The process's peak, and how much of it is the mapped model."""
+        return {"peak_bytes": peak_memory_bytes(), "model_bytes": resident_bytes_of_file(self.model.path)}
+
+    def step(
+        self,
+        noise: str | None = None,
+        batch_size: int | None = None,
+        sequence_length: int | None = None,
+    ) -> Reply:
+        """One optimizer step.
+
+        Args:
+            noise: file to save the step's inputs in, for a peer that does the same step.
+            batch_size: another one than the job's.
+            sequence_length: another one than the job's.
+
+        Returns:
+            Seconds of the whole step, of it in the engine, and of that in each parallel part; tokens, loss.
+
+        """
+        assert self.trainer is not None
+        batch = self._batch(
+            batch_size or self.job["batch_size"], sequence_length or self.job["sequence_length"]
+        )
+        if noise is not None:
+            self._save_noise(noise, batch)
+        self.model.reset_profile()
+        self.model.time_s = 0.0
+        started_s = time.perf_counter()
+        metrics = self.trainer.train_step(batch)
+        return {
+            "time_s": time.perf_counter() - started_s,
+            "engine_s": self.model.time_s,
+            "parts_s": self.model.profile(),
+            "n_tokens": batch.tokens.size,
+            "loss": metrics.loss,
+        }
+
+    def _batch(self, batch_size: int, sequence_length: int) -> TokenBatch:
+        """English, the same in every step; its masks are not."""
+        shape = (batch_size, sequence_length)
+        return TokenBatch(
+            tokens=self._tokens(batch_size * sequence_length).reshape(shape),
+            lengths=np.full(batch_size, sequence_length, dtype=np.int32),
+            document_ids=np.zeros(shape, dtype=np.int32),
+        )
+
+    def _tokens(self, count: int) -> NDArray[np.int32]:
+        """The first tokens of Python's own manual."""
+        text = "".join(pydoc_data.topics.topics.values())
+        return self.tokenizer.encode(text[: CHARACTERS_A_TOKEN * count])[:count]
+
+    def _save_noise(self, path: str, batch: TokenBatch) -> None:
+        trainer = self.trainer
+        assert trainer is not None and trainer.time_embedding is not None
+        noisy = trainer.corrupt(batch)
+        targets, weights = to_output_rows(noisy.clean, noisy.weights, None, trainer.config.qlora.prediction)
+        np.savez(
+            path,
+            noisy=noisy.noisy,
+            targets=targets,
+            weights=weights,
+            time_features=trainer.time_embedding.features(noisy.t),
+            causal_ratio=CAUSAL_RATIO,
+            mask_token_id=trainer.mask_token_id,
+            learning_rate=trainer.config.learning_rate,
+        )
+
+    def products(self) -> Reply:
+        """One forward and backward without LoRA and with one predicted row: frozen products and little else.
+
+        Returns:
+            Seconds of the products in each direction.
+
+        """
+        shape = (self.job["batch_size"], self.job["sequence_length"])
+        tokens = self._tokens(shape[0] * shape[1]).reshape(shape)
+        weights = np.zeros(shape, dtype=np.float32)
+        weights[0, 0] = 1.0
+        self.model.reset_profile()
+        # the mask row's gradient asks for that of every layer's input
+        mask_row = np.zeros(self.model.C, dtype=np.float32)
+        adapter = LoraAdapter(1.0, {}, 0, mask_row)
+        self.model.loss_and_gradients(
+            tokens, tokens, weights, CAUSAL_RATIO, adapter, {"mask_embedding": np.zeros_like(mask_row)}
+        )
+        parts = self.model.profile()
+        return {"forward_s": parts["frozen forward"], "backward_s": parts["frozen backward"]}
+
+    def generate(self, prompt_length: int, length: int, steps: int) -> Reply:
+        """Denoise `length` tokens after a prompt in `steps` steps."""
+        assert self.trainer is not None
+        model = DiffusionModel.from_checkpoint(self.model, self.tokenizer, self.trainer.checkpoint())
+        tokens = np.full(prompt_length + length, model.mask_token_id, dtype=np.int32)
+        tokens[:prompt_length] = self._tokens(prompt_length)
+        started_s = time.perf_counter()
+        model.fill(tokens, GenerationConfig(steps=steps, block_length=0))
+        return {"time_s": time.perf_counter() - started_s}
+
+
+def start(job: Reply) -> dict[str, Action]:
+    """The actions of a job by name."""
+    worker = Worker(job)
+    names = ("describe", "peak", "memory", "step", "products", "generate")
+    return {name: getattr(worker, name) for name in names}
+
+
+if __name__ == "__main__":
+    serve(start)
