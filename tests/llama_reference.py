@@ -39,15 +39,25 @@ class Request:
 
 
 def llama_logits(
-    model: Path, requests: Sequence[Request], *, n_threads: int = 2, kv_type: str = "f32"
+    model: Path,
+    requests: Sequence[Request],
+    *,
+    n_threads: int = 2,
+    kv_type: str = "f32",
+    n_ctx: int | None = None,
 ) -> list[FloatArray]:
-    """Logits (T, V) float32 of each request; the model is loaded once. kv_type: "f32" or "f16"."""
+    """Logits (T, V) float32 of each request; the model is loaded once.
+
+    kv_type: "f32" or "f16". n_ctx: tokens of the context, those of the longest request if None; llama.cpp
+    rounds them up to a multiple of 256, and chooses long or short RoPE factors by them.
+    """
     arrays = {f"inputs_{i}": request.inputs for i, request in enumerate(requests)}
     options = {
         "task": "logits",
         "model": str(model),
         "n_threads": n_threads,
         "kv_type": kv_type,
+        "n_ctx": n_ctx,
         "causal": [request.causal for request in requests],
         "adapters": [str(request.adapter) if request.adapter else None for request in requests],
     }
@@ -144,7 +154,7 @@ class _Llama:
 def _child_logits(options: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     inputs = [arrays[f"inputs_{i}"] for i in range(len(options["causal"]))]
     longest = max(len(one) for one in inputs)
-    llama = _Llama(options["model"], options["n_threads"], options["kv_type"], longest)
+    llama = _Llama(options["model"], options["n_threads"], options["kv_type"], options["n_ctx"] or longest)
     results: dict[str, NDArray[Any]] = {}
     for i, one in enumerate(inputs):
         llama.set_adapter(options["adapters"][i])

@@ -2,10 +2,11 @@
 
 It knows nothing of the engine: it reads the GGUF with gguf-py, unpacks the weights, takes one sequence at a
 time, keeps every score and every logit, and follows the definitions word for word. Slow, short and right;
-`test_oracle.py` holds it against llama.cpp and against finite differences.
+`test_oracle.py` and `test_oracle_architectures.py` hold it against llama.cpp and against finite differences.
+It knows no architecture either: what a file's architecture means is written down by oracle_model.py.
 
-Sources: docs/objective.md for the fractional mask, LoRA, the time embedding and AdamW; llama.cpp
-`src/models/llama.cpp` for the architecture and its NORM kind of RoPE (interleaved pairs).
+Sources: docs/objective.md for the fractional mask, windows, LoRA, the time embedding and AdamW; llama.cpp
+`src/models/*.cpp` and `src/llama-graph.cpp` for the network.
 
 Letters: B sequences, T tokens, C hidden size, H query heads, G key/value heads, D head size, F feed-forward
 size, V vocabulary, R LoRA rank, L layers.
@@ -14,67 +15,17 @@ size, V vocabulary, R LoRA rank, L layers.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import autograd
 import autograd.numpy as anp
-import gguf
 import numpy as np
 from numpy.typing import NDArray
+from oracle_model import Array, Layer, OracleModel, Rope
+from oracle_model import load_model as load_model
 
-Array = NDArray[np.float64]
 Parameters = Mapping[str, Any]  # GGUF names; float64 arrays, or autograd's boxes of them
-
-
-@dataclass(frozen=True)
-class OracleModel:
-    """A llama-arch GGUF with its weights unpacked to float64, matrices (out, in)."""
-
-    L: int
-    C: int
-    H: int
-    G: int
-    D: int
-    F: int
-    V: int
-    eps: float
-    rope_frequencies: Array  # (D / 2,) radians a position
-    weights: dict[str, Array] = field(repr=False)
-
-    @property
-    def head(self) -> Array:
-        """The output matrix (V, C): its own, or the embedding where the two are tied."""
-        return self.weights.get("output.weight", self.weights["token_embd.weight"])
-
-
-def load_model(path: str | Path) -> OracleModel:
-    reader = gguf.GGUFReader(str(path))
-
-    def key(name: str, default: Any = None) -> Any:
-        found = reader.get_field("llama." + name)
-        return default if found is None else found.contents()
-
-    # gguf's own dequantisation computes in float32, as ggml does; from there on all is float64
-    weights = {
-        t.name: gguf.quants.dequantize(t.data, t.tensor_type).astype(np.float64) for t in reader.tensors
-    }
-    C, H = key("embedding_length"), key("attention.head_count")
-    D = key("attention.key_length", C // H)
-    factors = weights.pop("rope_freqs.weight", np.ones(D // 2))
-    return OracleModel(
-        L=key("block_count"),
-        C=C,
-        H=H,
-        G=key("attention.head_count_kv", H),
-        D=D,
-        F=key("feed_forward_length"),
-        V=len(weights["token_embd.weight"]),
-        eps=key("attention.layer_norm_rms_epsilon"),
-        rope_frequencies=key("rope.freq_base", 10000.0) ** (-2.0 * np.arange(D // 2) / D) / factors,
-        weights=weights,
-    )
 
 
 # -- the mask -----------------------------------------------------------------------------------
@@ -107,6 +58,16 @@ def mask_weights(
     return w
 
 
+def document_positions(T: int, document_ids: NDArray[Any] | None = None) -> NDArray[np.int64]:
+    """The position (T,) of each token, counted from the first of its document."""
+    at = np.arange(T)
+    return (
+        at
+        if document_ids is None
+        else at - np.array([np.argmax(document_ids == one) for one in document_ids])
+    )
+
+
 # -- the network --------------------------------------------------------------------------------
 
 
@@ -130,12 +91,19 @@ def _rms_norm(x: Any, weight: Array, eps: float) -> Any:
     return x / anp.sqrt(anp.mean(x * x, axis=-1, keepdims=True) + eps) * weight
 
 
-def _rope(x: Any, frequencies: Array) -> Any:
-    """Rotate neighbouring pairs (2k, 2k + 1) of x (T, heads, D) by position * frequency k."""
-    angles = np.arange(x.shape[0])[:, None, None] * frequencies  # (T, 1, D / 2)
-    cos, sin = np.cos(angles), np.sin(angles)
-    even, odd = x[..., 0::2], x[..., 1::2]
-    return anp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape)
+def _rope(x: Any, rope: Rope, pairs: bool, positions: NDArray[Any]) -> Any:
+    """Turn x (T, heads, D): neighbours (2k, 2k + 1), or halves (k, k + n), of its first 2 n entries."""
+    n = len(rope.frequencies)
+    angles = positions[:, None, None] * rope.frequencies  # (T, 1, n)
+    cos, sin = rope.magnitude * np.cos(angles), rope.magnitude * np.sin(angles)
+    first, second = (
+        (x[..., 0 : 2 * n : 2], x[..., 1 : 2 * n : 2]) if pairs else (x[..., :n], x[..., n : 2 * n])
+    )
+    turned = [first * cos - second * sin, first * sin + second * cos]
+    whole = (
+        anp.stack(turned, axis=-1).reshape((*x.shape[:2], 2 * n)) if pairs else anp.concatenate(turned, -1)
+    )
+    return anp.concatenate([whole, x[..., 2 * n :]], axis=-1)
 
 
 def _softmax(scores: Any) -> Any:
@@ -143,31 +111,70 @@ def _softmax(scores: Any) -> Any:
     return exponentials / anp.sum(exponentials, axis=-1, keepdims=True)
 
 
-def _linear(model: OracleModel, adapter: Adapter, name: str, x: Any) -> Any:
-    """W x + (alpha / R) B (A x) for every row of x (T, in)."""
-    y = anp.dot(x, model.weights[name].T)
-    if name + ".lora_a" in adapter.parameters:
-        a, b = adapter.parameters[name + ".lora_a"], adapter.parameters[name + ".lora_b"]
-        y = y + adapter.alpha / a.shape[0] * anp.dot(anp.dot(x, a.T), b.T)
-    return y
+def _soft_cap(x: Any, cap: float | None) -> Any:
+    return x if cap is None else cap * anp.tanh(x / cap)
 
 
-def _attention(model: OracleModel, q: Any, k: Any, v: Any, log_w: Array) -> Any:
-    """Mix values: q (T, H * D), k and v (T, G * D) before RoPE, log_w (T, T); returns (T, H * D)."""
+def _gelu(x: Any) -> Any:
+    return 0.5 * x * (1.0 + anp.tanh(np.sqrt(2.0 / np.pi) * x * (1.0 + 0.044715 * x * x)))
+
+
+def _silu(x: Any) -> Any:
+    return x / (1.0 + anp.exp(-x))
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A layer's own weights under their short names, with the adapter's pairs for them."""
+
+    model: OracleModel
+    adapter: Adapter
+    layer: int
+
+    def norm(self, name: str, x: Any) -> Any:
+        """RMSNorm over pieces as long as the weight (C, or a head's D); a missing norm is the identity."""
+        weight = self.model.weights.get(f"blk.{self.layer}.{name}.weight")
+        if weight is None:
+            return x
+        return _rms_norm(x.reshape((len(x), -1, len(weight))), weight, self.model.eps).reshape(x.shape)
+
+    def linear(self, name: str, x: Any) -> Any:
+        """W x + bias + (alpha / R) B (A x) for every row of x (T, in)."""
+        full = f"blk.{self.layer}.{name}"
+        y = anp.dot(x, self.model.weights[full + ".weight"].T) + self.model.weights.get(full + ".bias", 0.0)
+        if full + ".weight.lora_a" in self.adapter.parameters:
+            a, b = (self.adapter.parameters[f"{full}.weight.lora_{one}"] for one in "ab")
+            y = y + self.adapter.alpha / a.shape[0] * anp.dot(anp.dot(x, a.T), b.T)
+        return y
+
+
+def _attention(
+    model: OracleModel, layer: Layer, q: Any, k: Any, v: Any, log_w: Array, at: NDArray[Any]
+) -> Any:
+    """Mix values: q (T, H * D), k and v (T, G * D) before RoPE, log_w (T, T), positions at (T,)."""
     T = q.shape[0]
-    q = _rope(q.reshape(T, model.H, model.D), model.rope_frequencies)
-    k = _rope(k.reshape(T, model.G, model.D), model.rope_frequencies)
-    v = v.reshape(T, model.G, model.D)
+    q, k, v = (x.reshape((T, heads, model.D)) for x, heads in ((q, model.H), (k, model.G), (v, model.G)))
+    if layer.rope is not None:
+        q, k = (_rope(x, layer.rope, model.rope_pairs, at) for x in (q, k))
+    if model.temperature is not None:
+        scale, length = model.temperature
+        q = q * (1.0 + scale * np.log(at // length + 1.0))[:, None, None]
+    if layer.window is not None:
+        distance = np.abs(np.arange(T)[:, None] - np.arange(T))
+        log_w = np.where(distance < layer.window, log_w, -np.inf)
     outputs = []
     for head in range(model.H):
         group = head * model.G // model.H
-        scores = anp.dot(q[:, head], k[:, group].T) / np.sqrt(model.D)
+        scores = _soft_cap(anp.dot(q[:, head], k[:, group].T) * model.attention_scale, model.attention_cap)
         outputs.append(anp.dot(_softmax(scores + log_w), v[:, group]))
     return anp.concatenate(outputs, axis=1)
 
 
 def embeddings(model: OracleModel, adapter: Adapter, tokens: NDArray[Any], offset: Any = 0.0) -> Any:
-    """The network's input (T, C): token rows, the trained row on mask tokens, one offset (C,) on all."""
+    """The network's input (T, C): token rows, the trained row on mask tokens, one offset (C,) on all.
+
+    Before the architecture's embedding scale, which is a part of the network.
+    """
     x = model.weights["token_embd.weight"][tokens]
     if "mask_embedding" in adapter.parameters:
         is_mask = (tokens == adapter.mask_token_id)[:, None].astype(np.float64)
@@ -175,23 +182,32 @@ def embeddings(model: OracleModel, adapter: Adapter, tokens: NDArray[Any], offse
     return x + offset
 
 
-def sequence_logits(model: OracleModel, adapter: Adapter, x: Any, w: Array) -> Any:
-    """Raw logits (T, V) of one sequence from its input embeddings x (T, C) and its mask weights w (T, T)."""
+def sequence_logits(
+    model: OracleModel, adapter: Adapter, x: Any, w: Array, positions: NDArray[Any] | None = None
+) -> Any:
+    """Raw logits (T, V) of one sequence from its input embeddings x (T, C) and its mask weights w (T, T).
+
+    positions (T,): of each token in its document, 0, 1, 2... if None.
+    """
     with np.errstate(divide="ignore"):
         log_w = np.log(w)
-    for layer in range(model.L):
-        prefix = f"blk.{layer}."
-
-        def linear(name: str, rows: Any, prefix: str = prefix) -> Any:
-            return _linear(model, adapter, prefix + name + ".weight", rows)
-
-        h = _rms_norm(x, model.weights[prefix + "attn_norm.weight"], model.eps)
-        mixed = _attention(model, linear("attn_q", h), linear("attn_k", h), linear("attn_v", h), log_w)
-        x = x + linear("attn_output", mixed)
-        h = _rms_norm(x, model.weights[prefix + "ffn_norm.weight"], model.eps)
-        gate, up = linear("ffn_gate", h), linear("ffn_up", h)
-        x = x + linear("ffn_down", gate / (1.0 + anp.exp(-gate)) * up)
-    return anp.dot(_rms_norm(x, model.weights["output_norm.weight"], model.eps), model.head.T)
+    at = np.arange(len(x)) if positions is None else positions
+    x = x * model.embedding_scale
+    for number, layer in enumerate(model.layers):
+        block = _Block(model, adapter, number)
+        h = block.norm("attn_norm", x)
+        q, k = (block.norm(f"attn_{one}_norm", block.linear(f"attn_{one}", h)) for one in "qk")
+        mixed = block.linear(
+            "attn_output", _attention(model, layer, q, k, block.linear("attn_v", h), log_w, at)
+        )
+        x = x + model.residual_scale * block.norm("post_attention_norm", mixed)
+        h = block.norm("ffn_norm", x)
+        gate = (_gelu if model.gelu else _silu)(block.linear("ffn_gate", h))
+        h = block.linear("ffn_down", gate * block.linear("ffn_up", h))
+        x = x + model.residual_scale * block.norm("post_ffw_norm", h)
+    h = _rms_norm(x, model.weights["output_norm.weight"], model.eps)
+    logits = anp.dot(h, model.head.T) * model.logit_scale + model.weights.get("output.bias", 0.0)
+    return _soft_cap(logits, model.logit_cap)
 
 
 # -- batches, loss, gradients -------------------------------------------------------------------
@@ -255,7 +271,8 @@ def _logits_of(
         offset = offset + parameters["time_embedding.bias"]
     documents = None if batch.document_ids is None else batch.document_ids[b, :n]
     w = mask_weights(n, causal_ratio, documents, bernoulli_seed)
-    return sequence_logits(model, adapter, embeddings(model, adapter, batch.tokens[b, :n], offset), w)
+    x = embeddings(model, adapter, batch.tokens[b, :n], offset)
+    return sequence_logits(model, adapter, x, w, document_positions(n, documents))
 
 
 def _row_losses(logits: Any, targets: NDArray[Any], mask_token_id: int | None) -> Any:

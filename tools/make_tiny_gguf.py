@@ -1,15 +1,16 @@
-"""Write a tiny random `llama` GGUF that llama.cpp and the engine both load: the models of the test suite.
+"""Write a tiny random GGUF of any dense architecture, one that llama.cpp loads: the models of the test suite.
 
-The network is neither dead nor chaotic: activations stay of order one and the logits spread over several
-nats, so that a KL divergence between two implementations says something. The vocabulary really tokenises and
-round-trips English. Weights are random: Q and K rows are taken to be in GGUF's order already.
+The network is neither dead nor chaotic (tiny_architectures.py), so that a KL divergence between two
+implementations says something. The vocabulary really tokenises and round-trips English. Weights are random: Q
+and K rows are taken to be in GGUF's order already.
 
 It does not train anything, and it does not check that the result is supported: a test may ask for odd files.
 
 Sources: gguf-py's GGUFWriter for the container, ggml's public `ggml_quantize_chunk` for every tensor type
 (gguf-py cannot quantise K types), llama.cpp `src/llama-vocab.cpp` for what a vocabulary must hold.
 
-usage: make_tiny_gguf.py OUT.gguf [--type Q4_0] [--tokenizer spm] [--L 2] [--C 64] ... [--tied] [--rope-freqs]
+usage: make_tiny_gguf.py OUT.gguf [--arch gemma3] [--type Q4_0] [--tokenizer spm] [--L 2] [--C 64] ...
+       [--tied] [--rope-freqs] [--fused-qkv] [--biases attn_q,attn_k] [--keys '{"rope.scaling.type": "yarn"}']
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from __future__ import annotations
 import argparse
 import ctypes
 import importlib.util
+import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -26,15 +28,13 @@ from typing import Any
 
 import gguf
 import numpy as np
+from gguf.gguf_writer import GGUFValue
 from numpy.typing import NDArray
+from tiny_architectures import ARCHITECTURES, Shape, random_weights, rope_factors
 
 FloatArray = NDArray[np.float32]
 
 TENSOR_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
-LLAMA3_ROPE_FACTORS = (
-    1.0,
-    8.0,
-)  # the range of Llama 3.1's frequency factors, from the highest frequency down
 
 
 @cache
@@ -135,56 +135,8 @@ def _padded(vocabulary: Vocabulary, V: int) -> Vocabulary:
     return vocabulary
 
 
-def _weights(
-    rng: np.random.Generator,
-    *,
-    L: int,
-    C: int,
-    H: int,
-    G: int,
-    D: int,
-    F: int,
-    V: int,
-    tied: bool,
-    rope_freqs: bool,
-) -> dict[str, FloatArray]:
-    """Random weights by GGUF name: matrices (out, in), norms (C,)."""
-
-    def matrix(rows: int, columns: int, gain: float) -> FloatArray:
-        scaled: FloatArray = (rng.standard_normal((rows, columns)) * (gain / np.sqrt(columns))).astype(
-            np.float32
-        )
-        return scaled
-
-    def norm() -> FloatArray:
-        return (1.0 + 0.2 * rng.standard_normal(C)).astype(np.float32)
-
-    # a tied head reads rows of the embedding: the same rows of length 2 give logits with a spread of about 2
-    embedding = matrix(V, C, 2.0)
-    # each block adds about half of the embedding's own root mean square to the residual stream; under a tied
-    # head much more, or the network would do no more than repeat its input token
-    residual_gain = 0.5 if tied else 1.0 / np.sqrt(C)
-    weights = {"token_embd": embedding, "output_norm": norm()}
-    for layer in range(L):
-        prefix = f"blk.{layer}."
-        weights[prefix + "attn_norm"] = norm()
-        weights[prefix + "attn_q"] = matrix(H * D, C, 1.4)
-        weights[prefix + "attn_k"] = matrix(G * D, C, 1.4)
-        weights[prefix + "attn_v"] = matrix(G * D, C, 2.0)
-        weights[prefix + "attn_output"] = matrix(C, H * D, residual_gain)
-        weights[prefix + "ffn_norm"] = norm()
-        weights[prefix + "ffn_gate"] = matrix(F, C, 1.4)
-        weights[prefix + "ffn_up"] = matrix(F, C, 1.4)
-        weights[prefix + "ffn_down"] = matrix(C, F, 1.5 * residual_gain)
-    if not tied:
-        weights["output"] = matrix(V, C, 2.0)
-    if rope_freqs:
-        weights["rope_freqs"] = np.linspace(*LLAMA3_ROPE_FACTORS, D // 2).astype(np.float32)
-    return weights
-
-
 def _add_metadata(writer: gguf.GGUFWriter, vocabulary: Vocabulary, **h: Any) -> None:
-    writer.add_name("tiny random llama")
+    writer.add_name(f"tiny random {writer.arch}")
     writer.add_block_count(h["L"])
     writer.add_context_length(h["context"])
     writer.add_embedding_length(h["C"])
@@ -212,79 +164,125 @@ def _add_metadata(writer: gguf.GGUFWriter, vocabulary: Vocabulary, **h: Any) -> 
     writer.add_add_bos_token(False)
 
 
+def _set_key(writer: gguf.GGUFWriter, name: str, value: Any) -> None:
+    """Set a key, in its place if it is there: numbers as uint32 and float32. None takes the key away."""
+    kinds = {bool: "BOOL", int: "UINT32", float: "FLOAT32", str: "STRING"}
+    values = writer.kv_data[0]
+    if value is None:
+        values.pop(name, None)
+    elif isinstance(value, list | tuple):
+        element = gguf.GGUFValueType[kinds[type(value[0])]]
+        values[name] = GGUFValue(list(value), gguf.GGUFValueType.ARRAY, sub_type=element)
+    else:
+        values[name] = GGUFValue(value, gguf.GGUFValueType[kinds[type(value)]])
+
+
 def make_tiny_gguf(
     path: str | Path,
     *,
+    arch: str = "llama",
     type: str = "F32",
     overrides: Mapping[str, str] | None = None,
     seed: int = 0,
-    L: int = 2,
+    L: int | None = None,
     C: int = 64,
     H: int = 4,
     G: int = 2,
     D: int | None = None,
     F: int = 96,
     V: int = 384,
-    tied: bool = False,
+    tied: bool | None = None,
+    biases: Collection[str] | None = None,
+    fused_qkv: bool | None = None,
     rope_freqs: bool = False,
-    rope_base: float = 10000.0,
+    rope_base: float | None = None,
     eps: float = 1e-5,
     context: int = 512,
+    keys: Mapping[str, Any] | None = None,
     tokenizer: str = "bpe",
     reserved: int = 6,
 ) -> Path:
-    """Write a random llama-arch GGUF and return its path.
+    """Write a random GGUF and return its path. What is None is as the architecture usually has it.
 
-    type: the ggml type of every matrix (embedding and head too); norms and RoPE factors are F32.
+    arch: one of ARCHITECTURES, with the keys and the tensors that its entry names.
+    type: the ggml type of every matrix (embedding and head too); norms, biases and RoPE factors are F32.
     overrides: types of single matrices, for example {"token_embd": "Q8_0", "attn_v": "Q6_K"}.
-    D: head size, C // H by default. K types need C, H * D and F in multiples of 256, others of 32.
-    tied: no output.weight: the head reads the embedding. rope_freqs: with frequency factors, as Llama 3.1.
+    L: layers. D: head size, C // H by default. K types need C, H * D and F in multiples of 256, others of 32.
+    tied: no output.weight: the head reads the embedding.
+    biases: projections with a bias, for example ("attn_q", "ffn_down"), and "output" for that of the head.
+    fused_qkv: one tensor attn_qkv for the three projections.
+    rope_freqs: with frequency factors, as Llama 3.1; long and short ones come with the scaling "longrope".
+    keys: keys without the architecture's prefix, for example {"attention.sliding_window": 16}, over those of
+    the entry; None takes one away.
     tokenizer: "bpe" (byte-level, as GPT-2) or "spm" (as Llama 2), with some `reserved` control tokens.
     The same arguments give the same bytes. ValueError: a size that the type or the vocabulary cannot have.
     """
+    entry = ARCHITECTURES[arch]
     head_size = C // H if D is None else D
-    vocabulary = {"bpe": bpe_vocabulary, "spm": spm_vocabulary}[tokenizer](V, reserved)
-    weights = _weights(
-        np.random.default_rng(seed),
-        L=L,
+    shape = Shape(
+        L=entry.L if L is None else L,
         C=C,
         H=H,
         G=G,
         D=head_size,
         F=F,
         V=V,
-        tied=tied,
-        rope_freqs=rope_freqs,
+        tied=entry.tied if tied is None else tied,
     )
-    writer = gguf.GGUFWriter(str(path), "llama")
-    sizes = {"L": L, "C": C, "F": F, "H": H, "G": G, "D": head_size, "V": V}
-    _add_metadata(writer, vocabulary, context=context, rope_base=rope_base, eps=eps, **sizes)
+    changed = {"rope.dimension_count": int(head_size * entry.rotated), **entry.keys}
+    if rope_base is not None:
+        changed["rope.freq_base"] = rope_base
+    changed.update(keys or {})
+    weights = random_weights(
+        entry,
+        shape,
+        seed=seed,
+        biases=entry.biases if biases is None else biases,
+        fused_qkv=entry.fused_qkv if fused_qkv is None else fused_qkv,
+    )
+    pairs = (changed["rope.dimension_count"] or head_size) // 2
+    if rope_freqs:
+        weights.update(rope_factors("llama3", pairs))
+    if changed.get("rope.scaling.type") == "longrope":
+        weights.update(rope_factors("longrope", pairs))
+
+    writer = gguf.GGUFWriter(str(path), arch)
+    sizes = {name: getattr(shape, name) for name in "LCFHGDV"}
+    vocabulary = {"bpe": bpe_vocabulary, "spm": spm_vocabulary}[tokenizer](V, reserved)
+    _add_metadata(writer, vocabulary, context=context, rope_base=rope_base or 10000.0, eps=eps, **sizes)
+    for name, value in changed.items():
+        _set_key(writer, f"{arch}.{name}", value)
+    _write(writer, weights, type, overrides or {})
+    return Path(path)
+
+
+def _write(
+    writer: gguf.GGUFWriter, weights: Mapping[str, FloatArray], type_name: str, overrides: Mapping[str, str]
+) -> None:
+    """Add the tensors, matrices packed and vectors in float32, and write the file."""
     for name, array in weights.items():
         if array.ndim == 1:
-            writer.add_tensor(name + ".weight", array)
+            writer.add_tensor(name, array)
             continue
-        type_name = (overrides or {}).get(name.rsplit(".", 1)[-1], type)
+        packed_type = overrides.get(name.removesuffix(".weight").rsplit(".", 1)[-1], type_name)
         writer.add_tensor(
-            name + ".weight",
-            quantise(array, type_name),
-            raw_dtype=gguf.GGMLQuantizationType[type_name],
+            name, quantise(array, packed_type), raw_dtype=gguf.GGMLQuantizationType[packed_type]
         )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return Path(path)
 
 
 def main() -> None:
     """Write one file as the command line says."""
-    parser = argparse.ArgumentParser(description="Write a tiny random llama GGUF.")
+    parser = argparse.ArgumentParser(description="Write a tiny random GGUF.")
     parser.add_argument("path", type=Path)
+    parser.add_argument("--arch", choices=ARCHITECTURES, default="llama")
     parser.add_argument("--type", choices=TENSOR_TYPES, default="F32")
     parser.add_argument("--tokenizer", choices=("bpe", "spm"), default="bpe")
     for name, default in {
         "seed": 0,
-        "L": 2,
         "C": 64,
         "H": 4,
         "G": 2,
@@ -293,9 +291,13 @@ def main() -> None:
         "context": 512,
     }.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--D", type=int, default=None, help="head size (C / H by default)")
-    parser.add_argument("--tied", action="store_true")
+    parser.add_argument("--L", type=int, help="layers (as many as the architecture's pattern needs)")
+    parser.add_argument("--D", type=int, help="head size (C / H by default)")
+    parser.add_argument("--tied", action="store_true", default=None)
     parser.add_argument("--rope-freqs", action="store_true")
+    parser.add_argument("--fused-qkv", action="store_true", default=None)
+    parser.add_argument("--biases", type=lambda text: tuple(text.split(",")), help="attn_q,attn_k,...")
+    parser.add_argument("--keys", type=json.loads, help="a JSON object of keys without the prefix")
     make_tiny_gguf(**vars(parser.parse_args()))
 
 
