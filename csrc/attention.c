@@ -340,6 +340,10 @@ static void strip_gradient(const unit *u, size_t head, size_t first, size_t rows
 static void store_query_gradient(const unit *u, size_t head, size_t first, size_t rows) {
     for (size_t i = 0; i < rows; i++) {
         float *dq = u->s.rows + i * u->ld_d;
+        float scale = ggd_query_scale(u->job->heads, first + i);
+        if (scale != 1.0f) {
+            u->job->compute->kernels->scale(dq, scale, u->d);
+        }
         ggd_rotate(u->job->compute->kernels, u->job->heads, u->segment, first + i, -1.0f, 1, dq);
         ggd_store_row(u->job->compute, dq, u->job->dqkv, (size_t)u->segment->first_row + first + i, head * u->d, u->d);
     }

@@ -47,6 +47,7 @@ struct ggd_model {
     int blocks_apart;              // a block goes to a buffer of its own before it is added: it is normed, scaled or has a bias
     float score_scale, score_cap;  // scores are score_scale q k, then soft-capped; 0: no cap
     float logit_cap;               // 0: none
+    float temperature;             // queries grow by temperature * log(1 + whole original contexts before them)
     ggd_matrix token_embedding;    // (V, C)
     ggd_matrix head;               // (V, C)
     const float *output_norm;      // (C), times what logits are scaled by

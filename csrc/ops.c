@@ -304,6 +304,10 @@ static void heads_forward_item(void *context, size_t item, size_t thread) {
             norm_heads(job, row, n, buffer);
         }
         ggd_rotate(job->compute->kernels, job->heads, segment, i, 1.0f, job->n_heads, buffer);
+        float scale = ggd_query_scale(job->heads, i);
+        if (scale != 1.0f) {
+            job->compute->kernels->scale(buffer, scale, n);
+        }
         ggd_store_row(job->compute, buffer, job->y, row, 0, n);
     }
 }

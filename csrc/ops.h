@@ -2,6 +2,8 @@
 #ifndef GGD_OPS_H
 #define GGD_OPS_H
 
+#include <math.h>
+
 #include "gemm.h"
 #include "include/ggd.h"
 
@@ -19,6 +21,7 @@ typedef struct {
     size_t n_rotated;
     ggd_rope_table rope, long_rope;  // of segments up to the original context, and longer ones; long_rope may have none
     size_t original_context;
+    float temperature;  // of queries beyond the original context, see ggd_query_scale
 } ggd_heads;
 
 typedef struct {
@@ -67,6 +70,11 @@ void ggd_heads_backward(const ggd_compute *compute, const ggd_batch *batch, cons
 // Rotates n_heads heads of a row at a place in a segment; direction -1 is the backward.
 void ggd_rotate(const ggd_kernels *kernels, const ggd_heads *heads, const ggd_segment *segment, size_t place, float direction,
                 size_t n_heads, float *x);
+
+// What a query at a place in its segment is multiplied by after its rotation.
+static inline float ggd_query_scale(const ggd_heads *heads, size_t place) {
+    return heads->temperature != 0 ? 1.0f + heads->temperature * logf((float)(place / heads->original_context + 1)) : 1.0f;
+}
 
 // h = gate'(gate) * up with gate' the SiLU or GELU, in int8 too where the operand has room for it.
 void ggd_gate_forward(const ggd_compute *compute, ggd_gate kind, size_t m, size_t n, ggd_activation gate, ggd_activation up,

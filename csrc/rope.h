@@ -3,7 +3,7 @@
 #define GGD_ROPE_H
 
 #include "arch.h"
-#include "gguf_keys.h"
+#include "keys.h"
 #include "model.h"
 
 // Factors that divide the frequencies, (n_rotated / 2) each; NULL: none.

@@ -344,7 +344,8 @@ int ggd_session_create(const ggd_model *model, const ggd_session_options *option
                            .score_cap = model->score_cap,
                            .rope_kind = model->rope_kind,
                            .n_rotated = model->n_rotated,
-                           .original_context = model->original_context};
+                           .original_context = model->original_context,
+                           .temperature = model->temperature};
     s->compute.threads = ggd_threads_create((size_t)options->n_threads);
     if (s->compute.threads == NULL) {
         free(s);

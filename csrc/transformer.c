@@ -105,10 +105,12 @@ static void project_heads(ggd_session *s, const ggd_batch *batch, size_t l, cons
         if (target == GGD_ATTN_V) {
             ggd_linear_forward(compute, &linear, m, normed, bias, ggd_place_of(compute, out));
         } else {
+            ggd_heads own = *heads;
+            own.temperature = target == GGD_ATTN_Q ? heads->temperature : 0;
             size_t n_heads = target == GGD_ATTN_Q ? heads->n_heads : heads->n_kv_heads;
             ggd_norm norm = norm_of(s, l, target == GGD_ATTN_Q ? GGD_NORM_Q : GGD_NORM_K);
             ggd_linear_forward(compute, &linear, m, normed, bias, ggd_place_f32(b->before_rope, s->ld_queries));
-            ggd_heads_forward(compute, batch, heads, n_heads, &norm, b->before_rope, s->ld_queries, out);
+            ggd_heads_forward(compute, batch, &own, n_heads, &norm, b->before_rope, s->ld_queries, out);
         }
     }
 }

@@ -36,12 +36,14 @@ C_LAYERS = (
     {"api", "tests/test_kernels"},
     {"session", "transformer", "peak"},
     {"linear", "attention", "ops", "loss"},
-    {"model", "arch"},
+    {"load"},
+    {"rope"},
+    {"arch", "keys", "model"},
     {"gemm"},
     {"matrix", "kernels", "threads"},
     {"error", "include/ggd"},
 )
-GGML_USERS = {"model"}
+GGML_USERS = {"load", "keys"}
 
 
 def module_name(path: Path) -> str:

@@ -1,6 +1,6 @@
-// gguf_keys.h - typed reads of an architecture's keys in a GGUF header. A key is named without its prefix, as in "block_count".
-#ifndef GGD_GGUF_KEYS_H
-#define GGD_GGUF_KEYS_H
+// keys.h - typed reads of an architecture's keys in a GGUF header. A key is named without its prefix, as in "block_count".
+#ifndef GGD_KEYS_H
+#define GGD_KEYS_H
 
 #include <stdint.h>
 

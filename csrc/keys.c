@@ -1,5 +1,5 @@
-// gguf_keys.c - see gguf_keys.h. Python has read the same keys strictly before; here a value of the wrong kind is an error, never a crash.
-#include "gguf_keys.h"
+// keys.c - see keys.h. Python has read the same keys strictly before; here a value of the wrong kind is an error, never a crash.
+#include "keys.h"
 
 #include <math.h>
 #include <stdio.h>
