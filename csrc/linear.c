@@ -32,11 +32,12 @@ void ggd_linear_forward_lora(const ggd_compute *compute, const ggd_linear *linea
 void ggd_linear_forward(const ggd_compute *compute, const ggd_linear *linear, size_t m, ggd_activation x,
                         const ggd_int8_rows *x_int8, const float *init, size_t ld_init, void *c, size_t ld_c,
                         ggd_element c_element) {
+    int has_int8 = ggd_gemm_int8_format(GGD_TIMES_TRANSPOSE, linear->weight).block != 0;
     ggd_gemm y = {.part = "frozen forward",
                   .operation = GGD_TIMES_TRANSPOSE,
                   .m = m,
                   .a = x,
-                  .a_int8 = x_int8,
+                  .a_int8 = has_int8 ? x_int8 : NULL,
                   .w = *linear->weight,
                   .scale = 1.0f,
                   .init = init,

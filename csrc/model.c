@@ -21,11 +21,36 @@
 static const struct {
     enum ggml_type stored;
     ggd_type type;
-} supported_types[] = {
-    {GGML_TYPE_F32, GGD_F32},   {GGML_TYPE_F16, GGD_F16},   {GGML_TYPE_BF16, GGD_BF16}, {GGML_TYPE_Q8_0, GGD_Q8_0},
-    {GGML_TYPE_Q4_0, GGD_Q4_0}, {GGML_TYPE_Q4_1, GGD_Q4_1}, {GGML_TYPE_Q5_0, GGD_Q5_0}, {GGML_TYPE_Q5_1, GGD_Q5_1},
-    {GGML_TYPE_Q4_K, GGD_Q4_K}, {GGML_TYPE_Q5_K, GGD_Q5_K}, {GGML_TYPE_Q6_K, GGD_Q6_K},
+} own_types[] = {
+    {GGML_TYPE_F32, GGD_F32},   {GGML_TYPE_F16, GGD_F16},       {GGML_TYPE_BF16, GGD_BF16},     {GGML_TYPE_Q8_0, GGD_Q8_0},
+    {GGML_TYPE_Q4_0, GGD_Q4_0}, {GGML_TYPE_Q4_1, GGD_Q4_1},     {GGML_TYPE_Q5_0, GGD_Q5_0},     {GGML_TYPE_Q5_1, GGD_Q5_1},
+    {GGML_TYPE_Q4_K, GGD_Q4_K}, {GGML_TYPE_Q5_K, GGD_Q5_K},     {GGML_TYPE_Q6_K, GGD_Q6_K},     {GGML_TYPE_Q2_K, GGD_Q2_K},
+    {GGML_TYPE_Q3_K, GGD_Q3_K}, {GGML_TYPE_IQ4_NL, GGD_IQ4_NL}, {GGML_TYPE_IQ4_XS, GGD_IQ4_XS}, {GGML_TYPE_MXFP4, GGD_MXFP4},
 };
+
+// Pieces of this many elements are unpacked at a time (gemm.c), so a block must divide it.
+enum { PIECE = 256 };
+
+static ggd_type own_type(int32_t id) {
+    for (size_t i = 0; i < sizeof own_types / sizeof *own_types; i++) {
+        if ((int32_t)own_types[i].stored == id) {
+            return own_types[i].type;
+        }
+    }
+    return GGD_OTHER;
+}
+
+// What has no own kernels ggml's to_float unpacks, which reads nothing but constants: any thread may call it, without set-up.
+int ggd_tensor_type(int32_t id, ggd_tensor_type_info *info) {
+    *info = (ggd_tensor_type_info){0};
+    if (id < 0 || id >= GGML_TYPE_COUNT) {
+        return -1;
+    }
+    const struct ggml_type_traits *traits = ggml_get_type_traits((enum ggml_type)id);
+    int own_kernels = own_type(id) != GGD_OTHER, block = (int)traits->blck_size;
+    *info = (ggd_tensor_type_info){traits->type_name, block, (int32_t)traits->type_size, own_kernels};
+    return own_kernels || (traits->is_quantized && traits->to_float != NULL && block > 0 && PIECE % block == 0) ? 0 : -1;
+}
 
 typedef struct {
     struct gguf_context *gguf;
@@ -92,18 +117,6 @@ static int read_shape(loader *l) {
     return 0;
 }
 
-static int find_type(const char *name, enum ggml_type stored, ggd_type *type) {
-    for (size_t i = 0; i < sizeof supported_types / sizeof *supported_types; i++) {
-        if (supported_types[i].stored == stored) {
-            *type = supported_types[i].type;
-            return 0;
-        }
-    }
-    const struct ggml_type_traits *traits = stored >= 0 && stored < GGML_TYPE_COUNT ? ggml_get_type_traits(stored) : NULL;
-    const char *type_name = traits != NULL && traits->type_name != NULL ? traits->type_name : "unknown";
-    return ggd_fail("tensor %s has the unsupported type %s", name, type_name);
-}
-
 // A tensor of exactly (n_rows, n_cols) inside the file.
 static int bind_matrix(const loader *l, const char *name, size_t n_rows, size_t n_cols, ggd_matrix *matrix) {
     int64_t id = gguf_find_tensor(l->gguf, name);
@@ -111,16 +124,16 @@ static int bind_matrix(const loader *l, const char *name, size_t n_rows, size_t 
         return ggd_fail("tensor %s is missing", name);
     }
     enum ggml_type stored = gguf_get_tensor_type(l->gguf, id);
-    ggd_type type = GGD_F32;
-    if (find_type(name, stored, &type)) {
-        return -1;
+    ggd_tensor_type_info type = {0};
+    if (ggd_tensor_type((int32_t)stored, &type)) {
+        return ggd_fail("tensor %s has the unsupported type %s", name, type.name != NULL ? type.name : "unknown");
     }
     const int64_t *ne = gguf_get_tensor_ne(l->gguf, id);
     if (ne[0] != (int64_t)n_cols || ne[1] != (int64_t)n_rows || ne[2] != 1 || ne[3] != 1) {
         return ggd_fail("tensor %s has the shape (%lld, %lld), not (%zu, %zu)", name, (long long)ne[1], (long long)ne[0], n_rows,
                         n_cols);
     }
-    size_t block = (size_t)ggml_blck_size(stored);
+    size_t block = (size_t)type.block, bytes_block = (size_t)type.bytes_block;
     if (n_cols % block != 0) {
         return ggd_fail("tensor %s: %zu columns are not divisible by the block size %zu", name, n_cols, block);
     }
@@ -129,13 +142,16 @@ static int bind_matrix(const loader *l, const char *name, size_t n_rows, size_t 
         return ggd_fail("tensor %s ends past the end of the file", name);
     }
     const uint8_t *data = (const uint8_t *)l->model->map + offset;
-    *matrix = (ggd_matrix){data, n_rows, n_cols, bytes_row, type, block, ggml_type_size(stored)};
+    *matrix = (ggd_matrix){data, n_rows, n_cols, bytes_row, own_type((int32_t)stored), block, bytes_block, NULL};
+    if (matrix->type == GGD_OTHER) {
+        matrix->to_float = ggml_get_type_traits(stored)->to_float;
+    }
     return 0;
 }
 
 static int bind_norm(const loader *l, const char *name, size_t slot, const float **norm) {
     size_t hidden = (size_t)l->model->shape.hidden_size;
-    ggd_matrix row;
+    ggd_matrix row = {0};
     if (bind_matrix(l, name, 1, hidden, &row)) {
         return -1;
     }
@@ -183,7 +199,7 @@ static int read_rope(loader *l) {
     if (frequencies == NULL) {
         return ggd_fail("out of memory for the RoPE frequencies");
     }
-    ggd_matrix factors;
+    ggd_matrix factors = {0};
     int has_factors = gguf_find_tensor(l->gguf, "rope_freqs.weight") >= 0;
     if (has_factors && bind_matrix(l, "rope_freqs.weight", 1, half, &factors)) {
         return -1;

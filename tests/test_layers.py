@@ -36,7 +36,7 @@ PYTHON_LAYERS = (
     {"prompts"},
     {"lora", "_native", "model_file", "gguf_reader", "safetensors_file", "tokenizer"},
     {"chat_template"},
-    {"durable", "output_rows", "segments", "memory_plan"},
+    {"durable", "output_rows", "segments", "memory_plan", "tensor_types"},
     {"errors", "_core"},
 )
 C_LAYERS = (

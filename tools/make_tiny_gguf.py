@@ -28,9 +28,14 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
+from ggml_diffusion.tensor_types import SUPPORTED_TYPES
+
 FloatArray = NDArray[np.float32]
 
-TENSOR_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
+# All that the engine reads but Q2_0, which the gguf package does not know yet.
+TENSOR_TYPES = tuple(name for name in SUPPORTED_TYPES if name in gguf.GGMLQuantizationType.__members__)
+# Types whose quantisation asks how much each column matters; here all matter the same.
+IMPORTANCE_TYPES = ("IQ1_S", "IQ2_XXS", "IQ2_XS")
 LLAMA3_ROPE_FACTORS = (
     1.0,
     8.0,
@@ -67,8 +72,15 @@ def quantise(array: FloatArray, type_name: str) -> NDArray[np.uint8]:
         raise ValueError(f"{type_name} needs rows in multiples of {block}, these have {columns}")
     source = np.ascontiguousarray(array, dtype=np.float32)
     result = np.zeros((rows, columns // block * bytes_block), dtype=np.uint8)
+    importance = np.ones(columns, dtype=np.float32) if type_name in IMPORTANCE_TYPES else None
     written = _ggml().ggml_quantize_chunk(
-        int(tensor_type), source.ctypes.data, result.ctypes.data, 0, rows, columns, None
+        int(tensor_type),
+        source.ctypes.data,
+        result.ctypes.data,
+        0,
+        rows,
+        columns,
+        None if importance is None else importance.ctypes.data,
     )
     if written != result.nbytes:
         raise RuntimeError(f"ggml wrote {written} bytes of {type_name}, {result.nbytes} were expected")
@@ -237,7 +249,7 @@ def make_tiny_gguf(
 
     type: the ggml type of every matrix (embedding and head too); norms and RoPE factors are F32.
     overrides: types of single matrices, for example {"token_embd": "Q8_0", "attn_v": "Q6_K"}.
-    D: head size, C // H by default. K types need C, H * D and F in multiples of 256, others of 32.
+    D: head size, C // H by default. C, H * D and F are multiples of the type's block.
     tied: no output.weight: the head reads the embedding. rope_freqs: with frequency factors, as Llama 3.1.
     tokenizer: "bpe" (byte-level, as GPT-2) or "spm" (as Llama 2), with some `reserved` control tokens.
     The same arguments give the same bytes. ValueError: a size that the type or the vocabulary cannot have.
