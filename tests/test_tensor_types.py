@@ -93,15 +93,29 @@ def test_q2_0_is_multiplied_as_the_values_that_it_stands_for(tmp_path: Path) -> 
     assert np.array_equal(logits[0], logits[1])
 
 
-def test_a_row_that_is_no_whole_blocks_is_refused_in_one_line(tmp_path: Path, each_type: str) -> None:
-    known = TENSOR_TYPES[each_type]
-    if known.block == 1:
-        pytest.skip("a block is one element")
+@pytest.mark.parametrize("name", [name for name, known in TENSOR_TYPES.items() if known.block > 1])
+def test_a_row_that_is_no_whole_blocks_is_refused_in_one_line(tmp_path: Path, name: str) -> None:
+    known = TENSOR_TYPES[name]
     file, path = tiny_llama(), tmp_path / "model.gguf"
     query = file.tensor("blk.0.attn_q.weight")
     query.dims, query.type_id, query.data = (known.block + 8, 32), known.id, bytes(known.bytes_block * 64)
     path.write_bytes(file.build())
     with pytest.raises(UserError) as refusal:
         read_model(path)
-    assert f"not divisible by the block size {known.block} of its type {each_type}" in str(refusal.value)
+    assert f"not divisible by the block size {known.block} of its type {name}" in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["Q8_1", "I32", "F64"])
+def test_a_type_that_no_weights_have_is_refused_with_the_list_of_those_that_may(
+    tmp_path: Path, name: str
+) -> None:
+    number = gguf.GGMLQuantizationType[name]
+    block, n_bytes = gguf.GGML_QUANT_SIZES[number]
+    assert lib.ggd_tensor_type(int(number), ffi.new("ggd_tensor_type_info *")) == -1
+    file, path = tiny_llama(), tmp_path / "model.gguf"
+    query = file.tensor("blk.0.attn_q.weight")
+    query.type_id, query.data = int(number), bytes(32 // block * n_bytes * 32)
+    path.write_bytes(file.build())
+    with pytest.raises(UserError, match=f"has type {name}, which is not supported; supported: F32, F16"):
+        read_model(path)
