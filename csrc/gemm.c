@@ -19,15 +19,16 @@ static size_t reduction_of(ggd_operation operation, const ggd_matrix *w) {
     return operation == GGD_TIMES_WT ? w->n_cols : w->n_rows;
 }
 
-// Panels that are packed together. Along the rows of W: as many as one block spans, and a few where there are many, or each row's cache
+// Panels that are packed together. Along the rows of W: as many as whole blocks span, and a few where there are many, or each row's cache
 // line would be fetched again for the next 32 columns. (Where there are few, groups would leave threads idle.)
 enum { GROUP_PANELS = 4, GROUPS_A_THREAD = 16 };
 static size_t panels_a_group(const ggd_gemm *g, size_t n_panels, size_t n_threads) {
     if (g->operation == GGD_TIMES_WT || g->w.block == 1) {
         return 1;
     }
-    size_t group = n_panels / (GROUPS_A_THREAD * n_threads), block = ggd_ceil_div(g->w.block, GGD_PANEL_COLUMNS);
-    return ggd_max(ggd_max(ggd_min(group, GROUP_PANELS), 1), block);
+    size_t group = ggd_min(n_panels / (GROUPS_A_THREAD * n_threads), GROUP_PANELS),
+           block = ggd_ceil_div(g->w.block, GGD_PANEL_COLUMNS);
+    return block > group ? block : group / block * block;
 }
 
 size_t ggd_gemm_bytes_scratch(ggd_element element, size_t reduction, size_t block) {
@@ -59,7 +60,7 @@ static void pack_columns_of_wt(const ggd_compute *compute, const ggd_matrix *w, 
         const uint8_t *source = w->data + column * bytes_row + k / w->block * w->bytes_block;
         for (size_t i = 0; i < n; i++, source += bytes_row) {
             fetch_early(source + bytes_piece, bytes_early);
-            compute->kernels->unpack[w->type](source, unpacked + i * PIECE, length);
+            ggd_matrix_unpack(compute->kernels, w, source, unpacked + i * PIECE, length);
         }
         void *target = panel + k * GGD_PANEL_COLUMNS * ggd_element_bytes(compute->element);
         compute->kernels->pack_columns[compute->element](unpacked, PIECE, length, scale, target);
@@ -104,7 +105,6 @@ static void pack_rows_of_w(const ggd_compute *compute, const ggd_matrix *w, size
     size_t ld = width > GGD_PANEL_COLUMNS ? width + UNPACKED_PADDING : width;
     size_t bytes_rows = int8 ? ggd_int8_block_bytes(&ggd_int8_backward_format) : ggd_panel_bytes(compute->element, ROWS_PIECE);
     size_t bytes_row = w->bytes_row, bytes_early = bytes_to_fetch(w, width);
-    void (*unpack)(const uint8_t *, float *, size_t) = compute->kernels->unpack[w->type];
     for (size_t item = 0; item < ggd_ceil_div(w->n_rows, ROWS_PIECE) * n_pieces; item++) {
         size_t k = item / n_pieces * ROWS_PIECE, first = item % n_pieces * width;
         size_t rows = ggd_min(w->n_rows - k, ROWS_PIECE);
@@ -115,7 +115,7 @@ static void pack_rows_of_w(const ggd_compute *compute, const ggd_matrix *w, size
         const uint8_t *source = w->data + k * bytes_row + (column + first) / w->block * w->bytes_block;
         for (size_t i = 0; n > 0 && i < rows; i++, source += bytes_row) {
             fetch_early(source + ROWS_PIECE * bytes_row, bytes_early);
-            unpack(source, unpacked + i * ld, n);
+            ggd_matrix_unpack(compute->kernels, w, source, unpacked + i * ld, n);
         }
         for (size_t c = 0; c < width; c += GGD_PANEL_COLUMNS) {
             uint8_t *target = panel + (first + c) / GGD_PANEL_COLUMNS * bytes_panel + k / ROWS_PIECE * bytes_rows;

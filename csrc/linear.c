@@ -29,10 +29,11 @@ void ggd_linear_forward_lora(const ggd_compute *compute, const ggd_linear *linea
 
 void ggd_linear_forward(const ggd_compute *compute, const ggd_linear *linear, size_t m, ggd_operand x, ggd_addend init,
                         ggd_place y) {
+    int has_int8 = ggd_gemm_int8_format(GGD_TIMES_WT, linear->weight).block != 0;
     ggd_gemm product = {.part = "frozen forward",
                         .operation = GGD_TIMES_WT,
                         .m = m,
-                        .a = x,
+                        .a = {x.x, has_int8 ? x.int8 : NULL},
                         .w = *linear->weight,
                         .scale = 1.0f,
                         .init = init,

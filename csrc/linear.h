@@ -20,7 +20,8 @@ typedef struct {
     size_t ld_product;          // at least the largest of in and out, a multiple of GGD_PANEL_COLUMNS
 } ggd_linear_scratch;
 
-// y (M, out) = init + X W^T + scale * (X A^T) B^T; X W^T in int8 where X is given in int8 too. A bias is an `init` of one row.
+// y (M, out) = init + X W^T + scale * (X A^T) B^T; X W^T in int8 where X is given in int8 too and the weight's type
+// has an int8 form. A bias is an `init` of one row.
 void ggd_linear_forward(const ggd_compute *compute, const ggd_linear *linear, size_t m, ggd_operand x, ggd_addend init,
                         ggd_place y);
 

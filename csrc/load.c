@@ -26,11 +26,36 @@ enum { MAX_PARTS = 4096, MAX_LAYERS = 4096, NAME_SIZE = 96 };
 static const struct {
     enum ggml_type stored;
     ggd_type type;
-} supported_types[] = {
-    {GGML_TYPE_F32, GGD_F32},   {GGML_TYPE_F16, GGD_F16},   {GGML_TYPE_BF16, GGD_BF16}, {GGML_TYPE_Q8_0, GGD_Q8_0},
-    {GGML_TYPE_Q4_0, GGD_Q4_0}, {GGML_TYPE_Q4_1, GGD_Q4_1}, {GGML_TYPE_Q5_0, GGD_Q5_0}, {GGML_TYPE_Q5_1, GGD_Q5_1},
-    {GGML_TYPE_Q4_K, GGD_Q4_K}, {GGML_TYPE_Q5_K, GGD_Q5_K}, {GGML_TYPE_Q6_K, GGD_Q6_K},
+} own_types[] = {
+    {GGML_TYPE_F32, GGD_F32},   {GGML_TYPE_F16, GGD_F16},       {GGML_TYPE_BF16, GGD_BF16},     {GGML_TYPE_Q8_0, GGD_Q8_0},
+    {GGML_TYPE_Q4_0, GGD_Q4_0}, {GGML_TYPE_Q4_1, GGD_Q4_1},     {GGML_TYPE_Q5_0, GGD_Q5_0},     {GGML_TYPE_Q5_1, GGD_Q5_1},
+    {GGML_TYPE_Q4_K, GGD_Q4_K}, {GGML_TYPE_Q5_K, GGD_Q5_K},     {GGML_TYPE_Q6_K, GGD_Q6_K},     {GGML_TYPE_Q2_K, GGD_Q2_K},
+    {GGML_TYPE_Q3_K, GGD_Q3_K}, {GGML_TYPE_IQ4_NL, GGD_IQ4_NL}, {GGML_TYPE_IQ4_XS, GGD_IQ4_XS}, {GGML_TYPE_MXFP4, GGD_MXFP4},
 };
+
+// Pieces of this many elements are unpacked at a time (gemm.c), so a block must divide it.
+enum { PIECE = 256 };
+
+static ggd_type own_type(int32_t id) {
+    for (size_t i = 0; i < sizeof own_types / sizeof *own_types; i++) {
+        if ((int32_t)own_types[i].stored == id) {
+            return own_types[i].type;
+        }
+    }
+    return GGD_OTHER;
+}
+
+// What has no own kernels ggml's to_float unpacks, which reads nothing but constants: any thread may call it, without set-up.
+int ggd_tensor_type(int32_t id, ggd_tensor_type_info *info) {
+    *info = (ggd_tensor_type_info){0};
+    if (id < 0 || id >= GGML_TYPE_COUNT) {
+        return -1;
+    }
+    const struct ggml_type_traits *traits = ggml_get_type_traits((enum ggml_type)id);
+    int own_kernels = own_type(id) != GGD_OTHER, block = (int)traits->blck_size;
+    *info = (ggd_tensor_type_info){traits->type_name, block, (int32_t)traits->type_size, own_kernels};
+    return own_kernels || (traits->is_quantized && traits->to_float != NULL && block > 0 && PIECE % block == 0) ? 0 : -1;
+}
 
 typedef struct {
     struct gguf_context **parts;  // a header a file; keys are those of the first
@@ -143,18 +168,6 @@ static int read_layer_kinds(loader *l) {
 
 // ---- tensors ----
 
-static int find_type(const char *name, enum ggml_type stored, ggd_type *type) {
-    for (size_t i = 0; i < sizeof supported_types / sizeof *supported_types; i++) {
-        if (supported_types[i].stored == stored) {
-            *type = supported_types[i].type;
-            return 0;
-        }
-    }
-    const struct ggml_type_traits *traits = stored >= 0 && stored < GGML_TYPE_COUNT ? ggml_get_type_traits(stored) : NULL;
-    const char *type_name = traits != NULL && traits->type_name != NULL ? traits->type_name : "unknown";
-    return ggd_fail("tensor %s has the unsupported type %s", name, type_name);
-}
-
 // The part that holds a tensor, and its index there; -1 if none does.
 static int64_t find_tensor(const loader *l, const char *name, size_t *part) {
     for (*part = 0; *part < l->n_parts; ++*part) {
@@ -181,16 +194,16 @@ static int bind_matrix(const loader *l, const char *name, size_t n_rows, size_t 
     const struct gguf_context *gguf = l->parts[part];
     const ggd_map *map = &l->model->maps[part];
     enum ggml_type stored = gguf_get_tensor_type(gguf, id);
-    ggd_type type = GGD_F32;
-    if (find_type(name, stored, &type)) {
-        return -1;
+    ggd_tensor_type_info type = {0};
+    if (ggd_tensor_type((int32_t)stored, &type)) {
+        return ggd_fail("tensor %s has the unsupported type %s", name, type.name != NULL ? type.name : "unknown");
     }
     const int64_t *ne = gguf_get_tensor_ne(gguf, id);
     if (ne[0] != (int64_t)n_cols || ne[1] != (int64_t)n_rows || ne[2] != 1 || ne[3] != 1) {
         return ggd_fail("tensor %s has the shape (%lld, %lld), not (%zu, %zu)", name, (long long)ne[1], (long long)ne[0], n_rows,
                         n_cols);
     }
-    size_t block = (size_t)ggml_blck_size(stored);
+    size_t block = (size_t)type.block;
     if (n_cols % block != 0) {
         return ggd_fail("tensor %s: %zu columns are not divisible by the block size %zu", name, n_cols, block);
     }
@@ -198,13 +211,22 @@ static int bind_matrix(const loader *l, const char *name, size_t n_rows, size_t 
     if (offset > map->bytes || bytes_row * n_rows > map->bytes - offset) {
         return ggd_fail("tensor %s ends past the end of the file", name);
     }
-    *matrix = (ggd_matrix){(const uint8_t *)map->data + offset, n_rows, n_cols, bytes_row, type, block, ggml_type_size(stored)};
+    *matrix = (ggd_matrix){.data = (const uint8_t *)map->data + offset,
+                           .n_rows = n_rows,
+                           .n_cols = n_cols,
+                           .bytes_row = bytes_row,
+                           .type = own_type((int32_t)stored),
+                           .block = block,
+                           .bytes_block = (size_t)type.bytes_block};
+    if (matrix->type == GGD_OTHER) {
+        matrix->to_float = ggml_get_type_traits(stored)->to_float;
+    }
     return 0;
 }
 
 // A vector of n numbers, unpacked, times `scale`, padded by zeros to whole panels.
 static int bind_vector(loader *l, const char *name, size_t n, float scale, const float **vector) {
-    ggd_matrix row;
+    ggd_matrix row = {0};
     if (bind_matrix(l, name, 1, n, &row)) {
         return -1;
     }
@@ -252,7 +274,7 @@ static int bind_bias(loader *l, const char *tensor, const source *from, const fl
 static int bind_projection(loader *l, int32_t index, int target, const source *from) {
     ggd_projection *projection = &l->model->layers[index].linear[target];
     char tensor[NAME_SIZE];
-    ggd_matrix all;
+    ggd_matrix all = {0};
     snprintf(tensor, sizeof tensor, "blk.%d.%s.weight", index, from->name);
     if (bind_matrix(l, tensor, from->n_all, from->n_cols, &all)) {
         return -1;

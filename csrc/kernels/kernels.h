@@ -31,7 +31,13 @@ typedef enum {
     GGD_Q4_K,
     GGD_Q5_K,
     GGD_Q6_K,
-    GGD_N_TYPES
+    GGD_Q2_K,
+    GGD_Q3_K,
+    GGD_IQ4_NL,
+    GGD_IQ4_XS,
+    GGD_MXFP4,
+    GGD_N_TYPES,             // of those that the kernels unpack
+    GGD_OTHER = GGD_N_TYPES  // any other, which the operand's owner unpacks (ggd_matrix)
 } ggd_type;
 
 // Which elements of a head turn together: neighbours (2i, 2i + 1), or (i, i + n_rotated / 2).
@@ -129,7 +135,7 @@ typedef struct {
     void (*int8_quantise)(const void *source, ggd_element element, size_t n, size_t block, int is_unsigned, uint8_t *quants,
                           float *scales, float *sums);
     // n weights of a quantised type as they are stored, one row: q, and a scale and a minimum for each of the type's blocks
-    // (ggd_int8_format_of): w = scale q + minimum. NULL for types that are not quantised.
+    // (ggd_int8_format_of): w = scale q + minimum. NULL for types that have no such blocks.
     void (*int8_unpack[GGD_N_TYPES])(const uint8_t *source, size_t n, int8_t *quants, float *scales, float *minima);
     // k columns of 32 such rows to a panel, from its beginning; row strides ld and ld_scales.
     void (*int8_pack_columns)(const ggd_int8_format *format, const int8_t *quants, size_t ld, const float *scales,
@@ -170,18 +176,23 @@ typedef struct {
 } ggd_kernels;
 
 // How the forward multiplies weights of a type in int8: in their own blocks, or it would be further from exact than llama.cpp. block = 0
-// where the type has none.
+// where the type has none. Q2_K has none: its minima come in blocks of 16, and the sums of the activations, by which minima are multiplied,
+// in blocks of 32.
 static inline ggd_int8_format ggd_int8_format_of(ggd_type type) {
     switch (type) {
     case GGD_Q8_0:
     case GGD_Q4_0:
     case GGD_Q5_0:
+    case GGD_IQ4_NL:
+    case GGD_IQ4_XS:
+    case GGD_MXFP4:
         return (ggd_int8_format){32, GGD_INT8_FORWARD_BLOCK, 0};
     case GGD_Q4_1:
     case GGD_Q5_1:
     case GGD_Q4_K:
     case GGD_Q5_K:
         return (ggd_int8_format){32, GGD_INT8_FORWARD_BLOCK, 1};
+    case GGD_Q3_K:
     case GGD_Q6_K:
         return (ggd_int8_format){16, GGD_INT8_FORWARD_BLOCK, 0};
     default:

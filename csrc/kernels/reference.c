@@ -2,6 +2,7 @@
 // are tested against, and is what `use_simd = false` selects. It deliberately does nothing for speed.
 #include <math.h>
 
+#define GGD_NAIVE_UNPACK
 #include "kernels.h"
 #include "unpack.h"
 

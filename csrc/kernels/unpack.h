@@ -1,5 +1,6 @@
 // unpack.h - packed weights to float32, one function a type, in loops that the compiler turns into vectors: included by reference.c, where it
-// is the naive twin, and by each simd_*.c under its own instruction set. All give the same bits.
+// is the naive twin, and by each simd_*.c under its own instruction set. All give the same bits. Where the compiler makes no good vectors
+// the sets have instructions of their own, and GGD_NAIVE_UNPACK keeps the plain loop for the twin.
 //
 // The layouts are GGUF's: a block holds its scale(s) as float16, then the quants (ggml's ggml-common.h; the tests compare with the gguf
 // package's own dequantisation). Bytes are read by offset, since blocks are not aligned.
@@ -7,8 +8,10 @@
 #define GGD_UNPACK_H
 
 #include <string.h>
-#ifdef __F16C__
+#if defined(__F16C__) || defined(__SSSE3__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "kernels.h"
@@ -246,10 +249,144 @@ static void int8_unpack_q6_k(const uint8_t *restrict source, size_t n, int8_t *r
     }
 }
 
+// Sixteen four-bit codes as the values of a table. The naive twin and processors without a byte shuffle look each up.
+static inline bytes16 lookup_16(const int8_t table[16], bytes16 codes) {
+    bytes16 values;
+#if defined(__SSSE3__) && !defined(GGD_NAIVE_UNPACK)
+    values = (bytes16)_mm_shuffle_epi8(_mm_loadu_si128((const __m128i *)table), (__m128i)codes);
+#elif defined(__aarch64__) && !defined(GGD_NAIVE_UNPACK)
+    values = (bytes16)vqtbl1q_s8(vld1q_s8(table), (uint8x16_t)codes);
+#else
+    for (int i = 0; i < 16; i++) {
+        values[i] = (uint8_t)table[codes[i]];
+    }
+#endif
+    return values;
+}
+
+static inline void int8_unpack_codes(const uint8_t *source, const int8_t table[16], int8_t *q) {
+    bytes16 bytes = load_bytes16(source), low = lookup_16(table, bytes & 15), high = lookup_16(table, bytes >> 4);
+    memcpy(q, &low, sizeof low);
+    memcpy(q + 16, &high, sizeof high);
+}
+
+// The values of IQ4_NL's and IQ4_XS's codes, and MXFP4's e2m1 numbers doubled.
+static const int8_t values_iq4[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+static const int8_t values_e2m1[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+
+// 2^(e - 128): half of what an e8m0 exponent stands for. Below 2 it is subnormal.
+static inline float unpack_half_e8m0(uint8_t e) {
+    uint32_t bits = e < 2 ? 0x00200000u << e : (uint32_t)(e - 1) << 23;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+static void int8_unpack_iq4_nl(const uint8_t *restrict source, size_t n, int8_t *restrict q, float *restrict scales,
+                               float *restrict minima) {
+    (void)minima;
+    for (size_t block = 0; block < n / 32; block++, source += 18) {
+        scales[block] = unpack_half(source);
+        int8_unpack_codes(source + 2, values_iq4, q + 32 * block);
+    }
+}
+
+static void int8_unpack_mxfp4(const uint8_t *restrict source, size_t n, int8_t *restrict q, float *restrict scales,
+                              float *restrict minima) {
+    (void)minima;
+    for (size_t block = 0; block < n / 32; block++, source += 17) {
+        scales[block] = unpack_half_e8m0(source[0]);
+        int8_unpack_codes(source + 1, values_e2m1, q + 32 * block);
+    }
+}
+
+static void int8_unpack_iq4_xs(const uint8_t *restrict source, size_t n, int8_t *restrict q, float *restrict scales,
+                               float *restrict minima) {
+    (void)minima;
+    for (size_t block = 0; block < n / 256; block++, source += 136, q += 256, scales += 8) {
+        float d = unpack_half(source);
+        uint32_t high = (uint32_t)source[2] | (uint32_t)source[3] << 8;
+        for (int group = 0; group < 8; group++) {
+            int low = source[4 + group / 2] >> group % 2 * 4 & 15;
+            scales[group] = d * (float)((low | (int)(high >> 2 * group & 3) << 4) - 32);
+            int8_unpack_codes(source + 8 + 16 * group, values_iq4, q + 32 * group);
+        }
+    }
+}
+
+// Sixteen scales of six bits in twelve bytes: the low four of the first eight scales and of the second lie in the nibbles of eight
+// bytes, the high two of every fourth scale in one of the last four.
+static inline void unpack_q3_k_scales(const uint8_t *source, float d, float scales[16]) {
+    for (int i = 0; i < 16; i++) {
+        int low = source[i % 8] >> i / 8 * 4 & 15, high = source[8 + i % 4] >> i / 4 * 2 & 3;
+        scales[i] = d * (float)((low | high << 4) - 32);
+    }
+}
+
+static void int8_unpack_q3_k(const uint8_t *restrict source, size_t n, int8_t *restrict q, float *restrict scales,
+                             float *restrict minima) {
+    (void)minima;
+    for (size_t block = 0; block < n / 256; block++, source += 110, q += 256, scales += 16) {
+        unpack_q3_k_scales(source + 96, unpack_half(source + 108), scales);
+        for (int group = 0; group < 8; group++) {
+            uint8_t low_shift = (uint8_t)(group % 4 * 2), high_shift = (uint8_t)group;
+            for (int half = 0; half < 2; half++) {
+                bytes16 low = load_bytes16(source + 32 + group / 4 * 32 + 16 * half), high = load_bytes16(source + 16 * half);
+                bytes16 quants = (low >> low_shift & 3) + ((high >> high_shift & 1) << 2) - 4;
+                memcpy(q + 32 * group + 16 * half, &quants, sizeof quants);
+            }
+        }
+    }
+}
+
+// Of use to unpack_q2_k only: products in int8 take no minima of 16 (ggd_int8_format_of).
+static void int8_unpack_q2_k(const uint8_t *restrict source, size_t n, int8_t *restrict q, float *restrict scales,
+                             float *restrict minima) {
+    for (size_t block = 0; block < n / 256; block++, source += 84, q += 256, scales += 16, minima += 16) {
+        float d = unpack_half(source + 80), dmin = unpack_half(source + 82);
+        for (int i = 0; i < 16; i++) {
+            scales[i] = d * (float)(source[i] & 15);
+            minima[i] = -(dmin * (float)(source[i] >> 4));
+        }
+        for (int group = 0; group < 8; group++) {
+            uint8_t shift = (uint8_t)(group % 4 * 2);
+            for (int half = 0; half < 2; half++) {
+                bytes16 quants = load_bytes16(source + 16 + group / 4 * 32 + 16 * half) >> shift & 3;
+                memcpy(q + 32 * group + 16 * half, &quants, sizeof quants);
+            }
+        }
+    }
+}
+
 // ---- types whose blocks are quicker to take apart as int8 first ----
 
-// y = scale q + minimum, sixteen at a time, as they were stored: a wider load would wait for two stores. Not inlined, or GCC 12 takes the
-// arrays of its callers apart into scalars.
+// y = scale q + minimum, sixteen at a time, as they were stored: a wider load would wait for two stores. In plain loops not inlined, or
+// GCC 12 takes the arrays of its callers apart into scalars.
+#if defined(__AVX512F__) && !defined(GGD_NAIVE_UNPACK)
+static inline __m512 floats_of_16(const int8_t *q) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)q)));
+}
+static inline void scale_16(const int8_t *q, float scale, float *y) {
+    _mm512_storeu_ps(y, _mm512_mul_ps(floats_of_16(q), _mm512_set1_ps(scale)));
+}
+static inline void scale_16_minimum(const int8_t *q, float scale, float minimum, float *y) {
+    _mm512_storeu_ps(y, _mm512_add_ps(_mm512_mul_ps(floats_of_16(q), _mm512_set1_ps(scale)), _mm512_set1_ps(minimum)));
+}
+#elif defined(__AVX2__) && !defined(GGD_NAIVE_UNPACK)
+static inline __m256 floats_of_8(const int8_t *q) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)q)));
+}
+static inline void scale_16(const int8_t *q, float scale, float *y) {
+    __m256 factor = _mm256_set1_ps(scale);
+    _mm256_storeu_ps(y, _mm256_mul_ps(floats_of_8(q), factor));
+    _mm256_storeu_ps(y + 8, _mm256_mul_ps(floats_of_8(q + 8), factor));
+}
+static inline void scale_16_minimum(const int8_t *q, float scale, float minimum, float *y) {
+    __m256 factor = _mm256_set1_ps(scale), offset = _mm256_set1_ps(minimum);
+    _mm256_storeu_ps(y, _mm256_add_ps(_mm256_mul_ps(floats_of_8(q), factor), offset));
+    _mm256_storeu_ps(y + 8, _mm256_add_ps(_mm256_mul_ps(floats_of_8(q + 8), factor), offset));
+}
+#else
 static __attribute__((noinline)) void scale_16(const int8_t *restrict q, float scale, float *restrict y) {
     for (int i = 0; i < 16; i++) {
         y[i] = (float)q[i] * scale;
@@ -260,6 +397,7 @@ static __attribute__((noinline)) void scale_16_minimum(const int8_t *restrict q,
         y[i] = (float)q[i] * scale + minimum;
     }
 }
+#endif
 
 // Elements at a time, whole blocks of every type.
 enum { UNPACK_PIECE = 256 };
@@ -278,18 +416,25 @@ enum { UNPACK_PIECE = 256 };
 GGD_UNPACK_BY_INT8(q5_0, 8 * 22, scale_16(q + i, scales[i / 32], y + i))
 GGD_UNPACK_BY_INT8(q5_1, 8 * 24, scale_16_minimum(q + i, scales[i / 32], minima[i / 32], y + i))
 GGD_UNPACK_BY_INT8(q6_k, 210, scale_16(q + i, scales[i / 16], y + i))
+GGD_UNPACK_BY_INT8(q3_k, 110, scale_16(q + i, scales[i / 16], y + i))
+GGD_UNPACK_BY_INT8(q2_k, 84, scale_16_minimum(q + i, scales[i / 16], minima[i / 16], y + i))
+GGD_UNPACK_BY_INT8(iq4_nl, 8 * 18, scale_16(q + i, scales[i / 32], y + i))
+GGD_UNPACK_BY_INT8(iq4_xs, 136, scale_16(q + i, scales[i / 32], y + i))
+GGD_UNPACK_BY_INT8(mxfp4, 8 * 17, scale_16(q + i, scales[i / 32], y + i))
 
 #define GGD_UNPACK_KERNELS                                                                                                       \
     .unpack =                                                                                                                    \
         {                                                                                                                        \
-            [GGD_F32] = unpack_f32,   [GGD_F16] = unpack_f16,   [GGD_BF16] = unpack_bf16, [GGD_Q8_0] = unpack_q8_0,              \
-            [GGD_Q4_0] = unpack_q4_0, [GGD_Q4_1] = unpack_q4_1, [GGD_Q5_0] = unpack_q5_0, [GGD_Q5_1] = unpack_q5_1,              \
-            [GGD_Q4_K] = unpack_q4_k, [GGD_Q5_K] = unpack_q5_k, [GGD_Q6_K] = unpack_q6_k,                                        \
+            [GGD_F32] = unpack_f32,   [GGD_F16] = unpack_f16,       [GGD_BF16] = unpack_bf16,     [GGD_Q8_0] = unpack_q8_0,      \
+            [GGD_Q4_0] = unpack_q4_0, [GGD_Q4_1] = unpack_q4_1,     [GGD_Q5_0] = unpack_q5_0,     [GGD_Q5_1] = unpack_q5_1,      \
+            [GGD_Q4_K] = unpack_q4_k, [GGD_Q5_K] = unpack_q5_k,     [GGD_Q6_K] = unpack_q6_k,     [GGD_Q2_K] = unpack_q2_k,      \
+            [GGD_Q3_K] = unpack_q3_k, [GGD_IQ4_NL] = unpack_iq4_nl, [GGD_IQ4_XS] = unpack_iq4_xs, [GGD_MXFP4] = unpack_mxfp4,    \
         },                                                                                                                       \
     .int8_unpack = {                                                                                                             \
-        [GGD_Q8_0] = int8_unpack_q8_0, [GGD_Q4_0] = int8_unpack_q4_0, [GGD_Q4_1] = int8_unpack_q4_1,                             \
-        [GGD_Q5_0] = int8_unpack_q5_0, [GGD_Q5_1] = int8_unpack_q5_1, [GGD_Q4_K] = int8_unpack_q4_k,                             \
-        [GGD_Q5_K] = int8_unpack_q5_k, [GGD_Q6_K] = int8_unpack_q6_k,                                                            \
+        [GGD_Q8_0] = int8_unpack_q8_0,     [GGD_Q4_0] = int8_unpack_q4_0,     [GGD_Q4_1] = int8_unpack_q4_1,                     \
+        [GGD_Q5_0] = int8_unpack_q5_0,     [GGD_Q5_1] = int8_unpack_q5_1,     [GGD_Q4_K] = int8_unpack_q4_k,                     \
+        [GGD_Q5_K] = int8_unpack_q5_k,     [GGD_Q6_K] = int8_unpack_q6_k,     [GGD_Q3_K] = int8_unpack_q3_k,                     \
+        [GGD_IQ4_NL] = int8_unpack_iq4_nl, [GGD_IQ4_XS] = int8_unpack_iq4_xs, [GGD_MXFP4] = int8_unpack_mxfp4,                   \
     }
 
 #endif

@@ -24,10 +24,12 @@ from ggml_diffusion.formats.gguf_adapter import KEY_PREFIX, read_gguf_adapter
 from ggml_diffusion.formats.gguf_reader import StringArray
 from ggml_diffusion.formats.lora import TargetModule, lora_ranks
 from ggml_diffusion.formats.model_file import ModelFile, check_model, check_tokenizer, read_gguf
+from ggml_diffusion.formats.tensor_types import TENSOR_TYPES
 from ggml_diffusion.text.tokenizer import choose_mask_token
 
 Rows = tuple[tuple[str, str], ...]
 
+THROUGH_GGML = ", unpacked through ggml, slower"  # said of types that have no kernels here
 _SIZES = {
     "L": "layers",
     "C": "hidden size",
@@ -146,7 +148,8 @@ def _type_rows(file: ModelFile) -> Iterator[tuple[str, str]]:
         total[0] += 1
         total[1] += info.n_bytes
     for name, (count, n_bytes) in sorted(totals.items(), key=lambda item: -item[1][1]):
-        yield name, f"{_count(count, 'tensor')}, {_bytes(n_bytes)}"
+        through_ggml = name in TENSOR_TYPES and not TENSOR_TYPES[name].own_kernels
+        yield name, f"{_count(count, 'tensor')}, {_bytes(n_bytes)}" + (THROUGH_GGML if through_ggml else "")
 
 
 def _tokenizer_rows(file: ModelFile) -> Iterator[tuple[str, str]]:

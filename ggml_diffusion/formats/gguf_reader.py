@@ -22,6 +22,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 
 from ggml_diffusion.errors import UserError, quoted
+from ggml_diffusion.formats.tensor_types import TENSOR_TYPES
 
 DEFAULT_ALIGNMENT = 32
 MAX_ALIGNMENT = 1 << 16
@@ -49,6 +50,9 @@ _NUMBER_TYPES = {
     11: ("i64", "<i8"),
     12: ("f64", "<f8"),
 }
+# ggml's number of a type -> name, elements and bytes of a block; all types, since any file can be described.
+_TENSOR_TYPES = {int(other): (other.name, *GGML_QUANT_SIZES[other]) for other in GGMLQuantizationType}
+_TENSOR_TYPES |= {known.id: (known.name, known.block, known.bytes_block) for known in TENSOR_TYPES.values()}
 
 
 class StringArray(Sequence[str]):
@@ -309,18 +313,16 @@ class _Parser:
         if n_elements == 0 or n_elements >= 1 << 62:
             self.fail(f"tensor {quoted(name)} has impossible dimensions {tuple(sizes)}")
         type_id, offset_bytes = self.number("<I"), self.number("<Q")
-        try:
-            tensor_type = GGMLQuantizationType(type_id)
-        except ValueError:
+        if type_id not in _TENSOR_TYPES:
             self.fail(f"tensor {quoted(name)} has an unknown type {type_id}")
-        block_size, block_bytes = GGML_QUANT_SIZES[tensor_type]
+        type_name, block_size, block_bytes = _TENSOR_TYPES[type_id]
         if sizes[0] % block_size:
             self.fail(
                 f"tensor {quoted(name)} has rows of {sizes[0]} elements, which is not divisible by the "
-                f"block size {block_size} of its type {tensor_type.name}"
+                f"block size {block_size} of its type {type_name}"
             )
         n_bytes = n_elements // block_size * block_bytes
-        return TensorInfo(name, tuple(reversed(sizes)), tensor_type.name, type_id, offset_bytes, n_bytes)
+        return TensorInfo(name, tuple(reversed(sizes)), type_name, type_id, offset_bytes, n_bytes)
 
     def check_place(self, info: TensorInfo, expected: int, data_start: int, alignment: int) -> None:
         if info.offset_bytes % alignment:

@@ -22,8 +22,8 @@ import numpy as np
 
 from ggml_diffusion.errors import UserError, quoted
 from ggml_diffusion.formats.gguf_reader import MetadataValue, StringArray, TensorInfo, read_header
+from ggml_diffusion.formats.tensor_types import SUPPORTED_TYPES
 
-SUPPORTED_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
 TOKENIZERS_WITHOUT_VOCABULARY = ("none", "no_vocab")
 SUPPORTED_TOKENIZERS = ("gpt2", "llama", *TOKENIZERS_WITHOUT_VOCABULARY)  # byte-level BPE, SentencePiece
 MAX_LAYERS = 512  # llama.cpp's own limit; it aborts beyond

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import TinyModel
 from conversions import conversion, refusal
 from gguf_bytes import F32, I32, STRING, U32, Gguf, Tensor, array, scalar, tiny_llama
 from rich.console import Console
@@ -50,6 +51,14 @@ def test_a_model_is_described_with_sizes_types_and_tokenizer(model_path: Path):
     assert said["Tokenizer"]["eos"] == "10  '<end>'"
     assert said["Tokenizer"]["mask token"] == "11  the unused token ''"
     assert said["Conversion"]["possible"].startswith("yes")
+
+
+def test_types_without_own_kernels_are_said_to_be_slower(tiny_model: TinyModel):
+    path = tiny_model(type="IQ4_NL", overrides={"attn_q": "NVFP4"}, C=64, F=64, L=1)
+    said = rows(describe_file(path))["Tensors"]
+    # the query matrix: 64 rows of one block of 36 bytes
+    assert said["NVFP4"] == "1 tensor, 2,304 bytes, unpacked through ggml, slower"
+    assert "slower" not in said["IQ4_NL"] + said["F32"]
 
 
 def test_smollm2_is_described_with_its_mask_token(smollm2_path: Path):

@@ -153,6 +153,8 @@ PACKED_SHAPES: dict[str, dict[str, Any]] = {
     "packed and tied": {"type": "Q4_1", "tied": True},
     "packed, other embedding": {"type": "Q4_1", "tied": True, "overrides": {"token_embd": "Q8_0"}},
     "packed, RoPE factors": {"type": "Q5_0", "rope_freqs": True},
+    # enough panels for groups of three, were it not for the blocks of two panels each
+    "packed in blocks of 64": {"type": "NVFP4", "C": 64, "F": 3072, "H": 2, "G": 1, "L": 1},
 }
 
 

@@ -40,11 +40,11 @@ from hypothesis import strategies as st
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.formats import gguf_reader
 from ggml_diffusion.formats.model_file import (
-    SUPPORTED_TYPES,
     check_model,
     read_gguf,
     read_model,
 )
+from ggml_diffusion.formats.tensor_types import TENSOR_TYPES
 
 
 @pytest.fixture
@@ -120,13 +120,15 @@ def test_what_gguf_py_writes_is_read_as_gguf_py_reads_it(path: Path):
         assert list(file.metadata[key]) == reader.fields[key].contents()
 
 
-def test_every_supported_type_is_accepted_and_named_as_ggml_does(path: Path):
-    for name in SUPPORTED_TYPES:
-        type_id = gguf.GGMLQuantizationType[name]
-        block, n_bytes = gguf.GGML_QUANT_SIZES[type_id]
-        file = Gguf([], [("x", Tensor((block * 2, 3), b"\0" * n_bytes * 6, int(type_id)))])
+def test_every_supported_type_is_accepted_and_measured_in_its_blocks(path: Path):
+    for name, known in TENSOR_TYPES.items():
+        file = Gguf([], [("x", Tensor((known.block * 2, 3), bytes(6 * known.bytes_block), known.id))])
         info = read_gguf(write_gguf(path, file)).tensors["x"]
-        assert (info.type_name, info.shape, info.n_bytes) == (name, (3, block * 2), n_bytes * 6)
+        assert (info.type_name, info.shape, info.n_bytes) == (
+            name,
+            (3, known.block * 2),
+            6 * known.bytes_block,
+        )
 
 
 HUGE = 1 << 63
