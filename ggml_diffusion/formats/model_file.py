@@ -5,22 +5,31 @@ known architecture, every tensor known, of the right shape and a supported type,
 change the network. What is in doubt is refused by name, never guessed.
 
 Deliberately not here: tensor data and arithmetic (the C core), the bytes of the format (gguf_reader.py).
-Sources: the GGUF specification (ggml, docs/gguf.md) for the keys; llama.cpp, src/llama-model.cpp and
-src/models/llama.cpp, for their defaults and the shapes, src/llama-vocab.cpp for what a vocabulary must hold.
+Sources: the GGUF specification (ggml, docs/gguf.md) for the keys; llama.cpp, src/llama-model.cpp, for their
+defaults, src/llama-vocab.cpp for what a vocabulary must hold.
 Letters: C hidden size, H query heads, G key/value heads, D head size, F feed-forward size, V vocabulary,
 L layers.
 """
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ggml_diffusion.errors import UserError, quoted
+from ggml_diffusion.formats.architectures import (
+    ARCHITECTURES,
+    Architecture,
+    Feature,
+    expected_tensors,
+    refusal,
+)
 from ggml_diffusion.formats.gguf_reader import MetadataValue, StringArray, TensorInfo, read_header
 from ggml_diffusion.formats.tensor_types import SUPPORTED_TYPES
 
@@ -31,54 +40,32 @@ MAX_LAYERS = 512  # llama.cpp's own limit; it aborts beyond
 _T = TypeVar("_T", bool, int, float, str)
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """One model family: its tensors and their shapes in letters; "HD" is H * D, "D/2" half a head."""
-
-    required_tensors: Mapping[str, tuple[str, ...]]
-    optional_tensors: Mapping[str, tuple[str, ...]]
-    layer_tensors: Mapping[str, tuple[str, ...]]  # each in every layer as "blk.N.<name>"
-
-
-SUPPORTED_ARCHS: Mapping[str, Architecture] = {
-    "llama": Architecture(
-        required_tensors={"token_embd.weight": ("V", "C"), "output_norm.weight": ("C",)},
-        optional_tensors={"output.weight": ("V", "C"), "rope_freqs.weight": ("D/2",)},
-        layer_tensors={
-            "attn_norm.weight": ("C",),
-            "attn_q.weight": ("HD", "C"),
-            "attn_k.weight": ("GD", "C"),
-            "attn_v.weight": ("GD", "C"),
-            "attn_output.weight": ("C", "HD"),
-            "ffn_norm.weight": ("C",),
-            "ffn_gate.weight": ("F", "C"),
-            "ffn_up.weight": ("F", "C"),
-            "ffn_down.weight": ("C", "F"),
-        },
-    ),
-}
-
 # Keys that change the network in ways that the engine does not compute, and the value that changes nothing.
 _NEUTRAL_SETTINGS: Mapping[str, bool | int | float] = {
-    "expert_count": 0,
     "expert_used_count": 0,
     "expert_group_count": 0,
     "nextn_predict_layers": 0,
     "attention.causal": True,
-    "rope.scaling.attn_factor": 1.0,
 }
+ROPE_SCALINGS = ("none", "linear", "yarn", "longrope")
+_SPLIT_NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+MAX_PARTS = 4096
 
 
 @dataclass(frozen=True)
 class ModelFile:
-    """The header of a GGUF file. The model's sizes are read out of it on demand, and raise if it has none."""
+    """The header of a GGUF file. The model's sizes are read out of it on demand, and raise if it has none.
 
-    path: Path
+    A file that comes in parts has the keys of the first and the tensors of all.
+    """
+
+    path: Path  # the first part
     version: int
     alignment: int  # bytes
     metadata: dict[str, MetadataValue]
     key_types: dict[str, str]  # key -> "u32", "str", "arr[f32]"...
     tensors: dict[str, TensorInfo]
+    parts: tuple[Path, ...]  # all files, in their order
 
     def fail(self, fault: str) -> NoReturn:
         """Refuse this file in one line.
@@ -117,10 +104,20 @@ class ModelFile:
 
         """
         full_key = f"{self.arch}.{key}"
-        size = self.require(full_key, int) if default is None else self.optional(full_key, default)
+        if isinstance(value := self.metadata.get(full_key), np.ndarray):
+            size = self._common_size(full_key, value)
+        else:
+            size = self.require(full_key, int) if default is None else self.optional(full_key, default)
         if not 0 < size < 1 << 31:
             self.fail(f"key {quoted(full_key)} is {size}, which is not possible")
         return size
+
+    def _common_size(self, key: str, values: NDArray[np.generic]) -> int:
+        """A list of numbers, one a layer, as the one that they all are."""
+        different = set(values.tolist())
+        if len(different) != 1 or self.key_types[key] not in ("arr[u32]", "arr[i32]"):
+            self.fail(f"key {quoted(key)} differs from layer to layer, which is not supported")
+        return int(different.pop())
 
     @property
     def arch(self) -> str:
@@ -170,6 +167,11 @@ class ModelFile:
         return self.size("context_length")
 
     @property
+    def n_rotated(self) -> int:
+        """Elements of each head that RoPE turns."""
+        return self.size("rope.dimension_count", self.D)
+
+    @property
     def rope_freq_base(self) -> float:
         """Base of the rotary frequencies."""
         return self.optional(f"{self.arch}.rope.freq_base", 10000.0)
@@ -201,10 +203,49 @@ def read_gguf(path: str | Path) -> ModelFile:
 
     """
     path = Path(path)
+    first = _read_one(path)
+    n_parts = first.optional("split.count", 1)
+    if n_parts <= 1:
+        return first
+    return _read_parts(first, n_parts)
+
+
+def _read_one(path: Path) -> ModelFile:
     header = read_header(path)
     return ModelFile(
-        path, header.version, header.alignment, header.metadata, header.key_types, header.tensors
+        path, header.version, header.alignment, header.metadata, header.key_types, header.tensors, (path,)
     )
+
+
+def _read_parts(named: ModelFile, n_parts: int) -> ModelFile:
+    """All parts of a split model, of which any one was named."""
+    match = _SPLIT_NAME.fullmatch(named.path.name)
+    if match is None or int(match["count"]) != n_parts or n_parts > MAX_PARTS:
+        named.fail(
+            f"is one of {n_parts} parts of a model, but its name does not say which "
+            f"(NAME-00001-of-{min(n_parts, 99999):05}.gguf)"
+        )
+    paths = [
+        named.path.with_name(f"{match['stem']}-{number:05}-of-{n_parts:05}.gguf")
+        for number in range(1, n_parts + 1)
+    ]
+    tensors: dict[str, TensorInfo] = {}
+    files = []
+    for number, path in enumerate(paths):
+        if not path.exists():
+            raise UserError(f"{path}: this part of the model is missing")
+        file = named if path == named.path else _read_one(path)
+        if file.optional("split.count", 1) != n_parts or file.optional("split.no", -1) != number:
+            file.fail(f"is not part {number + 1} of {n_parts} of this model, though its name says so")
+        if double := tensors.keys() & file.tensors.keys():
+            file.fail(f"holds tensor {quoted(min(double))}, which another part of the model holds too")
+        tensors |= file.tensors
+        files.append(file)
+    first = files[0]
+    total = first.optional("split.tensors.count", len(tensors))
+    if total != len(tensors):
+        first.fail(f"its {n_parts} parts hold {len(tensors)} tensors, not the {total} of the model")
+    return replace(first, tensors=tensors, parts=tuple(paths))
 
 
 def read_model(path: str | Path) -> ModelFile:
@@ -223,25 +264,23 @@ def check_model(model: ModelFile) -> None:
     """Refuse a GGUF that the engine would not compute as llama.cpp does.
 
     Raises:
-        UserError: an adapter, a part of a split model, an unsupported architecture, setting, tensor or type,
+        UserError: an adapter, an unsupported architecture, setting, tensor or type,
             sizes that do not agree, or a vocabulary that does not fit.
 
     """
     kind = model.optional("general.type", "model")
     if kind != "model":
         model.fail(f"holds an {quoted(kind)}, not a model")
-    if model.optional("split.count", 1) > 1:
-        model.fail("is one part of a split model; join the parts first (llama-gguf-split --merge)")
-    if model.arch not in SUPPORTED_ARCHS:
-        model.fail(
-            f"architecture {quoted(model.arch)} is not supported; supported: {', '.join(SUPPORTED_ARCHS)}"
-        )
-    _check_hyperparameters(model)
-    _check_tensors(model, SUPPORTED_ARCHS[model.arch])
+    if model.arch not in ARCHITECTURES:
+        model.fail(f"architecture {quoted(model.arch)} {refusal(model.arch)}")
+    if model.optional(f"{model.arch}.expert_count", 0):
+        model.fail("is a mixture of experts, in which each token takes weights of its own")
+    _check_hyperparameters(model, ARCHITECTURES[model.arch])
+    _check_tensors(model)
     check_tokenizer(model)
 
 
-def _check_hyperparameters(model: ModelFile) -> None:
+def _check_hyperparameters(model: ModelFile, entry: Architecture) -> None:
     arch = model.arch
     if model.L > MAX_LAYERS:
         model.fail(f"key '{arch}.block_count' is {model.L}; at most {MAX_LAYERS} layers are supported")
@@ -249,53 +288,55 @@ def _check_hyperparameters(model: ModelFile) -> None:
         model.fail(f"{model.H} query heads cannot share {model.G} key/value heads evenly")
     if f"{arch}.attention.key_length" not in model.metadata and model.C % model.H:
         model.fail(f"hidden size {model.C} is not divisible by its {model.H} heads")
-    for key, default in (("attention.value_length", model.C // model.H), ("rope.dimension_count", model.D)):
-        size = model.size(key, default)
-        if size != model.D:
-            model.fail(
-                f"key '{arch}.{key}' is {size}; only the head size of the keys, {model.D}, is supported"
-            )
-    if model.D % 2:
-        model.fail(f"head size {model.D} is odd; rotary embedding needs pairs")
+    if model.size("attention.value_length", model.C // model.H) != model.D:
+        model.fail(f"key '{arch}.attention.value_length' is not the head size of the keys, {model.D}")
+    if entry.square_queries and model.H * model.D != model.C:
+        model.fail(f"{model.H} heads of {model.D} do not make up the hidden size {model.C}")
+    if model.n_rotated % 2 or model.n_rotated > model.D:
+        model.fail(f"RoPE cannot turn {model.n_rotated} elements of a head of {model.D}")
+    if model.n_rotated != model.D and not entry.partial_rope:
+        model.fail(f"RoPE on {model.n_rotated} of {model.D} elements is not supported for {arch}")
     if not 0 < model.rms_eps < 1:
         model.fail(f"key '{arch}.attention.layer_norm_rms_epsilon' is {model.rms_eps}, which is not possible")
-    if not model.rope_freq_base >= 1:
-        model.fail(f"key '{arch}.rope.freq_base' is {model.rope_freq_base}, which is not possible")
-    scaling = model.optional(f"{arch}.rope.scaling.type", "linear")
-    if scaling not in ("none", "linear"):
-        model.fail(f"RoPE scaling {quoted(scaling)} is not supported; supported: none, linear")
-    if not model.rope_scaling_factor > 0:
-        model.fail(f"key '{arch}.rope.scaling.factor' is {model.rope_scaling_factor}, which is not possible")
     for key, neutral in _NEUTRAL_SETTINGS.items():
         value = model.optional(f"{arch}.{key}", neutral)
         if value != neutral:
             model.fail(f"key '{arch}.{key}' is {value}; only {neutral} is supported")
     model.size("context_length")  # raises if it is missing or impossible
+    _check_rope(model)
+    _check_scales(model, entry)
 
 
-def _expected_tensors(model: ModelFile, arch: Architecture) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of every tensor that the model must or may have; those it may have only if it does."""
-    sizes = {
-        "V": model.V,
-        "C": model.C,
-        "F": model.F,
-        "HD": model.H * model.D,
-        "GD": model.G * model.D,
-        "D/2": model.D // 2,
-    }
-    for name, letters in arch.required_tensors.items():
-        yield name, tuple(sizes[letter] for letter in letters)
-    for name, letters in arch.optional_tensors.items():
-        if name in model.tensors:
-            yield name, tuple(sizes[letter] for letter in letters)
-    for layer in range(model.L):
-        for name, letters in arch.layer_tensors.items():
-            yield f"blk.{layer}.{name}", tuple(sizes[letter] for letter in letters)
+def _check_rope(model: ModelFile) -> None:
+    arch = model.arch
+    if not model.rope_freq_base > 1:
+        model.fail(f"key '{arch}.rope.freq_base' is {model.rope_freq_base}, which is not possible")
+    scaling = model.optional(f"{arch}.rope.scaling.type", "linear")
+    if scaling not in ROPE_SCALINGS:
+        model.fail(f"RoPE scaling {quoted(scaling)} is not supported; supported: {', '.join(ROPE_SCALINGS)}")
+    if not model.rope_scaling_factor > 0:
+        model.fail(f"key '{arch}.rope.scaling.factor' is {model.rope_scaling_factor}, which is not possible")
+    for key in ("rope.scaling.attn_factor", "rope.freq_base_swa"):
+        if not model.optional(f"{arch}.{key}", 10000.0) > 0:
+            model.fail(f"key '{arch}.{key}' is not above zero")
+    model.size("rope.scaling.original_context_length", model.context_length)
 
 
-def _check_tensors(model: ModelFile, arch: Architecture) -> None:
+def _check_scales(model: ModelFile, entry: Architecture) -> None:
+    arch = model.arch
+    if Feature.SCALE_KEYS in entry.features and not model.require(f"{arch}.logit_scale", float) > 0:
+        model.fail(f"key '{arch}.logit_scale' is not above zero")
+    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if model.optional(f"{arch}.{key}", 0.0) < 0:
+            model.fail(f"key '{arch}.{key}' is below zero")
+    window = model.metadata.get(f"{arch}.attention.sliding_window", 0)
+    if not isinstance(window, int) or not 0 <= window < 1 << 31:
+        model.fail(f"key '{arch}.attention.sliding_window' is no width")
+
+
+def _check_tensors(model: ModelFile) -> None:
     known = set()
-    for name, shape in _expected_tensors(model, arch):
+    for name, shape in expected_tensors(model.arch, model, model.n_rotated, model.tensors):
         info = model.tensors.get(name)
         if info is None:
             model.fail(f"tensor {quoted(name)} is missing")
@@ -321,7 +362,7 @@ def check_tokenizer(model: ModelFile) -> None:
 
     Raises:
         UserError: an unsupported kind of tokenizer, arrays of different lengths or wrong types, a token that
-            occurs twice, a special token past the vocabulary, or another size than the embedding's.
+            occurs twice, or another size than the embedding's.
 
     """
     vocab_size = model.optional(f"{model.arch}.vocab_size", model.V)
@@ -351,9 +392,7 @@ def check_tokenizer(model: ModelFile) -> None:
             model.fail(f"its SentencePiece vocabulary has no token for byte 0x{missing[0]:02X}")
     for key in model.metadata:
         if key.startswith("tokenizer.ggml.") and key.endswith("_token_id"):
-            token = model.require(key, int)
-            if not 0 <= token < len(tokens):
-                model.fail(f"key {quoted(key)} is {token}, outside of the vocabulary of {len(tokens)} tokens")
+            model.require(key, int)  # one that is outside of the vocabulary is none, as in llama.cpp
 
 
 def _strings(model: ModelFile, key: str) -> StringArray:
@@ -379,17 +418,20 @@ def _check_token_array(model: ModelFile, key: str, types: tuple[str, ...], n_tok
 
 
 def file_sha256(path: str | Path) -> str:
-    """The SHA-256 of a file's bytes as 64 hexadecimal digits.
+    """The SHA-256 of a file's bytes as 64 hexadecimal digits; of a GGUF in parts, of all in their order.
 
     Raises:
         UserError: it cannot be read.
 
     """
     digest = hashlib.sha256()
-    try:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    path = Path(path)
+    parts = read_gguf(path).parts if _SPLIT_NAME.fullmatch(path.name) else (path,)
+    for part in parts:
+        try:
+            with part.open("rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+        except OSError as error:
+            raise UserError(f"{part}: cannot be read: {error.strerror}") from None
     return digest.hexdigest()

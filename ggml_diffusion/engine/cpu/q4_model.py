@@ -83,8 +83,8 @@ class Q4Model:
         self._model: Any = ffi.NULL
         self._session: Any = ffi.NULL
         model = ffi.new("ggd_model **")
-        path = ffi.new("char[]", os.fsencode(file.path))
-        check(lib.ggd_model_load(ffi.new("char *[]", [path]), 1, model))
+        paths = [ffi.new("char[]", os.fsencode(part)) for part in file.parts]
+        check(lib.ggd_model_load(ffi.new("char *[]", paths), len(paths), model))
         self._model = model[0]
         options = ffi.new("ggd_session_options *")
         options.n_threads = n_threads
