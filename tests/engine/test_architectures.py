@@ -7,17 +7,15 @@ within the lengths of these texts.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import oracle
 import pytest
-from cases import packed_batch, random_adapter, random_batch
+from cases import packed_batch
 from conftest import TinyModel
+from test_gradients import Case, check
 from tiny_architectures import ARCHITECTURES as TINY
 
-from test_gradients import Case, check
 from ggml_diffusion.engine.cpu._native import ffi, lib
 from ggml_diffusion.formats.architectures import ARCHITECTURES, row
 
