@@ -131,6 +131,9 @@ FEATURES: dict[str, Feature] = {
     "gemma2, pattern as an array": Feature(
         _keys("gemma2", {"attention.sliding_window_pattern": [False, True, False]}, L=3)
     ),
+    "gemma2, pattern as a short array": Feature(
+        _keys("gemma2", {"attention.sliding_window_pattern": [True]}, L=2)
+    ),
     "gemma2, scaling none": Feature(
         _keys("gemma2", {"rope.scaling.type": "none", "rope.scaling.factor": 3.0})
     ),
