@@ -177,11 +177,10 @@ def _windows(arch: str, key: Key, L: int) -> list[int | None]:
     if not size:
         return [None] * L
     every = key("attention.sliding_window_pattern", WINDOW_EVERY[arch])
-    narrow = (
-        [bool(one) for one in every]
-        if isinstance(every, list)
-        else [every == 0 or layer % every < every - 1 for layer in range(L)]
-    )
+    if isinstance(every, list):  # a layer that the array does not reach has no window
+        narrow = [layer < len(every) and bool(every[layer]) for layer in range(L)]
+    else:
+        narrow = [every == 0 or layer % every < every - 1 for layer in range(L)]
     return [size if one else None for one in narrow]
 
 

@@ -1,6 +1,7 @@
 """The oracle itself is right: against llama.cpp, against finite differences, against known values.
 
-Everything else in tests/ leans on tests/oracle.py, so it is checked against what shares no line with it.
+Everything else in tests/ leans on tests/oracle.py, so it is checked against what shares no line with it. The
+other architectures are in test_oracle_architectures.py.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import oracle
 import pytest
 from cases import MASK, TEXT, mean_kl, random_adapter, random_batch
 from conftest import TinyModel, sizes_for
+from llama_adapter import write_llama_adapter
 from llama_reference import Request, llama_logits, llama_tokens
 
 # llama.cpp computes in float32: logits of size 2 after a few sums over C and F are off by some 1e-6 (1.5e-5
@@ -66,7 +68,7 @@ def test_its_adapter_is_that_of_llama_cpp(tiny_model: TinyModel, tmp_path: Path)
     adapter = random_adapter(model, rank=3, B=1)
     tokens = llama_tokens(path, TEXT)
     tokens[::3] = MASK
-    _write_adapter(tmp_path / "adapter.gguf", adapter)
+    write_llama_adapter(tmp_path / "adapter.gguf", adapter)
     x = oracle.embeddings(model, adapter, tokens, adapter.parameters["embedding_offset"][0]).astype(
         np.float32
     )
@@ -77,20 +79,6 @@ def test_its_adapter_is_that_of_llama_cpp(tiny_model: TinyModel, tmp_path: Path)
         ours = oracle.batch_logits(model, tokens[None], causal_ratio, adapter)[0]
         assert mean_kl(ours, reference) < KL_FLOAT32
     assert mean_kl(theirs[0], theirs[2]) > 0.05
-
-
-def _write_adapter(path: Path, adapter: oracle.Adapter) -> None:
-    writer = gguf.GGUFWriter(str(path), "llama")
-    writer.add_type("adapter")
-    writer.add_string("adapter.type", "lora")
-    writer.add_float32("adapter.lora.alpha", adapter.alpha)
-    for name, value in adapter.parameters.items():
-        if ".lora_" in name:
-            writer.add_tensor(name, value.astype(np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 class _TypeTraits(ctypes.Structure):
