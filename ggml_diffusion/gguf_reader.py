@@ -50,7 +50,7 @@ _NUMBER_TYPES = {
     11: ("i64", "<i8"),
     12: ("f64", "<f8"),
 }
-# ggml's number of a type -> name, elements and bytes of a block; of all types, since any file can be described.
+# ggml's number of a type -> name, elements and bytes of a block; of all types: any file can be described.
 _TENSOR_TYPES = {int(other): (other.name, *GGML_QUANT_SIZES[other]) for other in GGMLQuantizationType}
 _TENSOR_TYPES |= {known.id: (known.name, known.block, known.bytes_block) for known in TENSOR_TYPES.values()}
 
