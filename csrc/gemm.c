@@ -267,11 +267,8 @@ static void split_rows(gemm_job *job, size_t n_groups) {
     job->n_chunks = ggd_ceil_div(job->gemm->m, job->rows_chunk);
 }
 
-void ggd_gemm_run(const ggd_compute *compute, const ggd_gemm *gemm) {
-    if (gemm->m == 0) {
-        return;
-    }
-    gemm_job job = {.compute = compute, .gemm = gemm};
+static gemm_job job_of(const ggd_compute *compute, const ggd_gemm *gemm) {
+    gemm_job job = {.compute = compute, .gemm = gemm, .n_chunks = 1};
     job.n_panels = ggd_ceil_div(result_columns(gemm), GGD_PANEL_COLUMNS);
     job.group = panels_a_group(gemm, job.n_panels, ggd_threads_count(compute->threads));
     size_t reduction = reduction_of(gemm->operation, &gemm->w),
@@ -285,9 +282,24 @@ void ggd_gemm_run(const ggd_compute *compute, const ggd_gemm *gemm) {
         job.bytes_w = job.k1 / job.format.block * ggd_int8_block_bytes(&job.format);
     }
     job.bytes_panel = job.bytes_w + job.k2 * bytes_row;
+    return job;
+}
+
+void ggd_gemm_run(const ggd_compute *compute, const ggd_gemm *gemm) {
+    if (gemm->m == 0) {
+        return;
+    }
+    gemm_job job = job_of(compute, gemm);
     size_t n_groups = ggd_ceil_div(job.n_panels, job.group);
     split_rows(&job, n_groups);
     ggd_parallel(compute->threads, gemm->part, n_groups * job.n_chunks, gemm_item, &job);
+}
+
+void ggd_gemm_pack(const ggd_compute *compute, ggd_operation operation, const ggd_matrix *w, int int8) {
+    const ggd_int8_rows no_rows = {0};
+    ggd_gemm gemm = {.operation = operation, .w = *w, .scale = 1.0f, .a.int8 = int8 ? &no_rows : NULL};
+    gemm_job job = job_of(compute, &gemm);  // of no rows: the items pack their panels and multiply nothing
+    ggd_parallel(compute->threads, "packing", ggd_ceil_div(job.n_panels, job.group), gemm_item, &job);
 }
 
 ggd_int8_format ggd_gemm_int8_format(ggd_operation operation, const ggd_matrix *w) {

@@ -58,6 +58,9 @@ static inline ggd_place ggd_place_of(const ggd_compute *compute, ggd_activation 
 
 void ggd_gemm_run(const ggd_compute *compute, const ggd_gemm *gemm);
 
+// Packs all panels of op(W), in int8 or in the element type, and multiplies nothing: what a product with few rows waits for.
+void ggd_gemm_pack(const ggd_compute *compute, ggd_operation operation, const ggd_matrix *w, int int8);
+
 // How W is multiplied in int8; block = 0 where it cannot be.
 ggd_int8_format ggd_gemm_int8_format(ggd_operation operation, const ggd_matrix *w);
 

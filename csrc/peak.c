@@ -1,4 +1,5 @@
-// peak.c - the machine's own bound for matrix products, measured by the tile kernel on operands that never leave the first-level cache.
+// peak.c - the machine's own bounds for matrix products: of the tile kernel, on operands that never leave the first-level cache, and of
+// packing the model's weights for it.
 #include <stdlib.h>
 #include <time.h>
 
@@ -53,4 +54,32 @@ double ggd_session_peak(ggd_session *session, double time_s) {
     }
     free(job.operands);
     return 2e-9 * (double)n_tiles * GGD_TILE_ROWS * GGD_PANEL_COLUMNS * PEAK_K / (end_s - start_s);
+}
+
+// One pass over the frozen weights of all layers; returns how many there are.
+static size_t pack_layers(const ggd_session *s, int backward) {
+    size_t n_weights = 0;
+    for (int32_t l = 0; l < s->model->shape.n_layers; l++) {
+        for (int target = 0; target < GGD_N_TARGETS; target++) {
+            const ggd_matrix *w = &s->model->layers[l].linear[target].w;
+            ggd_operation operation = backward ? GGD_TIMES_W : GGD_TIMES_WT;
+            int wanted = s->int8 >= (backward ? GGD_INT8_BACKWARD : GGD_INT8_BOTH);
+            ggd_gemm_pack(&s->compute, operation, w, wanted && ggd_gemm_int8_format(operation, w).block != 0);
+            n_weights += w->n_rows * w->n_cols;
+        }
+    }
+    return n_weights;
+}
+
+double ggd_session_packing(ggd_session *session, int32_t backward, double time_s) {
+    ggd_capacity capacity = {.n_rows = 1, .max_segment_rows = 1, .gradients = 1, .keep = session->capacity.keep};
+    if (ggd_session_reserve(session, &capacity)) {
+        return 0;
+    }
+    double start_s = now_s(), end_s = start_s, n_weights = 0;
+    while (end_s - start_s < time_s) {
+        n_weights += (double)pack_layers(session, backward);
+        end_s = now_s();
+    }
+    return 1e-9 * n_weights / (end_s - start_s);
 }

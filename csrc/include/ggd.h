@@ -161,6 +161,9 @@ void ggd_session_reset_parts(ggd_session *session);
 // Billions of operations a second of the tile kernel on operands that stay in the first-level cache, all threads: what a matrix product
 // could reach at most.
 double ggd_session_peak(ggd_session *session, double time_s);
+// Billions of weights a second that are packed for products, all threads, in passes over all layers' frozen weights: for the forward, or
+// across the rows for the input gradients; in int8 where the session's products are. 0 where the memory is missing.
+double ggd_session_packing(ggd_session *session, int32_t backward, double time_s);
 
 // Raw logits of chosen rows, (n_select, V).
 int ggd_logits(ggd_session *session, const ggd_batch *batch, const ggd_adapter *adapter, int32_t n_select, const int32_t *rows,

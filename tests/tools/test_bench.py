@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import bench
+import bench_packing
 import bench_sections
 import numpy as np
 import pytest
@@ -135,6 +136,38 @@ def test_products_are_rated_by_their_own_operations(tmp_path: Path, tiny_model: 
     assert shape.flops_layer == 2 * 48 * weights
     narrow = ProductShape("narrow", {**SMALL, "C": 320}, 1, 8)
     assert [name for name in bench_sections.PRODUCT_TYPES if narrow.allows(name)] == ["Q4_0", "Q4_1", "Q8_0"]
+
+
+def test_packing_is_measured_beside_q4_k(
+    tmp_path: Path, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench_packing, "PACKING_SIZES", {**SMALL, "L": 1})
+    monkeypatch.setattr(bench_packing, "PACKING_TIME_S", 0.001)
+    monkeypatch.setattr(bench_packing, "PACKING_TYPES", ("Q4_K", "MXFP4", "TQ2_0"))
+    options = ["--model", str(tiny_model()), "--rounds", "2", "--folder", str(tmp_path)]
+    assert bench.main(["--packing", *options, "--json", str(tmp_path / "figures.json")]) == 0
+    rows = json.loads((tmp_path / "figures.json").read_text())["packing"]
+    assert [(row["type"], row["own_kernels"]) for row in rows] == [
+        ("Q4_K", True),
+        ("MXFP4", True),
+        ("TQ2_0", False),
+    ]
+    for direction in ("forward", "backward"):
+        assert rows[0][f"{direction}_of_base"] == {"median": 1.0, "min": 1.0, "max": 1.0}
+        assert all(row[f"{direction}_gweights"]["min"] > 0.0 for row in rows)
+    assert "Packing" in capsys.readouterr().out
+
+
+def test_measuring_the_packing_rate_leaves_the_session_as_it_was(tiny_model: TinyModel) -> None:
+    tokens = np.arange(12)[None]
+    with Q4Model.from_gguf(tiny_model(type="Q4_0"), 1) as model:
+        first_rate = model.packing_rate(backward=False, time_s=0.01)  # before any call has reserved memory
+        expected = model.logits(tokens, 0.5)
+        model.reset_profile()
+        rates = [model.packing_rate(backward=backward, time_s=0.01) for backward in (False, True)]
+        assert model.profile()["packing"] > 0.0
+        assert np.array_equal(model.logits(tokens, 0.5), expected)
+    assert min(first_rate, *rates) > 0.0
 
 
 def test_a_generated_model_is_made_once(tmp_path: Path, tiny_model: TinyModel) -> None:

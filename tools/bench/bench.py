@@ -5,8 +5,8 @@ turns. Nothing here fails because it is slow: what the figures should be is said
 
 usage: tools/bench/bench.py [--step --products ...] [--peer-python /path/to/python] [--json FILE]
 
-Without a section's flag: all but --kernels and --large. The peer's environment is any that has done
-`pip install torch transformers peft gguf`.
+Without a section's flag: all but --packing, --kernels and --large. The peer's environment is any that has
+done `pip install torch transformers peft gguf`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the makers of mo
 
 import bench_sections as sections
 from bench_arms import ArmFailed
+from bench_packing import packing
 from bench_report import show
 from bench_sections import Settings
 from rich.console import Console
@@ -34,6 +35,7 @@ from ggml_diffusion.errors import UserError
 SECTIONS: Mapping[str, tuple[Callable[[Settings], Any], str]] = {
     "machine": (sections.machine, "the machine, versions, and the kernels' peak"),
     "products": (sections.products, "matrix products of each weight type"),
+    "packing": (packing, "packing alone, of each quantised type, beside Q4_K"),
     "step": (sections.steps, "training steps, whole, with memory and shares of time"),
     "threads": (sections.threads, "one thread against all, and the projection to 7B on 16 cores"),
     "generation": (sections.generation, "denoising at several numbers of steps"),
@@ -41,14 +43,14 @@ SECTIONS: Mapping[str, tuple[Callable[[Settings], Any], str]] = {
     "large": (sections.large, "one step of a whole 7B model: takes minutes and 4 GB of disk"),
 }
 WIDTH_OF_FILES = 140
-LEFT_OUT = ("kernels", "large")
+LEFT_OUT = ("packing", "kernels", "large")
 
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         description="Measure training and generation on this machine.",
-        epilog=f"Without a section: all but {' and '.join(LEFT_OUT)}.",
+        epilog=f"Without a section: all but {', '.join(LEFT_OUT)}.",
     )
     for name, (_, description) in SECTIONS.items():
         parser.add_argument(f"--{name}", action="store_true", help=description)

@@ -75,6 +75,20 @@ def product_tables(result: Sequence[Row]) -> list[Table]:
     return tables
 
 
+def packing_tables(result: Sequence[Row]) -> list[Table]:
+    """Packing alone."""
+    columns = ["weights", "unpacked by"]
+    for direction in ("forward", "dX"):
+        columns += [f"{direction} Gweights/s", "of Q4_K"]
+    rows = []
+    for row in result:
+        rows.append([row["type"], "own kernels" if row["own_kernels"] else "ggml"])
+        for direction in ("forward", "backward"):
+            rate, ratio = row[f"{direction}_gweights"], row[f"{direction}_of_base"]
+            rows[-1] += [figure(rate, ".2f"), figure(ratio, ".0%")]
+    return [table_of(f"Packing, {result[0]['kernels']}, to {result[0]['element']}", columns, rows)]
+
+
 def step_tables(title: str, result: Sequence[Row]) -> list[Table]:
     """Training steps and where their time goes."""
     columns = [
@@ -171,6 +185,7 @@ def generation_tables(result: Sequence[Row]) -> list[Table]:
 TABLES: Mapping[str, Callable[[Any], list[Table]]] = {
     "machine": machine_tables,
     "products": product_tables,
+    "packing": packing_tables,
     "step": lambda result: step_tables("Training step", result),
     "threads": thread_tables,
     "kernels": lambda result: step_tables("Kernels switched off, float32", result),

@@ -23,6 +23,7 @@ from bench_projection import SEED_CORES, cost_of_layers, cost_of_step, project, 
 from make_large_gguf import SHAPE_7B, make_large_gguf
 
 from ggml_diffusion.formats.lora import TargetModule
+from ggml_diffusion.formats.tensor_types import TENSOR_TYPES
 
 Row = dict[str, Any]
 
@@ -101,7 +102,7 @@ class ProductShape:
 
     def allows(self, type_name: str) -> bool:
         """Whether rows consist of whole blocks of the type."""
-        return not type_name.endswith("_K") or all(in_size % 256 == 0 for _, in_size in self.weights)
+        return all(in_size % TENSOR_TYPES[type_name].block == 0 for _, in_size in self.weights)
 
 
 # The vocabulary has no part in these products. Eight small layers do not fit the cache, as thirty do not.

@@ -98,6 +98,13 @@ class Worker:
         """The kernels' own bound."""
         return {"gflops": self.model.peak_gflops(time_s)}
 
+    def packing(self, time_s: float) -> Reply:
+        """Billions of weights a second that are packed alone, in each direction."""
+        return {
+            "forward": self.model.packing_rate(backward=False, time_s=time_s),
+            "backward": self.model.packing_rate(backward=True, time_s=time_s),
+        }
+
     def memory(self) -> Reply:
         """The process's peak, and how much of it is the mapped model."""
         return {"peak_bytes": peak_memory_bytes(), "model_bytes": resident_bytes_of_file(self.model.path)}
@@ -202,7 +209,7 @@ class Worker:
 def start(job: Reply) -> dict[str, Action]:
     """The actions of a job by name."""
     worker = Worker(job)
-    names = ("describe", "peak", "memory", "step", "products", "generate")
+    names = ("describe", "peak", "packing", "memory", "step", "products", "generate")
     return {name: getattr(worker, name) for name in names}
 
 

@@ -309,6 +309,10 @@ class Q4Model:
         """Billions of operations a second that the kernels reach on cached operands with all threads."""
         return float(lib.ggd_session_peak(self._open(), time_s))
 
+    def packing_rate(self, *, backward: bool, time_s: float = 0.5) -> float:
+        """Billions of frozen weights a second that are packed for products, forward or input gradients."""
+        return float(lib.ggd_session_packing(self._open(), int(backward), time_s))
+
     def embed(self, tokens: ArrayLike) -> NDArray[np.float32]:
         """Token embeddings, (B, T) -> (B, T, C) float32, without offset and mask row.
 
