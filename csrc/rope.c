@@ -12,6 +12,7 @@
 
 typedef struct {
     float base, scale;  // positions are divided by scale
+    float file_scale;   // the same by the file's factor, even where it names no scaling
     int yarn;
     float fast, slow;  // turns over the original context above which a pair is unscaled, and below which it is scaled
     float magnitude;
@@ -62,7 +63,8 @@ static int read_global(const ggd_keys *keys, const ggd_arch *arch, rope_settings
         return -1;
     }
     r->yarn = strcmp(type, "yarn") == 0;
-    r->scale = strcmp(type, "none") == 0 || r->scale == 0 ? 1.0f : r->scale;
+    r->file_scale = r->scale == 0 ? 1.0f : r->scale;
+    r->scale = strcmp(type, "none") == 0 ? 1.0f : r->file_scale;
     r->fast = 32.0f;
     r->slow = 1.0f;
     if (arch->features & GGD_YARN_KEYS && (ggd_keys_positive(keys, "rope.scaling.yarn_beta_fast", r->fast, &r->fast) ||
@@ -81,6 +83,7 @@ static int read_global(const ggd_keys *keys, const ggd_arch *arch, rope_settings
 static int read_window(const ggd_keys *keys, const ggd_arch *arch, rope_settings *r) {
     switch (arch->window_rope) {
     case GGD_WINDOW_ROPE_SAME:
+        r->scale = r->file_scale;  // as llama.cpp does
         return ggd_keys_positive(keys, "rope.freq_base_swa", r->base, &r->base);
     case GGD_WINDOW_ROPE_OWN_BASE:
         r->scale = 1.0f;

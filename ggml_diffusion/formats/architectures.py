@@ -297,6 +297,9 @@ def _layer_tensors(
         yield tensor, (size,)
     shapes: dict[str, tuple[int, int]] = {}
     fused = f"{prefix}{_FUSED_ATTENTION}.weight" in present
+    biases = set(entry.biases)
+    if fused and not all(f"{prefix}{part.gguf_name}.bias" in present for part in _ATTENTION):
+        biases -= set(_ATTENTION)  # llama.cpp takes all three beside a fused weight, or drops them
     for module in TargetModule:
         out_size, in_size = module.weight_shape(dims)
         tensor = module.gguf_name
@@ -305,7 +308,7 @@ def _layer_tensors(
         elif Feature.GATE_IN_UP in entry.features and module is TargetModule.GATE_PROJ:
             tensor = TargetModule.UP_PROJ.gguf_name
         shapes[tensor] = (shapes.get(tensor, (0, 0))[0] + out_size, in_size)
-        if module in entry.biases and f"{prefix}{module.gguf_name}.bias" in present:
+        if module in biases and f"{prefix}{module.gguf_name}.bias" in present:
             yield f"{module.gguf_name}.bias", (out_size,)
     for tensor, shape in shapes.items():
         yield f"{tensor}.weight", shape

@@ -1,10 +1,10 @@
 """LoRA adapters as GGUF files, the form that llama.cpp loads beside its base model.
 
-Written: the LoRA pairs as they are, and everything else that was trained as keys named
-"ggml_diffusion.*", which other programs ignore. llama.cpp can also be given the mask embedding: A =
-one-hot(mask token), B = the embedding, as a pair for `token_embd.weight`. Only where the head is untied,
-though: with a tied head llama.cpp would look the same pair up for the output matrix and abort, so there
-the mask embedding is in the keys alone.
+Written: the LoRA pairs as they are (stacked where the base has projections in one tensor, fused_lora.py), and
+everything else that was trained as keys named "ggml_diffusion.*", which other programs ignore. llama.cpp can
+also be given the mask embedding: A = one-hot(mask token), B = the embedding, as a pair for
+`token_embd.weight`. Only where the head is untied, though: with a tied head llama.cpp would look the same
+pair up for the output matrix and abort, so there the mask embedding is in the keys alone.
 
 Deliberately not here: what the "ggml_diffusion.*" keys mean (adapter_file.py), adapters on other tensors
 than the seven projections, merging. Source: llama.cpp, src/llama-adapter.cpp and build_inp_embd in
@@ -21,12 +21,14 @@ from numpy.typing import NDArray
 
 from ggml_diffusion.durable import replace_file
 from ggml_diffusion.errors import UserError, quoted
+from ggml_diffusion.formats.fused_lora import layout_of, read_layout, stack_pairs, unstack_pairs, write_layout
 from ggml_diffusion.formats.gguf_reader import TensorInfo
 from ggml_diffusion.formats.lora import LORA_A_SUFFIX, LORA_B_SUFFIX, LoraAdapter, lora_ranks
 from ggml_diffusion.formats.model_file import ModelFile, read_gguf
 
 KEY_PREFIX = "ggml_diffusion."
 _ALPHA_KEY = "adapter.lora.alpha"
+_FUSED_KEY = KEY_PREFIX + "fused"
 _MASK_TOKEN_KEY = KEY_PREFIX + "mask_token_id"
 _MASK_EMBEDDING_KEY = KEY_PREFIX + "mask_embedding"
 _TOKEN_EMBEDDING = "token_embd.weight"
@@ -53,8 +55,11 @@ def write_gguf_adapter(
     adapter.check(base)
     if adapter.alpha == 0:
         raise UserError(f"{path}: not written: with alpha 0 llama.cpp would apply the adapter unscaled")
-    tensors = dict(adapter.tensors)
+    layout = layout_of(base, adapter.tensors)
+    tensors = stack_pairs(adapter.tensors, layout)
     values = dict(keys)
+    if layout:
+        values["fused"] = write_layout(layout)
     if adapter.mask_token_id is not None:
         values["mask_token_id"] = adapter.mask_token_id
         if adapter.mask_embedding is not None:
@@ -134,6 +139,8 @@ def read_gguf_adapter(path: str | Path) -> tuple[LoraAdapter, ModelFile]:
     mask_token, mask_embedding = _read_mask(file)
     _drop_mask_pair(file, tensors, mask_token, mask_embedding, alpha or 1.0)
     try:
+        if _FUSED_KEY in file.metadata:
+            tensors = unstack_pairs(tensors, read_layout(file.require(_FUSED_KEY, str)))
         ranks = lora_ranks(tensors)
     except UserError as error:
         file.fail(str(error).removeprefix("adapter: "))

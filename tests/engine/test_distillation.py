@@ -1,6 +1,7 @@
 """The distillation loss of the engine against the oracle: the base, causal and on clean text, as teacher."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import autograd
@@ -47,7 +48,11 @@ def rows_back(request: pytest.FixtureRequest) -> int:
 def test_loss_and_gradients_of_a_student_with_a_teacher_are_the_oracles(
     tiny_model: TinyModel, rows_back: int, compute: Compute
 ) -> None:
-    path = tiny_model(type="Q8_0")
+    check_student(tiny_model(type="Q8_0"), rows_back, compute)
+
+
+def check_student(path: Path, rows_back: int, compute: Compute) -> None:
+    """Hold both losses and every gradient of the engine against the oracle's."""
     reference = oracle.load_model(path)
     batch = packed_batch(reference.V, B=3, T=13)
     adapter = random_adapter(reference, rank=4, B=3)

@@ -94,13 +94,15 @@ def make_reference(
     *,
     rank: int | None,
     mask_token_id: int = MASK,
+    n_tokens: int | None = None,
+    arch: str = "llama",
 ) -> Reference:
     """Oracle and llama.cpp on the text.
 
     With a rank: a random adapter of all seven projections, and every fourth token masked; the mask row and
-    the time offset go into llama.cpp as input embeddings.
+    the time offset go into llama.cpp as input embeddings. n_tokens cuts the text.
     """
-    tokens = llama_tokens(path, TEXT)
+    tokens = llama_tokens(path, TEXT)[:n_tokens]
     adapter, inputs, adapter_path = oracle.EMPTY_ADAPTER, tokens, None
     if rank is not None:
         adapter = random_adapter(model, rank=rank, B=1, mask_token_id=mask_token_id, gain=0.3)
@@ -109,6 +111,8 @@ def make_reference(
         write_gguf_adapter(adapter_path, lora_adapter(adapter), read_model(path), {})
         offset = adapter.parameters["embedding_offset"][0]
         inputs = oracle.embeddings(model, adapter, tokens, offset).astype(np.float32)
+        if arch == "gemma3":  # llama.cpp scales its token rows, and takes embeddings as scaled
+            inputs *= np.float32(model.embedding_scale)
     requests = [Request(inputs, ratio == 1.0, adapter_path) for ratio in RATIOS]
     theirs = llama_logits(path, requests)
     exact = {ratio: oracle.batch_logits(model, tokens[None], ratio, adapter)[0] for ratio in RATIOS}

@@ -13,8 +13,9 @@ from typing import Any
 
 from bench_arms import Reply
 from bench_sections import Row, Settings, Work, generated_model, our_arm, spread
-from ggml_diffusion.tensor_types import TENSOR_TYPES
 from make_tiny_gguf import TENSOR_TYPES as WRITABLE_TYPES
+
+from ggml_diffusion.formats.tensor_types import TENSOR_TYPES
 
 PACKING_BASE = "Q4_K"
 # All types that can be written but float ones; the layer is larger than a core's own caches.
