@@ -139,6 +139,7 @@ FEATURES: dict[str, Feature] = {
     ),
     "gemma2, yarn": Feature(_keys("gemma2", YARN)),
     "gemma2, partial rotation": Feature(_keys("gemma2", {"rope.dimension_count": 6})),
+    "gemma2, wide heads": Feature({"arch": "gemma2", "D": 32}),
     "gemma2, without its keys": Feature(
         _keys(
             "gemma2",
@@ -153,14 +154,17 @@ FEATURES: dict[str, Feature] = {
     "gemma3, untied with a cap": Feature(_keys("gemma3", {"final_logit_softcapping": 6.0}, tied=False)),
     "gemma3, linear": Feature(_keys("gemma3", {"rope.scaling.type": "linear", "rope.scaling.factor": 8.0})),
     "gemma3, yarn": Feature(_keys("gemma3", {**YARN, "rope.scaling.attn_factor": 1.3})),
+    "gemma3, partial rotation": Feature(_keys("gemma3", {"rope.dimension_count": 6})),
     "gemma3, no window": Feature(_keys("gemma3", {"attention.sliding_window": None})),
     "gemma3, no base of its windows": Feature(_keys("gemma3", {"rope.freq_base_swa": None})),
     "gemma3, 27B": Feature({"arch": "gemma3", "L": 62, "C": 32, "H": 2, "G": 1, "D": 32}, depth=10),
     "phi3, long": Feature({"arch": "phi3"}, n_ctx=257),
+    "phi3, biases": Feature({"arch": "phi3", "biases": QKV}),
     "phi3, without factors": Feature(
         _keys("phi3", {"rope.scaling.type": None, "rope.scaling.attn_factor": None}, fused_qkv=False)
     ),
     "smollm3, yarn": Feature(_keys("smollm3", YARN, L=5)),
+    "granite, biases and factors": Feature({"arch": "granite", "biases": PROJECTIONS, "rope_freqs": True}),
     "granite, no RoPE": Feature(_keys("granite", {"rope.scaling.finetuned": False})),
     "granite, no scales": Feature(
         _keys(
@@ -182,6 +186,7 @@ FEATURES: dict[str, Feature] = {
         )
     ),
     "olmo2, fused": Feature({"arch": "olmo2", "fused_qkv": True}),
+    "mistral3, biases and factors": Feature({"arch": "mistral3", "biases": PROJECTIONS, "rope_freqs": True}),
     "mistral3, no temperature": Feature(
         _keys("mistral3", {"attention.temperature_scale": None, "rope.scaling.yarn_log_multiplier": 0.0})
     ),

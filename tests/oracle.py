@@ -60,12 +60,9 @@ def mask_weights(
 
 def document_positions(T: int, document_ids: NDArray[Any] | None = None) -> NDArray[np.int64]:
     """The position (T,) of each token, counted from the first of its document."""
-    at = np.arange(T)
-    return (
-        at
-        if document_ids is None
-        else at - np.array([np.argmax(document_ids == one) for one in document_ids])
-    )
+    if document_ids is None:
+        return np.arange(T)
+    return np.arange(T) - [np.argmax(document_ids == one) for one in document_ids]
 
 
 # -- the network --------------------------------------------------------------------------------

@@ -96,9 +96,9 @@ def dequantised(data: NDArray[Any], tensor_type: gguf.GGMLQuantizationType) -> N
 
 
 def load_model(path: str | Path, *, n_ctx: int | None = None) -> OracleModel:
-    """Read a GGUF as llama.cpp does with a context of n_ctx tokens, None: of no more than it was trained for.
+    """Read a GGUF as llama.cpp does with a context of n_ctx tokens, None: no longer than the original one.
 
-    Only the long and short RoPE factors of "longrope" depend on the context.
+    Only the choice between the long and the short RoPE factors of "longrope" depends on it.
     """
     reader = gguf.GGUFReader(str(path))
     arch = str(reader.fields["general.architecture"].contents())
@@ -139,7 +139,7 @@ def load_model(path: str | Path, *, n_ctx: int | None = None) -> OracleModel:
         attention_scale=(key("attention.scale") if granite else None) or size_scored**-0.5,
         logit_scale=1.0 / key("logit_scale") if granite else 1.0,
         attention_cap=key("attn_logit_softcapping", 50.0) if arch == "gemma2" else None,
-        logit_cap=(key("final_logit_softcapping", 30.0 if arch == "gemma2" else None) if gemma else None)
+        logit_cap=(key("final_logit_softcapping", 30.0 if arch == "gemma2" else 0.0) if gemma else 0.0)
         or None,
         temperature=(temperature, _original_context(key)) if temperature else None,
         weights=weights,
