@@ -13,9 +13,10 @@ if TYPE_CHECKING:
         QLoraConversionConfig,
         TimeEmbeddingConfig,
     )
-    from ggml_diffusion.engine.cpu.q4_model import LossResult, Q4Model
+    from ggml_diffusion.engine.cpu.q4_model import Q4Model
+    from ggml_diffusion.engine.interface import Batch, Engine, LossResult, Teacher
     from ggml_diffusion.errors import UserError
-    from ggml_diffusion.formats.adapter_file import CheckpointMetadata, DiffusionCheckpoint
+    from ggml_diffusion.formats.adapter_file import CheckpointMetadata, DiffusionCheckpoint, load_adapter
     from ggml_diffusion.formats.lora import LoraAdapter, TargetModule
     from ggml_diffusion.generation.denoise import GenerationConfig
     from ggml_diffusion.generation.diffusion_model import DiffusionModel
@@ -28,16 +29,20 @@ if TYPE_CHECKING:
     from ggml_diffusion.training.trainer import ConversionTrainer
 
 _HOMES = {
+    "Batch": "engine.interface",
+    "Engine": "engine.interface",
+    "Teacher": "engine.interface",
     "AnnealingSchedule": "objective.annealing",
     "AttentionMaskAnnealer": "objective.annealing",
     "CheckpointMetadata": "formats.adapter_file",
     "ConversionTrainer": "training.trainer",
     "ConversionTrainingConfig": "config.settings",
     "DiffusionCheckpoint": "formats.adapter_file",
+    "load_adapter": "formats.adapter_file",
     "DiffusionModel": "generation.diffusion_model",
     "GenerationConfig": "generation.denoise",
     "LoraAdapter": "formats.lora",
-    "LossResult": "engine.cpu.q4_model",
+    "LossResult": "engine.interface",
     "MaskAnnealingConfig": "config.settings",
     "NoiseSchedule": "objective.corruption",
     "Q4Model": "engine.cpu.q4_model",
@@ -55,11 +60,13 @@ _HOMES = {
 __all__ = [
     "AnnealingSchedule",
     "AttentionMaskAnnealer",
+    "Batch",
     "CheckpointMetadata",
     "ConversionTrainer",
     "ConversionTrainingConfig",
     "DiffusionCheckpoint",
     "DiffusionModel",
+    "Engine",
     "GenerationConfig",
     "LoraAdapter",
     "LossResult",
@@ -68,6 +75,7 @@ __all__ = [
     "Q4Model",
     "QLoraConversionConfig",
     "TargetModule",
+    "Teacher",
     "TextDataLoader",
     "TimeEmbedding",
     "TimeEmbeddingConfig",
@@ -75,6 +83,7 @@ __all__ = [
     "Tokenizer",
     "TrainMetrics",
     "UserError",
+    "load_adapter",
 ]
 
 

@@ -1,16 +1,17 @@
 """Engines whose predictions are planted: a Python function gives the logits, so that every figure is known.
 
-They stand in for Q4Model where a measure is compared with what it should find, and know nothing of GGUF.
+They stand in for an engine where a measure is compared with what it should find, and know nothing of GGUF.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-from ggml_diffusion.engine.cpu.q4_model import LossResult
+from ggml_diffusion.engine.interface import Batch, LossResult
 from ggml_diffusion.formats.lora import LoraAdapter
 from ggml_diffusion.generation.diffusion_model import DiffusionModel
 from ggml_diffusion.objective.corruption import NoiseSchedule
@@ -23,31 +24,27 @@ Rows = Callable[[Any, float, bool], Any]
 class PlantedEngine:
     """An engine by a function of one document's tokens."""
 
-    context_length = 4096
     compute = "f32"
 
     def __init__(self, V: int, rows: Rows) -> None:
-        self.V, self.C = V, 8
+        self.file = SimpleNamespace(V=V, C=8, context_length=4096)
         self.rows = rows
         self.n_tokens = 0
 
-    def logits(
-        self, tokens, causal_ratio=1.0, adapter=None, embedding_offset=None, *, lengths=None,
-        document_ids=None, select=None,
-    ):  # fmt: skip
-        tokens = np.asarray(tokens)
-        lengths = np.full(len(tokens), tokens.shape[1]) if lengths is None else lengths
-        documents = np.zeros(tokens.shape) if document_ids is None else document_ids
-        result = np.zeros((*tokens.shape, self.V), np.float32)
+    def logits(self, batch: Batch, adapter=None, *, select=None):
+        tokens = batch.tokens
+        lengths = np.full(len(tokens), tokens.shape[1]) if batch.lengths is None else batch.lengths
+        documents = np.zeros(tokens.shape) if batch.document_ids is None else batch.document_ids
+        result = np.zeros((*tokens.shape, self.file.V), np.float32)
         for b, length in enumerate(lengths):
             self.n_tokens += int(length)
             for document in np.unique(documents[b, :length]):
                 where = np.flatnonzero(documents[b, :length] == document)
-                result[b, where] = self.rows(tokens[b, where], causal_ratio, adapter is not None)
+                result[b, where] = self.rows(tokens[b, where], batch.causal_ratio, adapter is not None)
         return result if select is None else result[select]
 
-    def loss(self, tokens, targets, weights, causal_ratio=1.0, adapter=None, embedding_offset=None, **more):
-        logits = self.logits(tokens, causal_ratio, adapter, embedding_offset, **more).astype(np.float64)
+    def loss(self, batch: Batch, targets, weights, adapter=None):
+        logits = self.logits(batch, adapter).astype(np.float64)
         if adapter is not None and adapter.mask_token_id is not None:
             logits[..., adapter.mask_token_id] = -np.inf
         log_p = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))

@@ -33,7 +33,7 @@ from ggml_diffusion.formats.lora import TargetModule
 from ggml_diffusion.generation.diffusion_model import DiffusionModel
 from ggml_diffusion.text.loader import TokenBatch
 from ggml_diffusion.text.tokenizer import Tokenizer
-from ggml_diffusion.training.int8_gate import choose_int8, without_int8
+from ggml_diffusion.training.int8_gate import choose_int8
 from ggml_diffusion.training.trainer import ConversionTrainer
 
 T, B, HELD_OUT, GROUP = 128, 8, 64, 16
@@ -142,8 +142,7 @@ def main() -> None:
 
         def note(tag: str, model_now: DiffusionModel, causal_ratio: float) -> None:
             row = {"tag": tag, "step": trainer.step_count, "tokens": trainer.step_count * B * T}
-            with without_int8(model):
-                rows.append({**row, **measure(model_now, as_batch(held), masks, causal_ratio)})
+            rows.append({**row, **measure(model_now, as_batch(held), masks, causal_ratio)})
             print(json.dumps(rows[-1]), flush=True)
 
         def current() -> DiffusionModel:

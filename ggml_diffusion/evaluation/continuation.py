@@ -10,7 +10,7 @@ Letters: N prefixes, S samples of each, K new tokens, V vocabulary.
 import numpy as np
 from numpy.typing import NDArray
 
-from ggml_diffusion.engine.cpu.q4_model import Q4Model
+from ggml_diffusion.engine.interface import Batch, Engine
 from ggml_diffusion.evaluation.scoring import OnTokens, chunks, ignore_tokens
 from ggml_diffusion.generation.sampling import draw, log_softmax
 
@@ -18,7 +18,7 @@ _TOKENS_AT_ONCE = 1024
 
 
 def continue_greedily(
-    engine: Q4Model,
+    engine: Engine,
     prefixes: list[NDArray[np.int32]],
     n_new: int,
     never: int | None = None,
@@ -29,7 +29,7 @@ def continue_greedily(
 
 
 def continue_sampled(
-    engine: Q4Model,
+    engine: Engine,
     prefixes: list[NDArray[np.int32]],
     n_new: int,
     n_samples: int,
@@ -53,7 +53,7 @@ def continue_sampled(
 
 
 def _continue(
-    engine: Q4Model,
+    engine: Engine,
     prefixes: list[NDArray[np.int32]],
     n_new: int,
     n_samples: int,
@@ -87,11 +87,11 @@ def _parts(texts: list[NDArray[np.int32]]) -> list[slice]:
     return chunks(len(texts), max(1, _TOKENS_AT_ONCE // longest))
 
 
-def _next_logits(engine: Q4Model, texts: list[NDArray[np.int32]], never: int | None) -> NDArray[np.float32]:
+def _next_logits(engine: Engine, texts: list[NDArray[np.int32]], never: int | None) -> NDArray[np.float32]:
     """Logits (N, V) of the token that follows each text."""
     tokens, lengths = padded(texts)
     is_last = np.arange(tokens.shape[1]) == lengths[:, None] - 1
-    logits = engine.logits(tokens, 1.0, None, lengths=lengths, select=is_last)
+    logits = engine.logits(Batch(tokens, lengths=lengths), select=is_last)
     if never is not None:
         logits[:, never] = -np.inf
     return logits
@@ -107,7 +107,7 @@ def padded(texts: list[NDArray[np.int32]]) -> tuple[NDArray[np.int32], NDArray[n
 
 
 def continuation_losses(
-    engine: Q4Model,
+    engine: Engine,
     texts: list[NDArray[np.int32]],
     starts: list[int],
     batch_size: int,
@@ -120,7 +120,7 @@ def continuation_losses(
         column = np.arange(tokens.shape[1])
         predicts = (column >= np.array(starts[part])[:, None] - 1) & (column < lengths[:, None] - 1)
         targets = np.roll(tokens, -1, axis=1)
-        result = engine.loss(tokens, targets, predicts.astype(np.float32), 1.0, None, lengths=lengths)
+        result = engine.loss(Batch(tokens, lengths=lengths), targets, predicts.astype(np.float32))
         totals[part] = result.row_loss.sum(axis=1, dtype=np.float64)
         on_tokens(int(lengths.sum()))
     return totals

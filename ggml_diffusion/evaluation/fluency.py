@@ -21,7 +21,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from ggml_diffusion.engine.cpu.q4_model import Q4Model
+from ggml_diffusion.engine.interface import Engine
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.evaluation.continuation import continuation_losses, continue_sampled
 from ggml_diffusion.evaluation.estimates import Estimate, estimate_ratio, exponential
@@ -204,7 +204,7 @@ def _denoise(
 
 
 def fluency(
-    engine: Q4Model,
+    engine: Engine,
     prompts: list[NDArray[np.int32]],
     texts: list[NDArray[np.int32]],
     batch_size: int,

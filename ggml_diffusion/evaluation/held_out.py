@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ggml_diffusion.engine.cpu.q4_model import Q4Model
+from ggml_diffusion.engine.interface import Engine
 from ggml_diffusion.evaluation.masked import MASKED_SHARES, random_masks
 from ggml_diffusion.evaluation.scoring import TokenScores, predictable, score_base, score_masked
 from ggml_diffusion.generation.diffusion_model import DiffusionModel
@@ -69,7 +69,7 @@ def masked_scores(
     return results
 
 
-def base_score(engine: Q4Model, held_out: TokenBatch, batch_size: int) -> Score:
+def base_score(engine: Engine, held_out: TokenBatch, batch_size: int) -> Score:
     """Next-token score of the base alone: no adapter, causal attention, clean text.
 
     Every token is scored that has another of its document to its left.

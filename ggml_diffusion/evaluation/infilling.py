@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ggml_diffusion.engine.cpu.q4_model import Q4Model
+from ggml_diffusion.engine.interface import Engine
 from ggml_diffusion.evaluation.continuation import (
     continuation_losses,
     continue_greedily,
@@ -189,7 +189,7 @@ def fill_holes(
 
 
 def best_by_suffix(
-    engine: Q4Model,
+    engine: Engine,
     holes: list[Hole],
     candidates: NDArray[np.int32],
     batch_size: int,

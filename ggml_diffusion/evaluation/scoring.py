@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ggml_diffusion.engine.cpu.q4_model import LossResult, Q4Model
+from ggml_diffusion.engine.interface import Batch, Engine, LossResult
 from ggml_diffusion.formats.lora import LoraAdapter
 from ggml_diffusion.generation.diffusion_model import DiffusionModel
 from ggml_diffusion.generation.sampling import time_at_share
@@ -119,22 +119,20 @@ def score_noisy(
     times = times_at_shares(shares, model.noise_schedule)
 
     def forward(rows: slice, targets: NDArray[np.int32], weights: NDArray[np.float32]) -> LossResult:
-        return model.engine.loss(
+        batch = Batch(
             noisy[rows],
-            targets,
-            weights,
             causal_ratio,
-            model.adapter,
+            clean.lengths[rows],
+            clean.document_ids[rows],
             model.embedding_offset(times[rows]),
-            lengths=clean.lengths[rows],
-            document_ids=clean.document_ids[rows],
         )
+        return model.engine.loss(batch, targets, weights, model.adapter)
 
     return _score(clean, scored, model.prediction, batch_size, forward, on_tokens)
 
 
 def score_base(
-    engine: Q4Model,
+    engine: Engine,
     held_out: TokenBatch,
     scored: NDArray[np.bool_],
     batch_size: int,
@@ -143,15 +141,8 @@ def score_base(
     """Predict tokens with the base itself: no adapter, causal attention, clean text on the left."""
 
     def forward(rows: slice, targets: NDArray[np.int32], weights: NDArray[np.float32]) -> LossResult:
-        return engine.loss(
-            held_out.tokens[rows],
-            targets,
-            weights,
-            1.0,
-            None,
-            lengths=held_out.lengths[rows],
-            document_ids=held_out.document_ids[rows],
-        )
+        batch = Batch(held_out.tokens[rows], 1.0, held_out.lengths[rows], held_out.document_ids[rows])
+        return engine.loss(batch, targets, weights)
 
     return _score(held_out, scored, "shifted", batch_size, forward, on_tokens)
 

@@ -11,6 +11,7 @@ Letters: B sequences, T tokens, V vocabulary.
 import math
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +19,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ggml_diffusion.engine.cpu.q4_model import Q4Model
+from ggml_diffusion.engine.interface import Batch, Engine
+from ggml_diffusion.engine.open import open_engine
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.evaluation.fluency import compare_texts, cut_prompts, writing_tokens
 from ggml_diffusion.evaluation.infilling import (
@@ -34,7 +36,7 @@ from ggml_diffusion.evaluation.results import BaseCheck, Evaluation, EvaluationS
 from ggml_diffusion.evaluation.scoring import OnTokens, TokenScores, predictable, score_base, untrained
 from ggml_diffusion.formats.adapter_file import DiffusionCheckpoint
 from ggml_diffusion.formats.lora import LoraAdapter
-from ggml_diffusion.formats.model_file import file_sha256
+from ggml_diffusion.formats.model_file import file_sha256, read_model
 from ggml_diffusion.generation.denoise import GenerationConfig
 from ggml_diffusion.generation.diffusion_model import DiffusionModel
 from ggml_diffusion.text.loader import TextDataLoader, TokenBatch
@@ -108,7 +110,7 @@ def run_evaluation(inputs: EvaluationInputs, settings: EvaluationSettings, liste
     """
     checkpoint = DiffusionCheckpoint.load(inputs.adapter)
     control_checkpoint = None if inputs.control is None else DiffusionCheckpoint.load(inputs.control)
-    with Q4Model.from_gguf(inputs.base, inputs.n_threads) as engine:
+    with closing(open_engine(read_model(inputs.base), inputs.n_threads)) as engine:
         listener.note(f"base: {engine.description}")
         tokenizer = Tokenizer.from_gguf(inputs.base)
         conversions = [one for one in (checkpoint, control_checkpoint) if one is not None]
@@ -255,7 +257,7 @@ def evaluate_conversion(
         listener.stop()
     return Evaluation(
         _about(model, checkpoint, data, may_mask, settings),
-        math.log(engine.V),
+        math.log(engine.file.V),
         likelihoods,
         masked,
         infilling,
@@ -369,14 +371,14 @@ def _generation_config(settings: EvaluationSettings, model: DiffusionModel) -> G
     return GenerationConfig(block_length=block_length, **{name: getattr(settings, name) for name in shared})
 
 
-def _probe(engine: Q4Model, held_out: TokenBatch, adapter: LoraAdapter | None) -> NDArray[np.float32]:
+def _probe(engine: Engine, held_out: TokenBatch, adapter: LoraAdapter | None) -> NDArray[np.float32]:
     """All logits of the base on the beginning of the first sequence."""
     n_tokens = min(16, int(held_out.lengths[0]))
-    return engine.logits(held_out.tokens[:1, :n_tokens], 1.0, adapter)
+    return engine.logits(Batch(held_out.tokens[:1, :n_tokens]), adapter)
 
 
 def _check_base(
-    engine: Q4Model,
+    engine: Engine,
     held_out: TokenBatch,
     before: tuple[NDArray[np.float32], str],
     checkpoint: DiffusionCheckpoint,
@@ -386,7 +388,7 @@ def _check_base(
         same_logits=_probe(engine, held_out, None).tobytes() == logits.tobytes(),
         same_with_nothing_trained=_probe(engine, held_out, LoraAdapter(1.0, {})).tobytes()
         == logits.tobytes(),
-        same_file=file_sha256(engine.path) == sha256,
+        same_file=file_sha256(engine.file.path) == sha256,
         trained_on_this_file=checkpoint.metadata.base_sha256 == sha256,
         sha256=sha256,
     )
@@ -400,7 +402,7 @@ def _about(
     settings: EvaluationSettings,
 ) -> dict[str, Any]:
     return {
-        "base": model.engine.path.name,
+        "base": model.engine.file.path.name,
         "conversion": checkpoint.metadata.model_dump(exclude={"base_sha256"}),
         "data_sha256": data.fingerprint,
         "held_out_fraction": data.fraction,

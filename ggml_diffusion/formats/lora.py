@@ -25,7 +25,7 @@ LORA_B_SUFFIX = ".lora_b"
 
 
 class ModelDims(Protocol):
-    """The sizes of a base model; `ModelFile` and `Q4Model` both have them."""
+    """The sizes of a base model; `ModelFile` has them."""
 
     @property
     def L(self) -> int:

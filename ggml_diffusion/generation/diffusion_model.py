@@ -12,10 +12,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ggml_diffusion.engine.cpu.q4_model import Q4Model
+from ggml_diffusion.engine.interface import Batch, Engine
+from ggml_diffusion.engine.open import open_engine
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.formats.adapter_file import TIME_BIAS, TIME_WEIGHT, DiffusionCheckpoint
 from ggml_diffusion.formats.lora import LoraAdapter
+from ggml_diffusion.formats.model_file import read_model
 from ggml_diffusion.generation.denoise import DEFAULT_BLOCK_LENGTH, DenoisingStep, GenerationConfig, denoise
 from ggml_diffusion.generation.sampling import time_at_share
 from ggml_diffusion.objective.corruption import NoiseSchedule
@@ -46,7 +48,7 @@ class DiffusionModel:
 
     def __init__(
         self,
-        engine: Q4Model,
+        engine: Engine,
         adapter: LoraAdapter,
         tokenizer: Tokenizer,
         *,
@@ -94,13 +96,13 @@ class DiffusionModel:
 
         """
         checkpoint = DiffusionCheckpoint.load(weights)
-        engine = Q4Model.from_gguf(base, n_threads)
+        engine = open_engine(read_model(base), n_threads)
         checkpoint.check_base(engine.sha256, allow_other_base=allow_other_base)
         return cls.from_checkpoint(engine, Tokenizer.from_gguf(base), checkpoint)
 
     @classmethod
     def from_checkpoint(
-        cls, engine: Q4Model, tokenizer: Tokenizer, checkpoint: DiffusionCheckpoint
+        cls, engine: Engine, tokenizer: Tokenizer, checkpoint: DiffusionCheckpoint
     ) -> "DiffusionModel":
         """The same from parts in memory, e.g. `ConversionTrainer.checkpoint()`; arrays are not copied.
 
@@ -108,13 +110,13 @@ class DiffusionModel:
             UserError: the conversion does not fit the engine's model, or says something impossible.
 
         """
-        checkpoint.check_shapes(engine)
+        checkpoint.check_shapes(engine.file)
         metadata, time_offset = checkpoint.metadata, None
         try:
             schedule = NoiseSchedule(checkpoint.noise_schedule.get("type", "none"))
             if metadata.time_max_timesteps is not None:
                 weight, bias = checkpoint.tensors[TIME_WEIGHT], checkpoint.tensors[TIME_BIAS]
-                embedding = TimeEmbedding(weight.shape[1], engine.C, metadata.time_max_timesteps)
+                embedding = TimeEmbedding(weight.shape[1], engine.file.C, metadata.time_max_timesteps)
                 time_offset = partial(embedding.forward, weight=weight, bias=bias)
         except ValueError as error:
             raise UserError(f"adapter: {error}") from None
@@ -143,9 +145,8 @@ class DiffusionModel:
 
         """
         batch = np.atleast_2d(np.asarray(tokens, dtype=np.int32))
-        result = self.engine.logits(
-            batch, self.causal_ratio, self.adapter, self.embedding_offset(np.broadcast_to(t, len(batch)))
-        )
+        offset = self.embedding_offset(np.broadcast_to(t, len(batch)))
+        result = self.engine.logits(Batch(batch, self.causal_ratio, embedding_offset=offset), self.adapter)
         result[..., self.mask_token_id] = -np.inf
         return result if np.ndim(tokens) == 2 else result[0]
 
@@ -236,9 +237,10 @@ class DiffusionModel:
         on_step: Callable[[DenoisingStep], None] | None,
         stop_token: int | None,
     ) -> NDArray[np.int32]:
-        if len(tokens) > self.engine.context_length:
+        context = self.engine.file.context_length
+        if len(tokens) > context:
             raise UserError(
-                f"{len(tokens)} tokens are more than the model's context of {self.engine.context_length}: "
+                f"{len(tokens)} tokens are more than the model's context of {context}: "
                 f"shorten the prompt or the length"
             )
         if self.prediction == "shifted" and len(tokens) and tokens[0] == self.mask_token_id:
@@ -277,12 +279,8 @@ class DiffusionModel:
         t = time_at_share(share_masked, self.noise_schedule.mask_probability)
         select = np.zeros((1, len(tokens)), dtype=bool)
         select[0, rows_of_positions(positions, self.prediction)] = True
-        logits = self.engine.logits(
-            tokens[None],
-            self.causal_ratio,
-            self.adapter,
-            self.embedding_offset(np.array([t], dtype=np.float32)),
-            select=select,
-        )
+        offset = self.embedding_offset(np.array([t], dtype=np.float32))
+        batch = Batch(tokens[None], self.causal_ratio, embedding_offset=offset)
+        logits = self.engine.logits(batch, self.adapter, select=select)
         logits[:, self.mask_token_id] = -np.inf
         return logits

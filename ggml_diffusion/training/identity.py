@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ggml_diffusion.engine.cpu.q4_model import Q4Model
+from ggml_diffusion.engine.interface import Batch, Engine
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.generation.sampling import log_softmax
 from ggml_diffusion.text.tokenizer import Tokenizer
@@ -49,19 +49,19 @@ class IdentityReport:
         )
 
 
-def check_identity(model: Q4Model, tokenizer: Tokenizer) -> IdentityReport:
+def check_identity(model: Engine, tokenizer: Tokenizer) -> IdentityReport:
     """Compare the engine with llama.cpp on the built-in sentence.
 
     Raises:
         UserError: llama.cpp cannot run the file, or the two differ by more than `MEAN_KL_LIMIT`.
 
     """
-    tokens = _sentence_tokens(tokenizer, model.context_length)
-    reference = llama_logits(model.path, tokens, model.n_threads)
-    mean_kl = mean_kl_divergence(reference, model.logits(tokens[None], causal_ratio=1.0)[0])
+    tokens = _sentence_tokens(tokenizer, model.file.context_length)
+    reference = llama_logits(model.file.path, tokens, model.n_threads)
+    mean_kl = mean_kl_divergence(reference, model.logits(Batch(tokens[None]))[0])
     if not mean_kl <= MEAN_KL_LIMIT:  # written so that NaN fails
         raise UserError(
-            f"{model.path}: this program computes the model differently from llama.cpp (mean KL "
+            f"{model.file.path}: this program computes the model differently from llama.cpp (mean KL "
             f"{mean_kl:.3g} nats over {len(tokens)} tokens, limit {MEAN_KL_LIMIT}), so it will not train it; "
             f"please report the model"
         )

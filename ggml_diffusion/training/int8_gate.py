@@ -5,18 +5,18 @@ model and its text, so it is tried on the run's own first batch: the whole gradi
 int8 is used as far as the cosine between them is high enough: in forward and backward, else in the backward
 alone, else not at all. The decision belongs to the run: a resumed one keeps it.
 
+Only training uses int8: figures that are compared with others are computed without it.
+
 Deliberately not here: the arithmetic (the engine), and a check during the run: one costs a step.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ggml_diffusion.engine.cpu.q4_model import Int8, Q4Model
-from ggml_diffusion.errors import UserError
+from ggml_diffusion.engine.interface import Int8
 from ggml_diffusion.text.loader import TokenBatch
 from ggml_diffusion.training.trainer import ConversionTrainer
 
@@ -47,32 +47,20 @@ class Int8Report:
 
 
 def choose_int8(trainer: ConversionTrainer, batch: TokenBatch) -> Int8Report:
-    """Turn the engine's int8 products on as far as it has them and they agree on this batch."""
-    model, cosines = trainer.model, dict[Int8, float]()
-    try:
-        model.int8 = _CHOICES[0]
-    except UserError:
+    """Let the trainer use int8 products as far as the engine has them and they agree on this batch."""
+    cosines = dict[Int8, float]()
+    trainer.int8 = "none"
+    if not trainer.model.has_int8:
         return Int8Report(cosines, "none")
-    model.int8 = "none"
     fine = trainer.first_gradient(batch).copy()  # the only copy: a second one would be the run's peak
     for products in _CHOICES:
-        model.int8 = products
+        trainer.int8 = products
         coarse = trainer.first_gradient(batch)
         cosines[products] = _cosine(coarse, fine)
         if cosines[products] >= MIN_COSINE:
             return Int8Report(cosines, products)
-    model.int8 = "none"
+    trainer.int8 = "none"
     return Int8Report(cosines, "none")
-
-
-@contextmanager
-def without_int8(model: Q4Model) -> Iterator[None]:
-    """Figures that are compared with others are computed without int8, whatever training uses."""
-    products, model.int8 = model.int8, "none"
-    try:
-        yield
-    finally:
-        model.int8 = products
 
 
 def _cosine(x: NDArray[np.float32], y: NDArray[np.float32]) -> float:

@@ -18,7 +18,7 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -28,7 +28,8 @@ from filelock import FileLock, Timeout
 
 from ggml_diffusion.config.settings import ConversionTrainingConfig, scaled_to_run, to_toml
 from ggml_diffusion.durable import replace_file
-from ggml_diffusion.engine.cpu.q4_model import Q4Model
+from ggml_diffusion.engine.interface import Engine
+from ggml_diffusion.engine.open import open_engine
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.evaluation.held_out import MaskedScore, Score, as_rows, base_score, masked_scores
 from ggml_diffusion.formats.lora import LoraAdapter
@@ -37,7 +38,7 @@ from ggml_diffusion.generation.diffusion_model import DiffusionModel
 from ggml_diffusion.text.loader import TextDataLoader, TokenBatch
 from ggml_diffusion.text.tokenizer import Tokenizer
 from ggml_diffusion.training.identity import check_identity
-from ggml_diffusion.training.int8_gate import choose_int8, without_int8
+from ggml_diffusion.training.int8_gate import choose_int8
 from ggml_diffusion.training.metrics import MetricsWriter, TrainMetrics
 from ggml_diffusion.training.trainer import ConversionTrainer
 
@@ -133,12 +134,14 @@ def run_conversion(
         data = _training_data(config, tokenizer, base, listener)
         held_out = _held_out(config, tokenizer, evaluate_on)
         hardware = config.hardware
-        with Q4Model.from_gguf(
-            base_path,
-            hardware.num_threads,
-            compute=hardware.compute,
-            use_simd=hardware.use_simd,
-            memory_budget=_memory_budget(hardware.memory_mib),
+        with closing(
+            open_engine(
+                base,
+                hardware.num_threads,
+                compute=hardware.compute,
+                use_simd=hardware.use_simd,
+                memory_budget=_memory_budget(hardware.memory_mib),
+            )
         ) as model:
             _describe(model, base, config, listener)
             trainer = ConversionTrainer(model, config, data_fingerprint=data.fingerprint, warn=listener.warn)
@@ -153,8 +156,7 @@ def run_conversion(
             before = None
             if held_out is not None:
                 listener.note(f"measuring on {len(held_out)} held-out sequences before the first step")
-                with without_int8(model):
-                    before = _measure_before(trainer, tokenizer, held_out)
+                before = _measure_before(trainer, tokenizer, held_out)
             signal_number = _train(trainer, data, output, listener)
             if signal_number is not None:
                 return Conversion(output, trainer.step_count, config.total_steps, signal_number)
@@ -162,8 +164,7 @@ def run_conversion(
             evidence = None
             if held_out is not None and before is not None:
                 listener.note(f"measuring on {len(held_out)} held-out sequences after the last step")
-                with without_int8(model):
-                    evidence = _measure_after(trainer, tokenizer, held_out, *before)
+                evidence = _measure_after(trainer, tokenizer, held_out, *before)
                 _write_text(output / EVALUATION, json.dumps(_as_json(evidence), indent=2) + "\n")
             return Conversion(
                 output, trainer.step_count, config.total_steps, None, safetensors, gguf, evidence
@@ -268,20 +269,21 @@ def _memory_budget(memory_mib: int | None) -> int:
 
 def _memory_line(trainer: ConversionTrainer) -> str:
     """What a training step will take, before the first one takes it."""
-    config, model = trainer.config, trainer.model
-    n_tokens, teacher = config.sequence_length, config.distillation_weight > 0.0
-    plan = model.step_plan(config.batch_size, n_tokens, config.qlora.rank, teacher)
-    planned = model.memory_bytes(
-        plan.sequences * n_tokens, n_tokens, config.qlora.rank, keep=plan.keep, teacher=teacher
+    config = trainer.config
+    step = trainer.model.describe_step(
+        config.batch_size,
+        config.sequence_length,
+        config.qlora.rank,
+        teacher=config.distillation_weight > 0.0,
     )
-    how = {"all": "", "without-ffn": ", gate and up computed again", "boundaries": ", layers computed again"}
+    recomputed = f", {step.recomputed} computed again" if step.recomputed else ""
     return (
-        f"a step takes {planned >> 20} MiB beside the model: {plan.sequences} of {config.batch_size} "
-        f"sequences at a time{how[plan.keep]}"
+        f"a step takes {step.memory_bytes >> 20} MiB beside the model: {step.sequences} of "
+        f"{config.batch_size} sequences at a time{recomputed}"
     )
 
 
-def _describe(model: Q4Model, base: ModelFile, config: ConversionTrainingConfig, listener: Listener) -> None:
+def _describe(model: Engine, base: ModelFile, config: ConversionTrainingConfig, listener: Listener) -> None:
     listener.note(f"base: {model.description}")
     bits = _weight_bits(base)
     expected = config.qlora.quantization_bits

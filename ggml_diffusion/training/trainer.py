@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ggml_diffusion.config.settings import ConversionTrainingConfig, settings_that_differ
-from ggml_diffusion.engine.cpu.q4_model import LossResult, Q4Model, Teacher
+from ggml_diffusion.engine.interface import Batch, Engine, Int8, LossResult, Teacher
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.formats.adapter_file import (
     MASK_EMBEDDING,
@@ -84,6 +84,7 @@ class ConversionTrainer:
         model: the base.
         config: as given.
         mask_token_id: the token that stands for a mask; `mask_token_reason` says why it is that one.
+        int8: products of the base that training does in int8; int8_gate.py decides.
         step_count: optimizer steps taken, skipped ones included.
         tokens_seen: training tokens of those steps, padding not.
         parameters: everything that is trained; its views are what the engine and the exports read.
@@ -93,7 +94,7 @@ class ConversionTrainer:
 
     def __init__(
         self,
-        model: Q4Model,
+        model: Engine,
         config: ConversionTrainingConfig,
         *,
         data_fingerprint: str = "",
@@ -106,6 +107,7 @@ class ConversionTrainer:
         # Some vocabularies start a text with their end-of-text token; that one is a target like any other.
         bos_id, eos_id = (vocabulary.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos"))
         self._bos_id = bos_id if isinstance(bos_id, int) and bos_id != eos_id else None
+        self.int8: Int8 = "none"
         self.step_count = 0
         self.tokens_seen = 0
         self.data_fingerprint = data_fingerprint
@@ -117,11 +119,11 @@ class ConversionTrainer:
         self.noise_schedule = NoiseSchedule(config.noise_schedule.type)
         self.annealer = AttentionMaskAnnealer(qlora.mask_annealing)
         self.time_embedding: TimeEmbedding | None = None
-        shapes: dict[str, tuple[int, ...]] = dict(lora_shapes(model, qlora.target_modules, qlora.rank))
-        shapes[MASK_EMBEDDING] = (model.C,)
+        shapes: dict[str, tuple[int, ...]] = dict(lora_shapes(model.file, qlora.target_modules, qlora.rank))
+        shapes[MASK_EMBEDDING] = (model.file.C,)
         if qlora.time_embedding.enabled:
             self.time_embedding = TimeEmbedding(
-                qlora.time_embedding.dim, model.C, qlora.time_embedding.max_timesteps
+                qlora.time_embedding.dim, model.file.C, qlora.time_embedding.max_timesteps
             )
             shapes.update(self.time_embedding.parameter_shapes)
         self.parameters = ParameterStore(shapes)
@@ -251,14 +253,12 @@ class ConversionTrainer:
         for start in range(0, len(batch), self.config.batch_size):
             rows = slice(start, start + self.config.batch_size)
             loss += self.model.loss_and_gradients(
-                batch.tokens[rows],
+                Batch(batch.tokens[rows], 1.0, batch.lengths[rows], batch.document_ids[rows]),
                 targets[rows],
                 weights[rows],
-                1.0,
                 self.adapter,
                 self._engine_gradients(self._gradients),
-                lengths=batch.lengths[rows],
-                document_ids=batch.document_ids[rows],
+                int8=self.int8,
             ).loss
         return loss / share
 
@@ -324,17 +324,20 @@ class ConversionTrainer:
         if distillation_weight:
             teacher = self._teacher(batch, weights * np.float32(distillation_weight))
         result = self.model.loss_and_gradients(
-            batch.noisy,
+            Batch(
+                batch.noisy,
+                causal_ratio,
+                batch.lengths,
+                batch.document_ids,
+                self._embedding_offset(batch),
+                batch.bernoulli_seed,
+                teacher,
+            ),
             targets,
             weights,
-            causal_ratio,
             self.adapter,
             self._engine_gradients(gradients),
-            self._embedding_offset(batch),
-            lengths=batch.lengths,
-            document_ids=batch.document_ids,
-            bernoulli_seed=batch.bernoulli_seed,
-            teacher=teacher,
+            int8=self.int8,
         )
         if self.time_embedding is not None:
             assert result.offset_gradient is not None
@@ -397,7 +400,7 @@ class ConversionTrainer:
             config=config.model_dump(mode="json"),
             tensors=dict(self.parameters.views),
             metadata=CheckpointMetadata(
-                base_model=self.model.path.name,
+                base_model=self.model.file.path.name,
                 base_sha256=self.model.sha256,
                 conversion_steps=self.step_count,
                 training_tokens=self.tokens_seen,
@@ -435,7 +438,7 @@ class ConversionTrainer:
                 "skipped_in_a_row": self._skipped_in_a_row,
                 "mask_token_id": self.mask_token_id,
                 "has_prompts": self._has_prompts,
-                "int8": self.model.int8,
+                "int8": self.int8,
             },
         )
         return save_state(folder, state, self.checkpoint())
@@ -459,13 +462,15 @@ class ConversionTrainer:
         differences = self._differences(state)
         if differences:
             raise UserError(f"{folder}: the run there differs from this one in {'; '.join(differences)}")
+        if state.extra["int8"] != "none" and not self.model.has_int8:
+            raise UserError(f"{folder}: the run there uses int8 products, which this engine does not have")
         self.parameters.flat[...] = state.parameters
         self.optimizer.first_moment[...] = state.first_moment
         self.optimizer.second_moment[...] = state.second_moment
         self.optimizer.step_count = int(state.extra["optimizer_steps"])
         self._skipped_in_a_row = int(state.extra["skipped_in_a_row"])
         self._has_prompts = bool(state.extra.get("has_prompts", False))
-        self.model.int8 = state.extra["int8"]
+        self.int8 = state.extra["int8"]
         self.step_count = self.annealer.current_step = state.step
         self.tokens_seen = state.tokens_seen
         return True

@@ -12,7 +12,8 @@ import pytest
 from cases import MASK, lora_adapter, offset_of, packed_batch, random_adapter, relative_errors
 from conftest import TinyModel
 
-from ggml_diffusion.engine.cpu.q4_model import Compute, Q4Model, Teacher
+from ggml_diffusion.engine.cpu.q4_model import Q4Model
+from ggml_diffusion.engine.interface import Batch, Compute, Teacher
 
 # float32 sums of some hundred terms against float64, and bfloat16 products, as in test_gradients.py
 TOLERANCE: dict[Compute, float] = {"f32": 1e-4, "fast": 1e-1}
@@ -89,16 +90,18 @@ def check_student(path: Path, rows_back: int, compute: Compute) -> None:
     }
     with Q4Model.from_gguf(path, 2, compute=compute) as model:
         result = model.loss_and_gradients(
-            batch.tokens,
+            Batch(
+                batch.tokens,
+                CAUSAL_RATIO,
+                lengths=batch.lengths,
+                document_ids=batch.document_ids,
+                embedding_offset=offset_of(adapter),
+                teacher=Teacher(clean, teacher_weights, rows_back),
+            ),
             batch.targets,
             batch.weights,
-            CAUSAL_RATIO,
             lora_adapter(adapter),
             gradients,
-            offset_of(adapter),
-            lengths=batch.lengths,
-            document_ids=batch.document_ids,
-            teacher=Teacher(clean, teacher_weights, rows_back),
         )
     assert result.offset_gradient is not None
     # a loss of some ten nats in float32, or with activations rounded to 2^-9
@@ -115,6 +118,6 @@ def test_a_teacher_has_no_row_before_a_document(tiny_model: TinyModel) -> None:
     weights = np.zeros((1, 4), np.float32)
     weights[0, 0] = 1.0
     with Q4Model.from_gguf(tiny_model(type="Q8_0"), 1) as model:
-        model.loss(tokens, tokens, weights, teacher=Teacher(tokens, weights, 0))
+        model.loss(Batch(tokens, teacher=Teacher(tokens, weights, 0)), tokens, weights)
         with pytest.raises(ValueError, match="first position of a document"):
-            model.loss(tokens, tokens, weights, teacher=Teacher(tokens, weights, 1))
+            model.loss(Batch(tokens, teacher=Teacher(tokens, weights, 1)), tokens, weights)

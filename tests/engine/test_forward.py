@@ -29,6 +29,7 @@ from llama_reference import Request, llama_logits, llama_tokens
 from make_tiny_gguf import TENSOR_TYPES
 
 from ggml_diffusion.engine.cpu.q4_model import Q4Model
+from ggml_diffusion.engine.interface import Batch
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.formats import tensor_types as types
 from ggml_diffusion.formats.adapter_file import write_gguf_adapter
@@ -64,13 +65,10 @@ class Reference:
     def engine_logits(self, causal_ratio: float, *, int8: bool = False, **options: Any) -> FloatArray:
         lora = lora_adapter(self.adapter) if self.adapter.parameters else None
         with Q4Model.from_gguf(self.path, 2, **options) as model:
-            if int8:
-                if model.kernels not in INT8_KERNELS:
-                    pytest.skip(f"the {model.kernels} kernels have no int8 products")
-                model.int8 = "both"
-            result: FloatArray = model.logits(self.tokens[None], causal_ratio, lora, offset_of(self.adapter))[
-                0
-            ]
+            if int8 and model.kernels not in INT8_KERNELS:
+                pytest.skip(f"the {model.kernels} kernels have no int8 products")
+            batch = Batch(self.tokens[None], causal_ratio, embedding_offset=offset_of(self.adapter))
+            result: FloatArray = model.logits(batch, lora, int8="both" if int8 else "none")[0]
         return result
 
     def check(self, causal_ratio: float, logits: FloatArray, *, margin: float = 1.0) -> None:
@@ -153,7 +151,7 @@ def test_a_model_of_every_type_is_computed_as_by_llama_cpp(
 def test_int8_is_no_further_from_exact_than_llama_cpp(tiny_reference: Reference, causal_ratio: float) -> None:
     if tiny_reference.type_name in FLOAT_TYPES:
         with Q4Model.from_gguf(tiny_reference.path, 1) as model, pytest.raises(UserError, match="int8"):
-            model.int8 = "both"
+            model.logits(Batch(tiny_reference.tokens[None]), int8="both")
         return
     logits = tiny_reference.engine_logits(causal_ratio, int8=True)
     tiny_reference.check(causal_ratio, logits, margin=INT8_SAMPLING)
@@ -214,8 +212,8 @@ def test_an_adapter_file_carries_the_mask_row_of_a_model_with_its_own_head(
     tokens[::3] = MASK
     (theirs,) = llama_logits(path, [Request(tokens, False, tmp_path / "adapter.gguf")])
     with Q4Model.from_gguf(path, 2) as model:
-        assert mean_kl(theirs, model.logits(tokens[None], 0.0, lora)[0]) < KL_TO_LLAMA["F32"]
-        assert mean_kl(theirs, model.logits(tokens[None], 0.0)[0]) > 0.1
+        assert mean_kl(theirs, model.logits(Batch(tokens[None], 0.0), lora)[0]) < KL_TO_LLAMA["F32"]
+        assert mean_kl(theirs, model.logits(Batch(tokens[None], 0.0))[0]) > 0.1
 
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -243,7 +241,9 @@ def test_any_shape_at_any_causal_ratio_agrees_with_the_oracle(
     adapter = random_adapter(reference, rank=3, B=2)
     expected = oracle.batch_logits(reference, tokens, causal_ratio, adapter)
     with Q4Model.from_gguf(path, 2, compute="f32") as model:
-        logits = model.logits(tokens, causal_ratio, lora_adapter(adapter), offset_of(adapter))
+        logits = model.logits(
+            Batch(tokens, causal_ratio, embedding_offset=offset_of(adapter)), lora_adapter(adapter)
+        )
     assert logits.shape == (2, 37, reference.V) and logits.dtype == np.float32
     for ours, exact in zip(logits, expected, strict=True):
         assert mean_kl(exact, ours) < KL_FLOAT32
@@ -259,9 +259,14 @@ def test_logits_without_an_adapter_are_those_of_a_zero_adapter(tiny_model: TinyM
             value[...] = 0.0
     adapter.mask_embedding = None
     with Q4Model.from_gguf(path, 2) as model:
-        base = model.logits(tokens, 0.3)
-        assert np.array_equal(model.logits(tokens, 0.3, adapter, np.zeros((2, model.C), np.float32)), base)
-        assert np.array_equal(model.logits(tokens, 0.3), base)  # and it leaves nothing behind
+        base = model.logits(Batch(tokens, 0.3))
+        assert np.array_equal(
+            model.logits(
+                Batch(tokens, 0.3, embedding_offset=np.zeros((2, model.file.C), np.float32)), adapter
+            ),
+            base,
+        )
+        assert np.array_equal(model.logits(Batch(tokens, 0.3)), base)  # and it leaves nothing behind
 
 
 @pytest.mark.parametrize("causal_ratio", [1.0, 0.4, 0.0])
@@ -277,9 +282,13 @@ def test_a_ragged_batch_is_its_sequences_alone(
     assert offset is not None and batch.lengths is not None
     with Q4Model.from_gguf(path, 2, compute=compute) as model:
         lora = lora_adapter(adapter)
-        together = model.logits(batch.tokens, causal_ratio, lora, offset, lengths=batch.lengths)
+        together = model.logits(
+            Batch(batch.tokens, causal_ratio, lengths=batch.lengths, embedding_offset=offset), lora
+        )
         for b, n in enumerate(batch.lengths):
-            alone = model.logits(batch.tokens[b : b + 1, :n], causal_ratio, lora, offset[b : b + 1])
+            alone = model.logits(
+                Batch(batch.tokens[b : b + 1, :n], causal_ratio, embedding_offset=offset[b : b + 1]), lora
+            )
             # rows are computed in blocks whose sums run over C in one order: their neighbours change nothing
             assert np.array_equal(together[b, :n], alone[0])
 
@@ -290,10 +299,10 @@ def test_packed_documents_are_the_documents_alone(tiny_model: TinyModel, compute
     batch = packed_batch(384, B=1, T=24)
     assert batch.document_ids is not None
     with Q4Model.from_gguf(path, 2, compute=compute) as model:
-        packed = model.logits(batch.tokens, 0.3, document_ids=batch.document_ids)[0]
+        packed = model.logits(Batch(batch.tokens, 0.3, document_ids=batch.document_ids))[0]
         for document in range(3):
             rows = np.flatnonzero(batch.document_ids[0] == document)
-            alone = model.logits(batch.tokens[:, rows], 0.3)[0]
+            alone = model.logits(Batch(batch.tokens[:, rows], 0.3))[0]
             # RoPE angles may count from the sequence's start: the same function, rounded at other angles
             assert mean_kl(alone, packed[rows]) < 1e-9
 
@@ -307,13 +316,15 @@ def test_the_bernoulli_mask_is_the_oracles(tiny_model: TinyModel, causal_ratio: 
         exact = oracle.loss_and_gradients(reference, oracle.EMPTY_ADAPTER, batch, causal_ratio, seed)
         with Q4Model.from_gguf(path, 2, compute="f32") as model:
             result = model.loss(
-                batch.tokens,
+                Batch(
+                    batch.tokens,
+                    causal_ratio,
+                    lengths=batch.lengths,
+                    document_ids=batch.document_ids,
+                    bernoulli_seed=seed,
+                ),
                 batch.targets,
                 batch.weights,
-                causal_ratio,
-                lengths=batch.lengths,
-                document_ids=batch.document_ids,
-                bernoulli_seed=seed,
             )
         # float32 sums; a single key seen or hidden wrongly moves a row by 1e-2
         np.testing.assert_allclose(result.row_loss, exact.row_loss, atol=1e-4)
@@ -333,11 +344,11 @@ def test_selected_rows_are_those_of_the_whole(tiny_model: TinyModel) -> None:
     tokens = random_batch(384, B=3, T=9).tokens
     select = np.random.default_rng(0).random((3, 9)) < 0.4
     with Q4Model.from_gguf(tiny_model(type="Q8_0"), 2) as model:
-        whole = model.logits(tokens, 0.5)
-        some = model.logits(tokens, 0.5, select=select)
-        none = model.logits(tokens, 0.5, select=np.zeros((3, 9), bool))
+        whole = model.logits(Batch(tokens, 0.5))
+        some = model.logits(Batch(tokens, 0.5), select=select)
+        none = model.logits(Batch(tokens, 0.5), select=np.zeros((3, 9), bool))
     assert np.array_equal(some, whole[select])
-    assert none.shape == (0, model.V)
+    assert none.shape == (0, model.file.V)
 
 
 @pytest.mark.parametrize("compute", ["f32", "fast"])
@@ -352,7 +363,11 @@ def test_any_number_of_threads_gives_the_same_bits(
     for n_threads in (1, 2, 3):
         with Q4Model.from_gguf(path, n_threads, compute=compute) as model:
             lora = lora_adapter(adapter)
-            results.append(model.logits(batch.tokens, 0.6, lora, offset_of(adapter), lengths=batch.lengths))
+            results.append(
+                model.logits(
+                    Batch(batch.tokens, 0.6, lengths=batch.lengths, embedding_offset=offset_of(adapter)), lora
+                )
+            )
     for other in results[1:]:
         for b, n in enumerate(batch.lengths if batch.lengths is not None else []):
             assert np.array_equal(results[0][b, :n], other[b, :n])
@@ -363,23 +378,24 @@ def test_the_portable_kernels_agree_with_the_fast_ones(tiny_model: TinyModel, ea
     tokens = random_batch(384, B=1, T=40).tokens
     exact = oracle.batch_logits(oracle.load_model(path), tokens, 0.6)[0]
     with Q4Model.from_gguf(path, 2, compute="f32", use_simd=False) as model:
-        assert mean_kl(exact, model.logits(tokens, 0.6)[0]) < KL_FLOAT32
+        assert mean_kl(exact, model.logits(Batch(tokens, 0.6))[0]) < KL_FLOAT32
     with Q4Model.from_gguf(path, 2, use_simd=False) as model:
-        portable = model.logits(tokens, 0.6)[0]
+        portable = model.logits(Batch(tokens, 0.6))[0]
     with Q4Model.from_gguf(path, 2) as model:
         # without SIMD "fast" may round more or less finely; each must stay near to exact (bf16 is 1e-4)
-        assert mean_kl(model.logits(tokens, 0.6)[0], portable) < 1e-3
+        assert mean_kl(model.logits(Batch(tokens, 0.6))[0], portable) < 1e-3
 
 
 def test_a_model_says_what_it_is(tiny_model: TinyModel) -> None:
     path = tiny_model(H=2, G=1, C=40, D=32, F=33, V=311, context=77)
     with Q4Model.from_gguf(path, 2) as model:
-        sizes = (model.L, model.C, model.H, model.G, model.D, model.F, model.V, model.context_length)
+        file = model.file
+        sizes = (file.L, file.C, file.H, file.G, file.D, file.F, file.V, file.context_length)
         assert sizes == (2, 40, 2, 1, 32, 33, 311, 77)
-        assert model.n_threads == 2 and model.compute == "fast" and not model.tied_head
-        assert Path(model.path) == path and len(model.sha256) == 64
+        assert model.n_threads == 2 and model.compute == "fast" and not file.tied_head
+        assert Path(file.path) == path and len(model.sha256) == 64
     with Q4Model.from_gguf(tiny_model(tied=True)) as model:
-        assert model.tied_head
+        assert model.file.tied_head
 
 
 GOOD: dict[str, Any] = {"tokens": np.full((2, 4), 20, np.int32)}
@@ -409,11 +425,13 @@ def test_a_bad_call_is_refused_in_one_line_and_changes_nothing(
     tiny_model: TinyModel, change: dict[str, Any]
 ) -> None:
     with Q4Model.from_gguf(tiny_model(), 2) as model:
-        before = model.logits(**GOOD)
+        before = model.logits(Batch(**GOOD))
         with pytest.raises((UserError, ValueError)) as caught:
-            model.logits(**{**GOOD, **change})
+            changed = {**GOOD, **change}
+            select = changed.pop("select", None)
+            model.logits(Batch(**changed), select=select)
         assert str(caught.value) and "\n" not in str(caught.value)
-        assert np.array_equal(model.logits(**GOOD), before)
+        assert np.array_equal(model.logits(Batch(**GOOD)), before)
 
 
 def test_an_adapter_that_does_not_fit_is_refused_by_the_name_of_its_tensor(tiny_model: TinyModel) -> None:
@@ -428,19 +446,19 @@ def test_an_adapter_that_does_not_fit_is_refused_by_the_name_of_its_tensor(tiny_
             bad = lora_adapter(random_adapter(oracle.load_model(tiny_model()), rank=2, B=1))
             bad.tensors[name] = wrong
             with pytest.raises((UserError, ValueError), match=r"blk\.1\.ffn_down\.weight"):
-                model.logits(**GOOD, adapter=bad)
+                model.logits(Batch(**GOOD), bad)
         del good.tensors[name]
         with pytest.raises((UserError, ValueError), match=r"blk\.1\.ffn_down\.weight"):
-            model.logits(**GOOD, adapter=good)
+            model.logits(Batch(**GOOD), good)
 
 
 def test_a_closed_model_is_closed(tiny_model: TinyModel) -> None:
     model = Q4Model.from_gguf(tiny_model(), 2)
-    model.logits(**GOOD)
+    model.logits(Batch(**GOOD))
     model.close()
     model.close()
     with pytest.raises((UserError, ValueError)):
-        model.logits(**GOOD)
+        model.logits(Batch(**GOOD))
 
 
 def test_bad_options_are_refused(tiny_model: TinyModel, tmp_path: Path) -> None:

@@ -31,7 +31,8 @@ from ggml_diffusion.config.settings import (
     QLoraConversionConfig,
     TimeEmbeddingConfig,
 )
-from ggml_diffusion.engine.cpu.q4_model import LossResult, Q4Model
+from ggml_diffusion.engine.cpu.q4_model import Q4Model
+from ggml_diffusion.engine.interface import Batch, LossResult
 from ggml_diffusion.formats.lora import TargetModule
 from ggml_diffusion.objective.optim import AdamW, clip_by_global_norm
 from ggml_diffusion.training.trainer import ConversionTrainer
@@ -75,16 +76,18 @@ def engine_result(
         if name != "embedding_offset"
     }
     result = model.loss_and_gradients(
-        batch.tokens,
+        Batch(
+            batch.tokens,
+            case.causal_ratio,
+            lengths=batch.lengths,
+            document_ids=batch.document_ids,
+            embedding_offset=offset_of(adapter),
+            bernoulli_seed=case.bernoulli_seed,
+        ),
         batch.targets,
         batch.weights,
-        case.causal_ratio,
         lora,
         gradients,
-        offset_of(adapter),
-        lengths=batch.lengths,
-        document_ids=batch.document_ids,
-        bernoulli_seed=case.bernoulli_seed,
     )
     assert result.offset_gradient is not None
     return result, {**gradients, "embedding_offset": result.offset_gradient}
@@ -245,25 +248,29 @@ def test_gradients_are_added_to_what_is_there_and_the_loss_alone_is_the_same(tin
         result, once = engine_result(model, adapter, batch, case)
         twice = {name: value.copy() for name, value in once.items() if name != "embedding_offset"}
         again = model.loss_and_gradients(
-            batch.tokens,
+            Batch(
+                batch.tokens,
+                case.causal_ratio,
+                lengths=batch.lengths,
+                document_ids=batch.document_ids,
+                embedding_offset=offset_of(adapter),
+            ),
             batch.targets,
             batch.weights,
-            case.causal_ratio,
             lora,
             twice,
-            offset_of(adapter),
-            lengths=batch.lengths,
-            document_ids=batch.document_ids,
         )
         alone = model.loss(
-            batch.tokens,
+            Batch(
+                batch.tokens,
+                case.causal_ratio,
+                lengths=batch.lengths,
+                document_ids=batch.document_ids,
+                embedding_offset=offset_of(adapter),
+            ),
             batch.targets,
             batch.weights,
-            case.causal_ratio,
             lora,
-            offset_of(adapter),
-            lengths=batch.lengths,
-            document_ids=batch.document_ids,
         )
     for name, value in twice.items():
         # one more rounding of a float32 sum
@@ -287,7 +294,7 @@ def test_a_row_is_correct_where_its_most_probable_token_is_the_target(tiny_model
     adapter = oracle.Adapter({}, mask_token_id=MASK)
     expected = oracle.loss_and_gradients(reference, adapter, batch, 0.5)
     with Q4Model.from_gguf(path, 2, compute="f32") as model:
-        result = model.loss(batch.tokens, batch.targets, batch.weights, 0.5, lora_adapter(adapter))
+        result = model.loss(Batch(batch.tokens, 0.5), batch.targets, batch.weights, lora_adapter(adapter))
     assert 5 < expected.row_correct.sum() < np.count_nonzero(batch.weights)
     assert np.array_equal(result.row_correct, expected.row_correct)
     assert result.row_loss.dtype == np.float32 and result.row_correct.dtype == np.bool_

@@ -19,6 +19,7 @@ from llama_reference import llama_tokens
 from numpy.typing import NDArray
 
 from ggml_diffusion.engine.cpu.q4_model import Q4Model
+from ggml_diffusion.engine.interface import Batch
 from ggml_diffusion.formats.lora import LoraAdapter, TargetModule, init_lora, lora_shapes
 
 pytestmark = pytest.mark.peer
@@ -80,7 +81,7 @@ def adapter(smollm2_path: Path) -> LoraAdapter:
         for name, value in tensors.items():
             if name.endswith(".lora_b"):
                 value[...] = 0.01 * rng.standard_normal(value.shape)
-        mask_embedding = (0.02 * rng.standard_normal(model.C)).astype(np.float32)
+        mask_embedding = (0.02 * rng.standard_normal(model.file.C)).astype(np.float32)
     return LoraAdapter(ALPHA, tensors, MASK, mask_embedding)
 
 
@@ -90,7 +91,8 @@ def engine_gradients(
     gradients = {name: np.zeros_like(value) for name, value in adapter.tensors.items()}
     gradients["mask_embedding"] = np.zeros_like(adapter.mask_embedding)
     with Q4Model.from_gguf(path, 2, compute=compute) as model:
-        model.loss_and_gradients(**batch, causal_ratio=causal_ratio, adapter=adapter, gradients=gradients)
+        seen = Batch(batch["tokens"], causal_ratio)
+        model.loss_and_gradients(seen, batch["targets"], batch["weights"], adapter, gradients)
     return gradients
 
 

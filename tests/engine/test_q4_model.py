@@ -9,8 +9,9 @@ from cases import lora_adapter, offset_of, packed_batch, random_adapter, relativ
 from conftest import TinyModel, sizes_for
 from numpy.typing import NDArray
 
-from ggml_diffusion.engine.cpu.q4_model import Compute, Int8, Keep, LossResult, Q4Model
-from ggml_diffusion.engine.memory_plan import plan_step
+from ggml_diffusion.engine.cpu.q4_model import Q4Model
+from ggml_diffusion.engine.interface import Batch, Compute, Int8, LossResult
+from ggml_diffusion.engine.memory_plan import Keep, plan_step
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.formats.tensor_types import TENSOR_TYPES
 
@@ -34,17 +35,19 @@ def step(
     arrays = {**lora.tensors, "mask_embedding": lora.mask_embedding}
     gradients = {name: np.zeros_like(value) for name, value in arrays.items()}
     with Q4Model.from_gguf(path, n_threads, keep=keep, compute=compute, memory_budget=memory_budget) as model:
-        model.int8 = int8
         result = model.loss_and_gradients(
-            batch.tokens,
+            Batch(
+                batch.tokens,
+                0.4,
+                lengths=batch.lengths,
+                document_ids=batch.document_ids,
+                embedding_offset=offset_of(adapter),
+            ),
             batch.targets,
             batch.weights,
-            0.4,
             lora,
             gradients,
-            offset_of(adapter),
-            lengths=batch.lengths,
-            document_ids=batch.document_ids,
+            int8=int8,
         )
     return result, gradients
 
@@ -111,7 +114,7 @@ def test_a_batch_in_parts_has_the_gradients_of_the_whole_one(tiny_model: TinyMod
 def test_the_profile_counts_parts_of_the_work(tiny_model: TinyModel) -> None:
     tokens = np.full((1, 8), 20, np.int32)
     with Q4Model.from_gguf(tiny_model(type="Q4_1"), 1) as model:
-        model.logits(tokens)
+        model.logits(Batch(tokens))
         assert {"frozen forward", "attention forward", "head logits"} <= set(model.profile())
         assert all(time_s > 0 for time_s in model.profile().values())
         model.reset_profile()
@@ -123,16 +126,12 @@ def test_a_closed_model_says_so(tiny_model: TinyModel) -> None:
     model.close()
     model.close()
     with pytest.raises(ValueError, match="closed"):
-        model.logits(np.zeros((1, 2), np.int32))
+        model.logits(Batch(np.zeros((1, 2), np.int32)))
 
 
 def has_int8(path: str) -> bool:
     with Q4Model.from_gguf(path, 1) as model:
-        try:
-            model.int8 = "both"
-        except UserError:
-            return False
-        return True
+        return model.has_int8
 
 
 INT8_PRODUCTS: tuple[Int8, ...] = ("backward", "both")
@@ -177,4 +176,5 @@ def test_int8_is_refused_where_the_model_computes_in_float32(tiny_model: TinyMod
         Q4Model.from_gguf(tiny_model(type="Q4_1"), 1, compute="f32") as model,
         pytest.raises(UserError, match="no int8 products"),
     ):
-        model.int8 = "both"
+        assert not model.has_int8
+        model.logits(Batch(np.zeros((1, 2), np.int32)), int8="both")

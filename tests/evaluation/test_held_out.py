@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from ggml_diffusion.engine.cpu.q4_model import Q4Model
+from ggml_diffusion.engine.interface import Batch
 from ggml_diffusion.evaluation.held_out import MaskedScore, Score, as_rows, base_score, masked_scores
 from ggml_diffusion.evaluation.masked import MASKED_SHARES, random_masks
 from ggml_diffusion.evaluation.scoring import predictable
@@ -41,7 +42,7 @@ def converted(engine, prediction="shifted", schedule="linear", time_offset=None,
     return DiffusionModel(
         engine,
         adapter,
-        Tokenizer.from_gguf(engine.path),
+        Tokenizer.from_gguf(engine.file.path),
         prediction=prediction,
         causal_ratio=causal_ratio,
         noise_schedule=NoiseSchedule(schedule),
@@ -74,7 +75,8 @@ def test_masked_scores_are_what_full_logits_say(engine, held_out, prediction):
         noisy = np.where(masked, MASK, held_out.tokens)
         for ratio, score in ((0.25, one.visible), (1.0, one.right_hidden)):
             logits = engine.logits(
-                noisy, ratio, model.adapter, lengths=held_out.lengths, document_ids=held_out.document_ids
+                Batch(noisy, ratio, lengths=held_out.lengths, document_ids=held_out.document_ids),
+                model.adapter,
             ).astype(np.float64)
             logits[..., MASK] = -np.inf
             if prediction == "shifted":
@@ -91,7 +93,7 @@ def test_masked_scores_are_what_full_logits_say(engine, held_out, prediction):
 
 def test_the_base_is_scored_causally_on_every_token_with_one_to_its_left(engine, held_out):
     logits = engine.logits(
-        held_out.tokens, lengths=held_out.lengths, document_ids=held_out.document_ids
+        Batch(held_out.tokens, lengths=held_out.lengths, document_ids=held_out.document_ids)
     ).astype(np.float64)
     losses = []
     for b, length in enumerate(held_out.lengths):

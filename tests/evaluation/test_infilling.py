@@ -7,6 +7,7 @@ import pytest
 from planted import PlantedEngine, batch_of, planted_model
 
 from ggml_diffusion.engine.cpu.q4_model import Q4Model
+from ggml_diffusion.engine.interface import Batch
 from ggml_diffusion.evaluation.continuation import (
     continuation_losses,
     continue_greedily,
@@ -107,7 +108,7 @@ def test_greedy_continuations_are_those_of_one_forward_pass_a_token(tiny_model):
         for prefix, tokens in zip(prefixes, written, strict=True):
             text = list(prefix)
             for _ in range(3):
-                logits = engine.logits(np.array([text], np.int32))[0, -1]
+                logits = engine.logits(Batch(np.array([text], np.int32)))[0, -1]
                 logits[3] = -np.inf
                 text.append(int(logits.argmax()))
             assert text[len(prefix) :] == tokens.tolist()
@@ -151,7 +152,7 @@ def test_losses_of_continuations_are_sums_from_their_start_on(tiny_model):
     with Q4Model.from_gguf(tiny_model(L=1, C=32, H=2, G=1, F=32), 1, compute="f32") as engine:
         losses = continuation_losses(engine, texts, starts, batch_size=2)
         for text, start, loss in zip(texts, starts, losses, strict=True):
-            logits = engine.logits(text[None])[0].astype(np.float64)
+            logits = engine.logits(Batch(text[None]))[0].astype(np.float64)
             log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
             expected = -sum(log_p[i - 1, text[i]] for i in range(start, len(text)))
             assert loss == pytest.approx(expected, rel=1e-4)  # float32 sums in different orders

@@ -9,6 +9,7 @@ import pytest
 from planted import PlantedEngine, batch_of, planted_model
 
 from ggml_diffusion.engine.cpu.q4_model import Q4Model
+from ggml_diffusion.engine.interface import Batch
 from ggml_diffusion.evaluation.likelihood import (
     exact_count_masks,
     likelihood,
@@ -35,7 +36,9 @@ def losses_of_masks(engine, model, sequence):
         for mask in itertools.combinations(positions, k):
             noisy = sequence.copy()
             noisy[list(mask)] = model.mask_token_id
-            logits = engine.logits(noisy[None], model.causal_ratio, model.adapter)[0].astype(np.float64)
+            logits = engine.logits(Batch(noisy[None], model.causal_ratio), model.adapter)[0].astype(
+                np.float64
+            )
             logits[:, model.mask_token_id] = -np.inf
             log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
             result[mask] = -sum(log_p[i - 1, sequence[i]] for i in mask)

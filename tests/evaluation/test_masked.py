@@ -5,6 +5,7 @@ import pytest
 from planted import PlantedEngine, batch_of, planted_model
 
 from ggml_diffusion.engine.cpu.q4_model import Q4Model
+from ggml_diffusion.engine.interface import Batch
 from ggml_diffusion.evaluation.masked import (
     MASKED_SHARES,
     compare_arms,
@@ -151,11 +152,13 @@ def test_losses_by_token_are_what_full_logits_of_the_engine_say(tiny_model, pred
         masked = random_masks(predictable(held_out, None, 3), 0.5, 0, 0)
         scores = score_masked(model, held_out, masked, np.full(3, 0.5), 0.25, 2)
         logits = engine.logits(
-            np.where(masked, 3, held_out.tokens),
-            0.25,
+            Batch(
+                np.where(masked, 3, held_out.tokens),
+                0.25,
+                lengths=held_out.lengths,
+                document_ids=held_out.document_ids,
+            ),
             model.adapter,
-            lengths=held_out.lengths,
-            document_ids=held_out.document_ids,
         ).astype(np.float64)
     logits[..., 3] = -np.inf
     for b, i in zip(*np.nonzero(masked), strict=True):

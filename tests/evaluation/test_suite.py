@@ -59,7 +59,7 @@ def folder(base, tmp_path_factory):
     (folder / "text.txt").write_text(TEXT)
     with Q4Model.from_gguf(base, 1) as engine:
         for name, seed, ratio in (("adapter", 0, 0.0), ("control", 1, 1.0)):
-            made = conversion(engine, seed=seed)
+            made = conversion(engine.file, seed=seed)
             made.metadata = made.metadata.model_copy(
                 update={"base_sha256": engine.sha256, "final_causal_ratio": ratio, "mask_token_id": 3}
             )

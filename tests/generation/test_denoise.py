@@ -8,6 +8,7 @@ from texts import CHATML
 
 from ggml_diffusion.config.settings import load_config
 from ggml_diffusion.engine.cpu.q4_model import Q4Model
+from ggml_diffusion.engine.interface import Batch
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.formats.lora import LoraAdapter
 from ggml_diffusion.generation.denoise import GenerationConfig, denoise
@@ -302,7 +303,7 @@ def converted(engine, prediction="shifted", causal_ratio=0.25, trained=True, tim
     return DiffusionModel(
         engine,
         adapter,
-        Tokenizer.from_gguf(engine.path),
+        Tokenizer.from_gguf(engine.file.path),
         prediction=prediction,
         causal_ratio=causal_ratio,
         noise_schedule=NoiseSchedule("linear"),
@@ -314,10 +315,10 @@ def converted(engine, prediction="shifted", causal_ratio=0.25, trained=True, tim
 def test_logits_are_the_engines_with_the_mask_token_at_minus_infinity(engine, prediction):
     model = converted(engine, prediction)
     tokens = np.array([[5, MASK, 300, MASK], [30, 31, MASK, 33]], np.int32)
-    expected = engine.logits(tokens, 0.25, model.adapter)
+    expected = engine.logits(Batch(tokens, 0.25), model.adapter)
     logits = model.logits(tokens, 0.5)
     assert np.isneginf(logits[..., MASK]).all()
-    others = np.arange(engine.V) != MASK
+    others = np.arange(engine.file.V) != MASK
     assert (logits[..., others] == expected[..., others]).all()
     assert (model.logits(tokens[0], 0.5) == model.logits(tokens[:1], 0.5)[0]).all()
 
@@ -391,7 +392,7 @@ def test_hidden_blocks_change_what_is_predicted_only_by_what_is_hidden(engine):
 def test_with_nothing_trained_and_a_causal_mask_the_last_token_is_the_bases_own_next_one(engine):
     model = converted(engine, trained=False, causal_ratio=1.0)
     context = np.array([40, 50, 60, 70], np.int32)
-    logits = engine.logits(context[None])[0, -1]
+    logits = engine.logits(Batch(context[None]))[0, -1]
     logits[MASK] = -np.inf
     filled = model.fill([*context, MASK], GenerationConfig(temperature=0.0))
     assert filled.tolist() == [*context, logits.argmax()]
@@ -451,7 +452,7 @@ class Scripted(DiffusionModel):
     script = ()
 
     def _predict(self, tokens, positions, share_masked):
-        logits = np.zeros((len(positions), self.engine.V), dtype=np.float32)
+        logits = np.zeros((len(positions), self.engine.file.V), dtype=np.float32)
         logits[np.arange(len(positions)), np.array(self.script)[positions]] = 50.0
         return logits
 
@@ -482,7 +483,7 @@ def test_a_mask_in_the_first_place_is_refused_under_a_shifted_prediction(engine)
 
 def test_a_token_outside_of_the_vocabulary_is_refused(engine):
     with pytest.raises(UserError, match="vocabulary"):
-        converted(engine).fill([engine.V, MASK])
+        converted(engine).fill([engine.file.V, MASK])
 
 
 def test_an_adapter_without_a_mask_token_is_no_diffusion_model(engine):
@@ -490,7 +491,7 @@ def test_an_adapter_without_a_mask_token_is_no_diffusion_model(engine):
         DiffusionModel(
             engine,
             LoraAdapter(1.0, {}),
-            Tokenizer.from_gguf(engine.path),
+            Tokenizer.from_gguf(engine.file.path),
             prediction="shifted",
             causal_ratio=0.0,
             noise_schedule=NoiseSchedule("linear"),

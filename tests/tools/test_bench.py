@@ -24,6 +24,7 @@ from make_large_gguf import make_large_gguf
 from rich.console import Console
 
 from ggml_diffusion.engine.cpu.q4_model import Q4Model
+from ggml_diffusion.engine.interface import Batch
 from ggml_diffusion.formats.model_file import read_model
 
 SMALL = {"L": 2, "C": 256, "H": 4, "G": 2, "F": 512, "V": 600}
@@ -50,8 +51,8 @@ def test_a_generated_model_loads_and_is_neither_dead_nor_chaotic(tmp_path: Path,
     assert {letter: getattr(file, letter) for letter in SMALL} == SMALL
     assert {tensor.type_name for tensor in file.tensors.values() if len(tensor.shape) == 2} == {type_name}
     with Q4Model.from_gguf(path, 1) as model:
-        tokens = np.random.default_rng(0).integers(0, model.V, (1, 32))
-        logits = model.logits(tokens, 0.5)
+        tokens = np.random.default_rng(0).integers(0, model.file.V, (1, 32))
+        logits = model.logits(Batch(tokens, 0.5))
     assert np.isfinite(logits).all()
     # the head's gain is 2, and a normed row has the root mean square of the norm's weights, about 1
     assert 1.0 < logits.std() < 4.0
@@ -64,7 +65,7 @@ def test_a_generated_model_can_have_a_tied_head_and_is_the_same_every_time(tmp_p
     assert read_model(first).tied_head
     assert first.read_bytes() == second.read_bytes()
     with Q4Model.from_gguf(first, 1) as model:
-        assert 1.0 < model.logits(np.arange(32)[None], 0.5).std() < 4.0
+        assert 1.0 < model.logits(Batch(np.arange(32)[None], 0.5)).std() < 4.0
 
 
 def test_a_shape_that_a_type_cannot_have_is_refused(tmp_path: Path) -> None:

@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from ggml_diffusion.config.settings import ConversionTrainingConfig
 from ggml_diffusion.engine.cpu.q4_model import Q4Model
-from ggml_diffusion.errors import UserError
+from ggml_diffusion.engine.interface import Batch
 from ggml_diffusion.text.loader import TokenBatch
-from ggml_diffusion.training.int8_gate import MIN_COSINE, choose_int8, without_int8
+from ggml_diffusion.training.int8_gate import MIN_COSINE, choose_int8
 from ggml_diffusion.training.trainer import ConversionTrainer
 
 
@@ -23,11 +23,8 @@ def batch(B: int = 4, T: int = 24) -> TokenBatch:
 @pytest.fixture
 def model(tiny_model: TinyModel) -> Q4Model:
     opened = Q4Model.from_gguf(tiny_model(type="Q4_1"), 1)
-    try:
-        opened.int8 = "both"
-    except UserError:
+    if not opened.has_int8:
         pytest.skip("this processor has no int8 products")
-    opened.int8 = "none"
     return opened
 
 
@@ -40,7 +37,7 @@ def test_int8_is_used_where_the_gradient_agrees(model: Q4Model) -> None:
     fine = trainer.first_gradient(batch()).copy()
     report = choose_int8(trainer, batch())
     coarse = trainer.first_gradient(batch())
-    assert model.int8 == report.used == "both"
+    assert trainer.int8 == report.used == "both"
     x, y = coarse.astype(np.float64), fine.astype(np.float64)
     expected = x @ y / np.linalg.norm(x) / np.linalg.norm(y)
     assert report.cosines == {"both": pytest.approx(expected, abs=1e-12)}
@@ -57,29 +54,32 @@ def test_int8_is_used_only_as_far_as_the_gradient_agrees(
 
     def first_gradient(tokens: TokenBatch) -> NDArray[np.float32]:
         gradient = true_gradient(tokens)
-        if model.int8 in spoiled:
+        if trainer.int8 in spoiled:
             gradient[: len(gradient) // 2] = 0.0
         return gradient
 
     monkeypatch.setattr(trainer, "first_gradient", first_gradient)
     report = choose_int8(trainer, batch())
-    assert model.int8 == report.used == used
+    assert trainer.int8 == report.used == used
     assert list(report.cosines) == ["both", "backward"]
     assert report.cosines["both"] < MIN_COSINE
 
 
 def test_a_model_that_computes_in_float32_goes_without(tiny_model: TinyModel) -> None:
     with Q4Model.from_gguf(tiny_model(type="F32"), 1) as model:
-        report = choose_int8(trainer_of(model), batch())
+        trainer = trainer_of(model)
+        report = choose_int8(trainer, batch())
         assert not report.cosines
-        assert model.int8 == "none"
+        assert trainer.int8 == "none"
 
 
-def test_figures_are_computed_without_int8(model: Q4Model) -> None:
-    model.int8 = "both"
-    with without_int8(model):
-        assert model.int8 == "none"
-    assert model.int8 == "both"
+def test_only_training_uses_int8(model: Q4Model) -> None:
+    trainer, seen = trainer_of(model), Batch(batch().tokens, 0.5)
+    before = model.logits(seen)
+    trainer.int8 = "both"
+    trainer.train_step(batch())
+    assert np.array_equal(model.logits(seen), before)
+    assert not np.array_equal(model.logits(seen, int8="both"), before)
 
 
 def test_a_resumed_run_keeps_the_decision(model: Q4Model, tmp_path: Path) -> None:
@@ -87,6 +87,7 @@ def test_a_resumed_run_keeps_the_decision(model: Q4Model, tmp_path: Path) -> Non
     choose_int8(trainer, batch())
     trainer.train_step(batch())
     trainer.save_checkpoint(tmp_path)
-    model.int8 = "none"
-    assert trainer_of(model).resume(tmp_path)
-    assert model.int8 == "both"
+    resumed = trainer_of(model)
+    assert resumed.int8 == "none"
+    assert resumed.resume(tmp_path)
+    assert resumed.int8 == "both"

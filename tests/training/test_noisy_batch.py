@@ -7,6 +7,7 @@ import pytest
 from trainers import make_batch, make_trainer, packed_batch
 
 from ggml_diffusion.engine.cpu.q4_model import Q4Model
+from ggml_diffusion.engine.interface import Batch
 from ggml_diffusion.generation.diffusion_model import DiffusionModel
 
 
@@ -134,9 +135,9 @@ def test_a_conversion_trained_in_blocks_is_loaded_as_one_that_writes_in_blocks(m
         model, block_diffusion__enabled=True, block_diffusion__final_size=5, block_diffusion__growth_share=0.0
     )
     trainer.export(tmp_path)
-    assert DiffusionModel.load(model.path, tmp_path / f"adapter.{suffix}").block_size == 5
+    assert DiffusionModel.load(model.file.path, tmp_path / f"adapter.{suffix}").block_size == 5
     make_trainer(model).export(tmp_path)
-    assert DiffusionModel.load(model.path, tmp_path / f"adapter.{suffix}").block_size is None
+    assert DiffusionModel.load(model.file.path, tmp_path / f"adapter.{suffix}").block_size is None
 
 
 def test_the_loss_of_a_block_is_that_of_the_text_without_what_follows(model):
@@ -149,7 +150,7 @@ def test_the_loss_of_a_block_is_that_of_the_text_without_what_follows(model):
     losses = []
     for b in range(4):
         seen = noisy.noisy[b : b + 1, : noisy.lengths[b]]
-        logits = model.logits(seen, 0.0, trainer.adapter)[0].astype(np.float64)
+        logits = model.logits(Batch(seen, 0.0), trainer.adapter)[0].astype(np.float64)
         logits[:, trainer.mask_token_id] = -np.inf
         for i in np.flatnonzero(seen[0] != batch.tokens[b, : noisy.lengths[b]]):
             losses.append(np.log(np.exp(logits[i - 1]).sum()) - logits[i - 1, batch.tokens[b, i]])
@@ -167,7 +168,7 @@ def mean_next_token_loss(model, batch, allowed=None):
     for b in range(len(batch)):
         for document in np.unique(batch.document_ids[b, : batch.lengths[b]]):
             places = np.flatnonzero(batch.document_ids[b, : batch.lengths[b]] == document)
-            logits = model.logits(batch.tokens[b : b + 1, places])[0].astype(np.float64)
+            logits = model.logits(Batch(batch.tokens[b : b + 1, places]))[0].astype(np.float64)
             logits[:, 3] = -np.inf  # the mask token
             for row, (i, before) in enumerate(zip(places[1:], places[:-1], strict=True)):
                 if allowed is None or allowed[b, i]:
@@ -232,8 +233,8 @@ def test_distillation_is_the_cross_entropy_under_the_bases_causal_prediction_of_
     )
     batch = make_batch()
     noisy = trainer.corrupt(batch)
-    student = model.logits(noisy.noisy, 0.0, trainer.adapter).astype(np.float64)
-    teacher = model.logits(batch.tokens, 1.0).astype(np.float64)
+    student = model.logits(Batch(noisy.noisy, 0.0), trainer.adapter).astype(np.float64)
+    teacher = model.logits(Batch(batch.tokens, 1.0)).astype(np.float64)
     losses = []
     for b, i in zip(*np.nonzero(noisy.weights), strict=True):
         losses.append(0.0)

@@ -13,6 +13,7 @@ import pytest
 
 from ggml_diffusion.config.settings import load_config
 from ggml_diffusion.engine.cpu.q4_model import Q4Model
+from ggml_diffusion.engine.interface import Batch
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.formats.adapter_file import DiffusionCheckpoint
 from ggml_diffusion.text.tokenizer import Tokenizer
@@ -373,8 +374,8 @@ class Wrong:
     def __getattr__(self, name):
         return getattr(self._model, name)
 
-    def logits(self, tokens, causal_ratio):
-        return self._model.logits(tokens[:, ::-1], causal_ratio)
+    def logits(self, batch):
+        return self._model.logits(Batch(batch.tokens[:, ::-1], batch.causal_ratio))
 
 
 def test_the_gate_refuses_a_model_that_is_computed_differently(tiny_model):

@@ -6,6 +6,7 @@ from trainers import SMALL, make_batch, make_trainer, packed_batch
 
 from ggml_diffusion.config.settings import load_config
 from ggml_diffusion.engine.cpu.q4_model import Q4Model
+from ggml_diffusion.engine.interface import Batch
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.evaluation.held_out import masked_scores
 from ggml_diffusion.formats.adapter_file import DiffusionCheckpoint
@@ -32,8 +33,8 @@ def test_the_start_values_leave_the_base_as_it_is(model):
         trainer.parameters.views["time_embedding.weight"],
         trainer.parameters.views["time_embedding.bias"],
     )
-    plain = model.logits(tokens)
-    assert (model.logits(tokens, 1.0, trainer.adapter, offset) == plain).all()
+    plain = model.logits(Batch(tokens))
+    assert (model.logits(Batch(tokens, 1.0, embedding_offset=offset), trainer.adapter) == plain).all()
     assert any(view.any() for name, view in trainer.parameters.views.items() if name.endswith("lora_a"))
 
 
@@ -53,7 +54,7 @@ def test_the_loss_of_a_step_is_the_mean_over_all_masked_tokens_of_the_accumulate
     batch = packed_batch()
     noisy = trainer.corrupt(batch)
     logits = model.logits(
-        noisy.noisy, 1.0, trainer.adapter, lengths=batch.lengths, document_ids=batch.document_ids
+        Batch(noisy.noisy, 1.0, lengths=batch.lengths, document_ids=batch.document_ids), trainer.adapter
     ).astype(np.float64)
     logits[..., trainer.mask_token_id] = -np.inf
     losses = []
@@ -183,7 +184,7 @@ class Broken:
     def loss_and_gradients(self, *args, **kwargs):
         result = self._engine.loss_and_gradients(*args, **kwargs)
         if self._n_calls in self._bad_calls:
-            args[5]["mask_embedding"][0] = np.nan
+            args[4]["mask_embedding"][0] = np.nan
         self._n_calls += 1
         return result
 
@@ -343,8 +344,10 @@ def test_an_exported_conversion_writes_the_same_text_as_the_trainers_state(
         trainer.train_step(make_batch())
     trainer.export(tmp_path)
     config = GenerationConfig(length=20, steps=7, seed=5)
-    in_memory = DiffusionModel.from_checkpoint(model, Tokenizer.from_gguf(model.path), trainer.checkpoint())
-    loaded = DiffusionModel.load(model.path, tmp_path / f"adapter.{suffix}")
+    in_memory = DiffusionModel.from_checkpoint(
+        model, Tokenizer.from_gguf(model.file.path), trainer.checkpoint()
+    )
+    loaded = DiffusionModel.load(model.file.path, tmp_path / f"adapter.{suffix}")
     text = in_memory.generate("the and", config)
     assert text == loaded.generate("the and", config)
     assert text != in_memory.generate("the and", config.model_copy(update={"seed": 6}))

@@ -23,7 +23,8 @@ from ggml_diffusion.config.settings import (
     NoiseScheduleConfig,
     QLoraConversionConfig,
 )
-from ggml_diffusion.engine.cpu.q4_model import LossResult, Q4Model
+from ggml_diffusion.engine.cpu.q4_model import Q4Model
+from ggml_diffusion.engine.interface import Batch, LossResult
 from ggml_diffusion.formats.lora import LoraAdapter, TargetModule
 from ggml_diffusion.generation.denoise import GenerationConfig
 from ggml_diffusion.generation.diffusion_model import DiffusionModel
@@ -86,12 +87,12 @@ class Worker:
 
     def describe(self) -> Reply:
         """What is being measured."""
-        model = self.model
+        model, int8 = self.model, self.trainer.int8 if self.trainer is not None else "none"
         return {
             "model": model.description,
             "n_threads": model.n_threads,
             "kernels": model.kernels,
-            "element": model.element + ("" if model.int8 == "none" else f", int8 {model.int8}"),
+            "element": model.element + ("" if int8 == "none" else f", int8 {int8}"),
         }
 
     def peak(self, time_s: float) -> Reply:
@@ -107,7 +108,10 @@ class Worker:
 
     def memory(self) -> Reply:
         """The process's peak, and how much of it is the mapped model."""
-        return {"peak_bytes": peak_memory_bytes(), "model_bytes": resident_bytes_of_file(self.model.path)}
+        return {
+            "peak_bytes": peak_memory_bytes(),
+            "model_bytes": resident_bytes_of_file(self.model.file.path),
+        }
 
     def step(
         self,
@@ -187,10 +191,10 @@ class Worker:
         weights[0, 0] = 1.0
         self.model.reset_profile()
         # the mask row's gradient asks for that of every layer's input
-        mask_row = np.zeros(self.model.C, dtype=np.float32)
+        mask_row = np.zeros(self.model.file.C, dtype=np.float32)
         adapter = LoraAdapter(1.0, {}, 0, mask_row)
         self.model.loss_and_gradients(
-            tokens, tokens, weights, CAUSAL_RATIO, adapter, {"mask_embedding": np.zeros_like(mask_row)}
+            Batch(tokens, CAUSAL_RATIO), tokens, weights, adapter, {"mask_embedding": np.zeros_like(mask_row)}
         )
         parts = self.model.profile()
         return {"forward_s": parts["frozen forward"], "backward_s": parts["frozen backward"]}

@@ -1,59 +1,24 @@
 """NumPy arrays as the structs of the core: a batch, an objective, an adapter.
 
-Each class owns the arrays that its struct points to, and checks their shapes first. Deliberately no calls of
+Each class owns the arrays that its struct points to. Deliberately no calls of
 the core: q4_model.py makes them.
 Letters: B sequences, T tokens a sequence, M rows (all tokens that are no padding), C hidden size.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ggml_diffusion.engine.cpu._native import ffi, lib
-from ggml_diffusion.engine.segments import document_array, find_segments, token_array, valid_positions
+from ggml_diffusion.engine.interface import Batch, LossResult
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.formats.lora import LoraAdapter, TargetModule, lora_ranks
 
 MASK_EMBEDDING = "mask_embedding"
 # In the order of the core's GGD_ATTN_Q ... GGD_FFN_DOWN.
 _TARGET_IDS = {module.gguf_name: number for number, module in enumerate(TargetModule)}
-
-
-@dataclass(frozen=True)
-class LossResult:
-    """Loss of a batch.
-
-    Attributes:
-        loss: sum of weights * cross-entropy, nats, not normalised.
-        row_loss: (B, T) float32, cross-entropy in nats of the rows with a weight, else 0.
-        row_correct: (B, T) bool, whether the target is the most probable token of a row with a weight.
-        offset_gradient: (B, C) float32, d loss / d embedding_offset; None where no gradients were asked for.
-        distillation_loss: sum of teacher weights * cross-entropy to the teacher's distribution, nats.
-
-    """
-
-    loss: float
-    row_loss: NDArray[np.float32]
-    row_correct: NDArray[np.bool_]
-    offset_gradient: NDArray[np.float32] | None = None
-    distillation_loss: float = 0.0
-
-    @staticmethod
-    def joined(parts: list["LossResult"]) -> "LossResult":
-        """The result of a batch from those of its parts, in order."""
-        if len(parts) == 1:
-            return parts[0]
-        gradients = [part.offset_gradient for part in parts if part.offset_gradient is not None]
-        return LossResult(
-            sum(part.loss for part in parts),
-            np.concatenate([part.row_loss for part in parts]),
-            np.concatenate([part.row_correct for part in parts]),
-            np.concatenate(gradients) if gradients else None,
-            sum(part.distillation_loss for part in parts),
-        )
 
 
 def check(status: int) -> None:
@@ -67,92 +32,43 @@ def pointer(kind: str, array: NDArray[Any] | None) -> Any:
     return ffi.NULL if array is None else ffi.cast(kind, array.ctypes.data)
 
 
-@dataclass(frozen=True)
-class Teacher:
-    """The base itself, adapter off and causal, as the teacher of a distillation loss.
-
-    Attributes:
-        tokens: (B, T) integers, the clean text that the teacher reads.
-        weights: (B, T) float32 by output row of the student; 0 = the row has no teacher.
-        rows_back: the teacher's distribution for the same token is this many rows before the student's: 0
-            where the student predicts the next token as the base does, 1 where it predicts its own.
-
-    """
-
-    tokens: ArrayLike
-    weights: ArrayLike
-    rows_back: int = 0
-
-    def part(self, sequences: slice) -> "Teacher":
-        """The same for some of the sequences."""
-        return Teacher(
-            np.asarray(self.tokens)[sequences], np.asarray(self.weights)[sequences], self.rows_back
-        )
-
-
-@overload
-def cut(array: ArrayLike, sequences: slice) -> NDArray[Any]: ...
-@overload
-def cut(array: None, sequences: slice) -> None: ...
-def cut(array: ArrayLike | None, sequences: slice) -> NDArray[Any] | None:
-    """Some of the sequences of an array (B, ...)."""
-    return None if array is None else np.asarray(array)[sequences]
-
-
 class Rows:
-    """The rows of a padded batch without its padding, cut into segments that attend to each other only.
+    """The rows of a padded batch without its padding, as the core's `ggd_batch`.
 
     Attributes:
-        valid: (B, T) bool, False at padding.
+        batch: whose rows they are.
         tokens: (M,) int32.
-        batch: the core's `ggd_batch *`; valid while this object lives.
+        struct: the core's `ggd_batch *`; valid while this object lives.
 
     """
 
-    def __init__(
-        self,
-        hidden_size: int,
-        tokens: ArrayLike,
-        causal_ratio: float,
-        embedding_offset: ArrayLike | None,
-        lengths: ArrayLike | None,
-        document_ids: ArrayLike | None,
-        bernoulli_seed: int | None,
-    ) -> None:
-        ids = token_array(tokens)
-        n_sequences = ids.shape[0]
-        self.valid = valid_positions(ids.shape, lengths)
-        self.tokens = np.ascontiguousarray(ids[self.valid], dtype=np.int32)
-        self._segments = find_segments(self.valid, document_array(ids.shape, document_ids))
-        self._offset = None
-        if embedding_offset is not None:
-            self._offset = np.ascontiguousarray(embedding_offset, dtype=np.float32)
-            if self._offset.shape != (n_sequences, hidden_size):
-                raise ValueError(
-                    f"embedding_offset has the shape {self._offset.shape}, not {(n_sequences, hidden_size)}"
-                )
-        self.batch = ffi.new("ggd_batch *")
-        self.batch.n_rows = len(self.tokens)
-        self.batch.tokens = pointer("const int32_t *", self.tokens)
-        self.batch.n_segments = len(self._segments)
-        self.batch.segments = pointer("const ggd_segment *", self._segments)
-        self.batch.n_sequences = n_sequences
-        self.batch.embedding_offset = pointer("const float *", self._offset)
-        self.batch.causal_ratio = causal_ratio
-        self.batch.bernoulli = bernoulli_seed is not None
-        self.batch.bernoulli_seed = (bernoulli_seed or 0) % 2**64
+    def __init__(self, batch: Batch, hidden_size: int) -> None:
+        offset = batch.embedding_offset
+        if offset is not None and offset.shape[1] != hidden_size:
+            raise ValueError(
+                f"embedding_offset has the shape {offset.shape}, not {(len(batch.tokens), hidden_size)}"
+            )
+        self.batch = batch
+        self.tokens = np.ascontiguousarray(batch.tokens[batch.valid], dtype=np.int32)
+        self.struct = ffi.new("ggd_batch *")
+        self.struct.n_rows = len(self.tokens)
+        self.struct.tokens = pointer("const int32_t *", self.tokens)
+        self.struct.n_segments = len(batch.segments)
+        self.struct.segments = pointer("const ggd_segment *", batch.segments)
+        self.struct.n_sequences = len(batch.tokens)
+        self.struct.embedding_offset = pointer("const float *", offset)
+        self.struct.causal_ratio = batch.causal_ratio
+        self.struct.bernoulli = batch.bernoulli_seed is not None
+        self.struct.bernoulli_seed = (batch.bernoulli_seed or 0) % 2**64
 
     def take(self, array: ArrayLike, dtype: type[np.generic], name: str) -> NDArray[Any]:
         """The (M,) rows of a (B, T) array."""
-        values = np.asarray(array)
-        if values.shape != self.valid.shape:
-            raise ValueError(f"{name} has the shape {values.shape}, not {self.valid.shape}")
-        return np.ascontiguousarray(values[self.valid], dtype=dtype)
+        return np.ascontiguousarray(self.batch.check_by_row(array, name)[self.batch.valid], dtype=dtype)
 
     def rows_before(self, n: int, needed: NDArray[np.bool_]) -> NDArray[np.int32]:
         """For each row the one `n` before it in its segment, itself where there is none; (M,) int32."""
-        rows = np.arange(len(self.tokens), dtype=np.int32)
-        first_rows = np.repeat(self._segments[:, 0], self._segments[:, 1])
+        rows, segments = np.arange(len(self.tokens), dtype=np.int32), self.batch.segments
+        first_rows = np.repeat(segments[:, 0], segments[:, 1])
         has_none = rows - n < first_rows
         if (has_none & needed).any():
             raise ValueError(
@@ -162,18 +78,17 @@ class Rows:
 
     def spread(self, rows: NDArray[Any]) -> NDArray[Any]:
         """(M, ...) rows back to (B, T, ...), zero at padding."""
-        padded = np.zeros(self.valid.shape + rows.shape[1:], dtype=rows.dtype)
-        padded[self.valid] = rows
+        valid = self.batch.valid
+        padded = np.zeros(valid.shape + rows.shape[1:], dtype=rows.dtype)
+        padded[valid] = rows
         return padded
 
 
 class Objective:
-    """The core's `ggd_objective` and the arrays that it points to."""
+    """The core's `ggd_objective` for some rows, and the arrays that it points to."""
 
-    def __init__(
-        self, rows: Rows, targets: ArrayLike, weights: ArrayLike, teacher: Teacher | None = None
-    ) -> None:
-        self._rows = rows
+    def __init__(self, rows: Rows, targets: ArrayLike, weights: ArrayLike) -> None:
+        self.rows, teacher = rows, rows.batch.teacher
         self._targets = rows.take(targets, np.int32, "targets")
         self._weights = rows.take(weights, np.float32, "weights")
         self._row_loss = np.empty(len(rows.tokens), dtype=np.float32)
@@ -193,8 +108,8 @@ class Objective:
 
     def result(self, offset_gradient: NDArray[np.float32] | None) -> LossResult:
         """What the core wrote, in the shape of the batch."""
-        row_correct = self._rows.spread(self._row_correct.astype(bool))
-        row_loss = self._rows.spread(self._row_loss)
+        row_correct = self.rows.spread(self._row_correct.astype(bool))
+        row_loss = self.rows.spread(self._row_loss)
         return LossResult(self.struct.loss, row_loss, row_correct, offset_gradient, self.struct.teacher_loss)
 
 

@@ -1,9 +1,6 @@
-"""The engine: a frozen GGUF model that computes logits, losses and gradients.
+"""The engine on the CPU: `Q4Model` is the C core of csrc/ behind NumPy arrays.
 
-`Q4Model` is the C core behind NumPy arrays. It knows tokens, rows, masks and LoRA arrays; it deliberately
-knows no text, no noise, no time, no optimizer. An engine is `from_gguf`, `logits`, `embed`, `loss`,
-`loss_and_gradients`, `close`; nothing above this file may know more of it. The only user of the extension.
-
+Deliberately not here: what the calls mean (interface.py), how arrays become structs (native_structs.py).
 Letters: B sequences, T tokens a sequence, M rows (all tokens that are no padding), C hidden size,
 V vocabulary, R rank.
 """
@@ -18,27 +15,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ggml_diffusion.engine.cpu._native import ffi, lib
-from ggml_diffusion.engine.cpu.native_structs import (
-    LossResult,
-    NativeAdapter,
-    Objective,
-    Rows,
-    Teacher,
-    check,
-    cut,
-    pointer,
-)
+from ggml_diffusion.engine.cpu.native_structs import NativeAdapter, Objective, Rows, check, pointer
+from ggml_diffusion.engine.interface import Batch, Compute, Int8, LossResult, StepDescription
 from ggml_diffusion.engine.memory_plan import Keep, StepPlan, plan_step
 from ggml_diffusion.engine.segments import token_array
 from ggml_diffusion.errors import UserError
-from ggml_diffusion.formats.adapter_file import load_adapter
 from ggml_diffusion.formats.lora import LoraAdapter, lora_ranks
 from ggml_diffusion.formats.model_file import ModelFile, file_sha256, read_model
-
-__all__ = ["Compute", "Int8", "Keep", "LossResult", "Q4Model", "Teacher", "default_threads"]
-
-Compute = Literal["fast", "f32"]
-Int8 = Literal["none", "backward", "both"]
 
 _COMPUTE = {"fast": lib.GGD_COMPUTE_FAST, "f32": lib.GGD_COMPUTE_F32}
 _INT8: dict[Int8, int] = {
@@ -51,6 +34,7 @@ _KEEP = {
     "without-ffn": lib.GGD_KEEP_WITHOUT_FFN,
     "boundaries": lib.GGD_KEEP_BOUNDARIES,
 }
+_RECOMPUTED: dict[Keep, str] = {"all": "", "without-ffn": "gate and up", "boundaries": "layers"}
 
 
 def default_threads() -> int:
@@ -59,7 +43,7 @@ def default_threads() -> int:
 
 
 class Q4Model:
-    """A frozen autoregressive model whose packed weights stay mapped in its GGUF file.
+    """A frozen autoregressive model whose packed weights stay mapped in its GGUF file; an `Engine`.
 
     Not safe for calls from several threads at once; one call runs on `n_threads` of its own. The same input
     gives the same bits for any number of threads.
@@ -68,17 +52,23 @@ class Q4Model:
     def __init__(
         self,
         file: ModelFile,
-        n_threads: int,
-        compute: Compute,
-        use_simd: bool,
-        keep: Keep | Literal["auto"],
-        memory_budget: int | None,
+        n_threads: int | None = None,
+        *,
+        compute: Compute = "fast",
+        use_simd: bool = True,
+        keep: Keep | Literal["auto"] = "auto",
+        memory_budget: int | None = None,
     ) -> None:
-        """Use `from_gguf`."""
+        """Open a model whose header was read by `read_model`; see `from_gguf`."""
+        if n_threads is not None and n_threads < 1:
+            raise UserError(f"the number of threads must be at least 1, not {n_threads}")
+        for name, value, known in (("compute", compute, _COMPUTE), ("keep", keep, ("auto", *_KEEP))):
+            if value not in known:
+                raise UserError(f"{name} must be one of {', '.join(known)}, not {value!r}")
         self._keep = keep
         self._memory_budget = memory_budget
         self._file = file
-        self._n_threads = n_threads
+        self._n_threads = n_threads or default_threads()
         self._compute = compute
         self._model: Any = ffi.NULL
         self._session: Any = ffi.NULL
@@ -87,7 +77,7 @@ class Q4Model:
         check(lib.ggd_model_load(ffi.new("char *[]", paths), len(paths), model))
         self._model = model[0]
         options = ffi.new("ggd_session_options *")
-        options.n_threads = n_threads
+        options.n_threads = self._n_threads
         options.compute = _COMPUTE[compute]
         options.use_simd = use_simd
         session = ffi.new("ggd_session **")
@@ -126,12 +116,14 @@ class Q4Model:
             UserError: the file is missing, damaged or not supported; the message says why in one line.
 
         """
-        if n_threads is not None and n_threads < 1:
-            raise UserError(f"the number of threads must be at least 1, not {n_threads}")
-        for name, value, known in (("compute", compute, _COMPUTE), ("keep", keep, ("auto", *_KEEP))):
-            if value not in known:
-                raise UserError(f"{name} must be one of {', '.join(known)}, not {value!r}")
-        return cls(read_model(path), n_threads or default_threads(), compute, use_simd, keep, memory_budget)
+        return cls(
+            read_model(path),
+            n_threads,
+            compute=compute,
+            use_simd=use_simd,
+            keep=keep,
+            memory_budget=memory_budget,
+        )
 
     def close(self) -> None:
         """Free the model's memory; every other call is an error afterwards."""
@@ -153,59 +145,9 @@ class Q4Model:
             self.close()
 
     @property
-    def L(self) -> int:
-        """Layers."""
-        return self._file.L
-
-    @property
-    def C(self) -> int:
-        """Hidden size."""
-        return self._file.C
-
-    @property
-    def H(self) -> int:
-        """Query heads."""
-        return self._file.H
-
-    @property
-    def G(self) -> int:
-        """Key/value heads."""
-        return self._file.G
-
-    @property
-    def D(self) -> int:
-        """Head size."""
-        return self._file.D
-
-    @property
-    def F(self) -> int:
-        """Feed-forward size."""
-        return self._file.F
-
-    @property
-    def V(self) -> int:
-        """Vocabulary size."""
-        return self._file.V
-
-    @property
-    def context_length(self) -> int:
-        """Longest sequence that the base was trained for, tokens."""
-        return self._file.context_length
-
-    @property
-    def tied_head(self) -> bool:
-        """Whether the head reads the token embedding's rows."""
-        return self._file.tied_head
-
-    @property
     def file(self) -> ModelFile:
         """The file's header."""
         return self._file
-
-    @property
-    def path(self) -> Path:
-        """The GGUF file."""
-        return Path(self._file.path)
 
     @cached_property
     def sha256(self) -> str:
@@ -233,24 +175,17 @@ class Q4Model:
         return str(ffi.string(lib.ggd_session_element(self._open())).decode())
 
     @property
-    def int8(self) -> Int8:
-        """Products of the frozen weights that go in int8: "none", "backward" (input gradients) or "both".
-
-        Setting it raises UserError where the kernels have no int8 products or the model computes in float32.
-        """
-        number = lib.ggd_session_int8(self._open())
-        return next(name for name, value in _INT8.items() if value == number)
-
-    @int8.setter
-    def int8(self, products: Int8) -> None:
-        check(lib.ggd_session_set_int8(self._open(), _INT8[products]))
+    def has_int8(self) -> bool:
+        """Whether products of the frozen weights can go in int8: not in float32, nor on every processor."""
+        return bool(lib.ggd_session_set_int8(self._open(), _INT8["both"]) == 0)
 
     @property
     def description(self) -> str:
         """One line for people."""
+        file = self._file
         return (
-            f"{self.path.name}: {self._file.arch}, L {self.L}, C {self.C}, H {self.H}/{self.G}, D {self.D}, "
-            f"F {self.F}, V {self.V}; {self.element} products, {self.kernels} kernels, "
+            f"{file.path.name}: {file.arch}, L {file.L}, C {file.C}, H {file.H}/{file.G}, D {file.D}, "
+            f"F {file.F}, V {file.V}; {self.element} products, {self.kernels} kernels, "
             f"{self.n_threads} threads"
         )
 
@@ -283,8 +218,18 @@ class Q4Model:
         )
         return int(n_bytes[0])
 
-    def step_plan(self, n_sequences: int, n_tokens: int, rank: int, teacher: bool = False) -> StepPlan:
-        """What a training step of n_sequences of n_tokens each keeps, and how many go together."""
+    def describe_step(
+        self, n_sequences: int, n_tokens: int, rank: int, *, teacher: bool = False
+    ) -> StepDescription:
+        """See `Engine`."""
+        plan = self._plan(n_sequences, n_tokens, rank, teacher)
+        planned = self.memory_bytes(
+            plan.sequences * n_tokens, n_tokens, rank, keep=plan.keep, teacher=teacher
+        )
+        return StepDescription(planned, plan.sequences, _RECOMPUTED[plan.keep])
+
+    def _plan(self, n_sequences: int, n_tokens: int, rank: int, teacher: bool) -> StepPlan:
+        """What a training step keeps, and how many sequences go together."""
         if self._keep != "auto":
             return StepPlan(self._keep, n_sequences)
 
@@ -314,149 +259,82 @@ class Q4Model:
         return float(lib.ggd_session_packing(self._open(), int(backward), time_s))
 
     def embed(self, tokens: ArrayLike) -> NDArray[np.float32]:
-        """Token embeddings, (B, T) -> (B, T, C) float32, without offset and mask row.
-
-        Raises:
-            UserError: a token id outside the vocabulary.
-
-        """
+        """See `Engine`."""
         self._open()
         ids = np.ascontiguousarray(token_array(tokens), dtype=np.int32)
-        rows = np.empty((*ids.shape, self.C), dtype=np.float32)
+        rows = np.empty((*ids.shape, self._file.C), dtype=np.float32)
         ids_pointer, rows_pointer = pointer("const int32_t *", ids), pointer("float *", rows)
         check(lib.ggd_model_embed(self._model, ids.size, ids_pointer, rows_pointer))
         return rows
 
     def logits(
         self,
-        tokens: ArrayLike,
-        causal_ratio: float = 1.0,
-        adapter: LoraAdapter | str | Path | None = None,
-        embedding_offset: ArrayLike | None = None,
+        batch: Batch,
+        adapter: LoraAdapter | None = None,
         *,
-        lengths: ArrayLike | None = None,
-        document_ids: ArrayLike | None = None,
         select: ArrayLike | None = None,
+        int8: Int8 = "none",
     ) -> NDArray[np.float32]:
-        """Raw logits; the mask token's is not suppressed.
-
-        Args:
-            tokens: (B, T) integers.
-            causal_ratio: 1 = fully causal, 0 = fully bidirectional; a future key has the weight
-                1 - causal_ratio.
-            adapter: LoRA arrays, or the path of a .safetensors or .gguf adapter.
-            embedding_offset: (B, C), added to every input embedding of a sequence.
-            lengths: (B,), tokens of each sequence that are no padding; None = T.
-            document_ids: (B, T), attention stays within runs of the same number.
-            select: (B, T) bool, rows whose logits are wanted, in row order.
-
-        Returns:
-            (B, T, V) float32, zero at padding; with `select` (n_selected, V).
-
-        Raises:
-            UserError: a token outside the vocabulary, a sequence longer than the context, an adapter that
-                does not fit.
-            ValueError: arrays of wrong shape.
-
-        """
-        self._open()
-        rows = Rows(self.C, tokens, causal_ratio, embedding_offset, lengths, document_ids, None)
-        wanted = rows.valid if select is None else np.asarray(select, dtype=bool)
+        """See `Engine`."""
+        self._use_int8(int8)
+        rows = Rows(batch, self._file.C)
+        wanted = batch.valid if select is None else np.asarray(select, dtype=bool)
         chosen = np.flatnonzero(rows.take(wanted, np.bool_, "select")).astype(np.int32)
-        logits = np.empty((len(chosen), self.V), dtype=np.float32)
+        logits = np.empty((len(chosen), self._file.V), dtype=np.float32)
         native = self._native_adapter(adapter, None)
         row_pointer, logits_pointer = pointer("const int32_t *", chosen), pointer("float *", logits)
         check(
-            lib.ggd_logits(self._session, rows.batch, native.struct, len(chosen), row_pointer, logits_pointer)
+            lib.ggd_logits(
+                self._session, rows.struct, native.struct, len(chosen), row_pointer, logits_pointer
+            )
         )
         return rows.spread(logits) if select is None else logits
 
     def loss(
         self,
-        tokens: ArrayLike,
+        batch: Batch,
         targets: ArrayLike,
         weights: ArrayLike,
-        causal_ratio: float = 1.0,
-        adapter: LoraAdapter | str | Path | None = None,
-        embedding_offset: ArrayLike | None = None,
+        adapter: LoraAdapter | None = None,
         *,
-        lengths: ArrayLike | None = None,
-        document_ids: ArrayLike | None = None,
-        bernoulli_seed: int | None = None,
-        teacher: Teacher | None = None,
+        int8: Int8 = "none",
     ) -> LossResult:
-        """Weighted cross-entropy without gradients; see `loss_and_gradients`."""
-        self._open()
-        rows = Rows(self.C, tokens, causal_ratio, embedding_offset, lengths, document_ids, bernoulli_seed)
-        objective = Objective(rows, targets, weights, teacher)
+        """See `Engine`."""
+        self._use_int8(int8)
+        objective = Objective(Rows(batch, self._file.C), targets, weights)
         native = self._native_adapter(adapter, None)
-        check(lib.ggd_loss(self._session, rows.batch, native.struct, objective.struct))
+        check(lib.ggd_loss(self._session, objective.rows.struct, native.struct, objective.struct))
         return objective.result(None)
 
     def loss_and_gradients(
         self,
-        tokens: ArrayLike,
+        batch: Batch,
         targets: ArrayLike,
         weights: ArrayLike,
-        causal_ratio: float,
         adapter: LoraAdapter,
         gradients: Mapping[str, NDArray[np.float32]],
-        embedding_offset: ArrayLike | None = None,
         *,
-        lengths: ArrayLike | None = None,
-        document_ids: ArrayLike | None = None,
-        bernoulli_seed: int | None = None,
-        teacher: Teacher | None = None,
+        int8: Int8 = "none",
     ) -> LossResult:
-        """Weighted cross-entropy and its gradients.
-
-        The mask token's logit is -inf where the adapter names one. Arrays beyond those of `logits`:
-
-        Args:
-            tokens: (B, T) integers, what the network sees (masked).
-            targets: (B, T) integers by output row: the token that the row's hidden state predicts.
-            weights: (B, T) float32 by output row, 0 where a row predicts nothing.
-            causal_ratio: see `logits`.
-            adapter: LoRA arrays and mask row.
-            gradients: an array for each LoRA tensor of the adapter, and optionally for "mask_embedding";
-                C-contiguous float32. The gradients are added to them.
-            embedding_offset: see `logits`; its gradient is in the result.
-            lengths: see `logits`.
-            document_ids: see `logits`.
-            bernoulli_seed: future keys are visible with probability 1 - causal_ratio by this seed's pattern,
-                instead of being weighted by it; None = weighted.
-            teacher: adds a second loss, the cross-entropy to the base's own distribution, and its gradients.
-
-        Raises:
-            UserError: as `logits`.
-            ValueError: arrays of wrong shape or type.
-
-        """
-        self._open()
+        """See `Engine`. The batch goes in parts of whole sequences where the memory budget asks for it."""
+        self._use_int8(int8)
         native = self._native_adapter(adapter, gradients)
-        n_sequences, n_tokens = token_array(tokens).shape
+        targets = batch.check_by_row(targets, "targets")
+        weights = batch.check_by_row(weights, "weights")
+        n_sequences, n_tokens = batch.tokens.shape
         rank = max(lora_ranks(adapter.tensors).values(), default=0)
-        plan = self.step_plan(n_sequences, n_tokens, rank, teacher is not None)
+        plan = self._plan(n_sequences, n_tokens, rank, batch.teacher is not None)
         lib.ggd_session_set_keep(self._session, _KEEP[plan.keep])
         results = []
         for start in range(0, n_sequences, plan.sequences):
             part = slice(start, start + plan.sequences)
-            rows = Rows(
-                self.C,
-                cut(tokens, part),
-                causal_ratio,
-                cut(embedding_offset, part),
-                cut(lengths, part),
-                cut(document_ids, part),
-                bernoulli_seed,
-            )
-            taught = None if teacher is None else teacher.part(part)
-            objective = Objective(rows, cut(targets, part), cut(weights, part), taught)
-            offset_gradient = np.zeros((len(rows.valid), self.C), dtype=np.float32)
+            rows = Rows(batch if plan.sequences == n_sequences else batch.part(part), self._file.C)
+            objective = Objective(rows, targets[part], weights[part])
+            offset_gradient = np.zeros((len(rows.batch.tokens), self._file.C), dtype=np.float32)
             offset_pointer = pointer("float *", offset_gradient)
             check(
                 lib.ggd_loss_and_gradients(
-                    self._session, rows.batch, native.struct, objective.struct, offset_pointer
+                    self._session, rows.struct, native.struct, objective.struct, offset_pointer
                 )
             )
             results.append(objective.result(offset_gradient))
@@ -467,13 +345,18 @@ class Q4Model:
             raise ValueError("the model is closed")
         return self._session
 
+    def _use_int8(self, products: Int8) -> None:
+        """Let the next call use int8 products; a session keeps no precision from call to call.
+
+        Raises:
+            UserError: the kernels have no int8 products, or the model computes in float32.
+
+        """
+        check(lib.ggd_session_set_int8(self._open(), _INT8[products]))
+
     def _native_adapter(
-        self,
-        adapter: LoraAdapter | str | Path | None,
-        gradients: Mapping[str, NDArray[np.float32]] | None,
-    ) -> "NativeAdapter":
-        if isinstance(adapter, str | Path):
-            adapter = load_adapter(adapter, self._file.arch)
+        self, adapter: LoraAdapter | None, gradients: Mapping[str, NDArray[np.float32]] | None
+    ) -> NativeAdapter:
         if adapter is not None:
             adapter.check(self._file)
         return NativeAdapter(adapter, gradients)

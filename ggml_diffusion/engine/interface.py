@@ -1,0 +1,293 @@
+"""What an engine is: the calls that the rest of the package makes, and the values that go in and come out.
+
+An engine holds a frozen GGUF model and knows tokens, rows, masks and LoRA arrays. It deliberately knows no
+text, no noise, no time and no optimizer. Callers are typed against `Engine`; only open.py names an
+implementation, so that another one can stand beside cpu/. Nothing here computes.
+
+Letters: B sequences, T tokens a sequence, C hidden size, V vocabulary, R rank.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ggml_diffusion.engine.segments import document_array, find_segments, token_array, valid_positions
+from ggml_diffusion.formats.lora import LoraAdapter
+from ggml_diffusion.formats.model_file import ModelFile
+
+Compute = Literal["fast", "f32"]
+Int8 = Literal["none", "backward", "both"]
+
+
+@dataclass(frozen=True, eq=False)
+class Teacher:
+    """The base itself, adapter off and causal, as the teacher of a distillation loss.
+
+    Attributes:
+        tokens: (B, T) integers, the clean text that the teacher reads.
+        weights: (B, T) float32 by output row of the student; 0 = the row has no teacher.
+        rows_back: the teacher's distribution for the same token is this many rows before the student's: 0
+            where the student predicts the next token as the base does, 1 where it predicts its own.
+
+    """
+
+    tokens: NDArray[np.int32]
+    weights: NDArray[np.float32]
+    rows_back: int = 0
+
+    def part(self, sequences: slice) -> "Teacher":
+        """The same for some of the sequences."""
+        return Teacher(self.tokens[sequences], self.weights[sequences], self.rows_back)
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """What the network sees in one call. Checked when it is made, and by nobody after that.
+
+    Attributes:
+        tokens: (B, T) integers.
+        causal_ratio: 1 = fully causal, 0 = fully bidirectional; a future key has the weight 1 - causal_ratio.
+        lengths: (B,), positions from there on are padding; None = no padding.
+        document_ids: (B, T), attention stays within runs of the same number; None = one document a sequence.
+        embedding_offset: (B, C) float32, added to every input embedding of a sequence; None = nothing is.
+        bernoulli_seed: future keys are visible with probability 1 - causal_ratio by this seed's pattern,
+            instead of being weighted by it; None = weighted. Only for losses.
+        teacher: adds a second loss, the cross-entropy to the base's own distribution. Only for losses.
+
+    Raises:
+        ValueError: an array of the wrong shape or type, or a document that appears in two parts.
+        UserError: a token id that no vocabulary holds.
+
+    """
+
+    tokens: NDArray[np.integer[Any]]
+    causal_ratio: float = 1.0
+    lengths: NDArray[np.integer[Any]] | None = None
+    document_ids: NDArray[np.int32] | None = None
+    embedding_offset: NDArray[np.float32] | None = None
+    bernoulli_seed: int | None = None
+    teacher: Teacher | None = None
+
+    def __post_init__(self) -> None:
+        """Check the arrays; what depends on the model (V, C, context) the engine checks."""
+        object.__setattr__(self, "tokens", token_array(self.tokens))
+        if self.embedding_offset is not None:
+            offset = np.ascontiguousarray(self.embedding_offset, dtype=np.float32)
+            if offset.ndim != 2 or len(offset) != len(self.tokens):
+                raise ValueError(
+                    f"embedding_offset has the shape {offset.shape}, not ({len(self.tokens)}, C)"
+                )
+            object.__setattr__(self, "embedding_offset", offset)
+        for name, array in self._teacher_arrays():
+            self.check_by_row(array, name)
+        _ = self.segments
+
+    def _teacher_arrays(self) -> list[tuple[str, NDArray[Any]]]:
+        teacher = self.teacher
+        return (
+            []
+            if teacher is None
+            else [("teacher tokens", teacher.tokens), ("teacher weights", teacher.weights)]
+        )
+
+    def check_by_row(self, array: ArrayLike, name: str) -> NDArray[Any]:
+        """An array that has one value a position, (B, T).
+
+        Raises:
+            ValueError: another shape.
+
+        """
+        values = np.asarray(array)
+        if values.shape != self.tokens.shape:
+            raise ValueError(f"{name} has the shape {values.shape}, not {self.tokens.shape}")
+        return values
+
+    @cached_property
+    def valid(self) -> NDArray[np.bool_]:
+        """Where a position is no padding, (B, T)."""
+        return valid_positions(self.tokens.shape, self.lengths)
+
+    @cached_property
+    def segments(self) -> NDArray[np.int32]:
+        """Rows that attend to each other only, (n, 4); see `find_segments`."""
+        return find_segments(self.valid, document_array(self.tokens.shape, self.document_ids))
+
+    def part(self, sequences: slice) -> "Batch":
+        """The same for some of the sequences."""
+        return replace(
+            self,
+            tokens=self.tokens[sequences],
+            lengths=None if self.lengths is None else np.asarray(self.lengths)[sequences],
+            document_ids=None if self.document_ids is None else np.asarray(self.document_ids)[sequences],
+            embedding_offset=None if self.embedding_offset is None else self.embedding_offset[sequences],
+            teacher=None if self.teacher is None else self.teacher.part(sequences),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class LossResult:
+    """Loss of a batch.
+
+    Attributes:
+        loss: sum of weights * cross-entropy, nats, not normalised.
+        row_loss: (B, T) float32, cross-entropy in nats of the rows with a weight, else 0.
+        row_correct: (B, T) bool, whether the target is the most probable token of a row with a weight.
+        offset_gradient: (B, C) float32, d loss / d embedding_offset; None where no gradients were asked for.
+        distillation_loss: sum of teacher weights * cross-entropy to the teacher's distribution, nats.
+
+    """
+
+    loss: float
+    row_loss: NDArray[np.float32]
+    row_correct: NDArray[np.bool_]
+    offset_gradient: NDArray[np.float32] | None = None
+    distillation_loss: float = 0.0
+
+    @staticmethod
+    def joined(parts: list["LossResult"]) -> "LossResult":
+        """The result of a batch from those of its parts, in order."""
+        if len(parts) == 1:
+            return parts[0]
+        gradients = [part.offset_gradient for part in parts if part.offset_gradient is not None]
+        return LossResult(
+            sum(part.loss for part in parts),
+            np.concatenate([part.row_loss for part in parts]),
+            np.concatenate([part.row_correct for part in parts]),
+            np.concatenate(gradients) if gradients else None,
+            sum(part.distillation_loss for part in parts),
+        )
+
+
+@dataclass(frozen=True)
+class StepDescription:
+    """What a training step will take.
+
+    Attributes:
+        memory_bytes: beside the mapped file.
+        sequences: that go through the network together; the gradients of the parts add up.
+        recomputed: what the backward computes again instead of keeping it, in words; empty = nothing.
+
+    """
+
+    memory_bytes: int
+    sequences: int
+    recomputed: str = ""
+
+
+class Engine(Protocol):
+    """A frozen autoregressive model that computes logits, losses and gradients.
+
+    The same input gives the same bits for any number of threads. Not safe for calls from several threads at
+    once.
+    """
+
+    @property
+    def file(self) -> ModelFile:
+        """The model's header: its path, sizes, tensors and vocabulary."""
+
+    @property
+    def sha256(self) -> str:
+        """Of the whole file, hexadecimal; read on first use."""
+
+    @property
+    def description(self) -> str:
+        """One line for people."""
+
+    @property
+    def n_threads(self) -> int:
+        """Worker threads."""
+
+    @property
+    def compute(self) -> Compute:
+        """Arithmetic: "fast", or "f32" = exact products in float32."""
+
+    @property
+    def has_int8(self) -> bool:
+        """Whether products of the frozen weights can go in int8."""
+
+    def describe_step(
+        self, n_sequences: int, n_tokens: int, rank: int, *, teacher: bool = False
+    ) -> StepDescription:
+        """What `loss_and_gradients` will take for so many sequences of so many tokens."""
+
+    def embed(self, tokens: ArrayLike) -> NDArray[np.float32]:
+        """Token embeddings, (B, T) -> (B, T, C) float32, without offset and mask row.
+
+        Raises:
+            UserError: a token id outside the vocabulary.
+
+        """
+
+    def logits(
+        self,
+        batch: Batch,
+        adapter: LoraAdapter | None = None,
+        *,
+        select: ArrayLike | None = None,
+        int8: Int8 = "none",
+    ) -> NDArray[np.float32]:
+        """Raw logits; the mask token's is not suppressed.
+
+        Args:
+            batch: what the network sees.
+            adapter: LoRA arrays and mask row; None = the base.
+            select: (B, T) bool, rows whose logits are wanted, in row order.
+            int8: see `loss_and_gradients`.
+
+        Returns:
+            (B, T, V) float32, zero at padding; with `select` (n_selected, V).
+
+        Raises:
+            UserError: a token outside the vocabulary, a sequence longer than the context, an adapter that
+                does not fit.
+            ValueError: arrays of wrong shape.
+
+        """
+
+    def loss(
+        self,
+        batch: Batch,
+        targets: ArrayLike,
+        weights: ArrayLike,
+        adapter: LoraAdapter | None = None,
+        *,
+        int8: Int8 = "none",
+    ) -> LossResult:
+        """Weighted cross-entropy without gradients; see `loss_and_gradients`."""
+
+    def loss_and_gradients(
+        self,
+        batch: Batch,
+        targets: ArrayLike,
+        weights: ArrayLike,
+        adapter: LoraAdapter,
+        gradients: Mapping[str, NDArray[np.float32]],
+        *,
+        int8: Int8 = "none",
+    ) -> LossResult:
+        """Weighted cross-entropy and its gradients.
+
+        The mask token's logit is -inf where the adapter names one.
+
+        Args:
+            batch: what the network sees (masked).
+            targets: (B, T) integers by output row: the token that the row's hidden state predicts.
+            weights: (B, T) float32 by output row, 0 where a row predicts nothing.
+            adapter: LoRA arrays and mask row.
+            gradients: an array for each LoRA tensor of the adapter, and optionally for "mask_embedding";
+                C-contiguous float32. The gradients are added to them; that of the offset is in the result.
+            int8: products of the frozen weights that go in int8: "none", "backward" (input gradients) or
+                "both".
+
+        Raises:
+            UserError: as `logits`; or int8 products where `has_int8` is False.
+            ValueError: arrays of wrong shape or type.
+
+        """
+
+    def close(self) -> None:
+        """Free the model's memory; every other call is an error afterwards."""
