@@ -24,6 +24,7 @@ from tiny_architectures import ARCHITECTURES as TINY
 
 from ggml_diffusion.engine.cpu._native import ffi, lib
 from ggml_diffusion.engine.cpu.q4_model import Q4Model
+from ggml_diffusion.engine.interface import Batch
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.formats.architectures import ARCHITECTURES, refusal, row
 
@@ -131,7 +132,7 @@ def test_float32_logits_are_the_oracles(
     exact = oracle.load_model(path, n_ctx=len(tokens))
     with Q4Model.from_gguf(path, 2) as model:
         for ratio in (1.0, 0.6):
-            ours = model.logits(tokens[None], ratio)[0]
+            ours = model.logits(Batch(tokens[None], ratio))[0]
             expected = oracle.batch_logits(exact, tokens[None], ratio)[0]
             assert np.abs(ours - expected).max() < LOGIT_FLOAT32 * case.depth
 
