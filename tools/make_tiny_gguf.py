@@ -214,6 +214,7 @@ def make_tiny_gguf(
     keys: Mapping[str, Any] | None = None,
     tokenizer: str = "bpe",
     reserved: int = 6,
+    tensors_a_part: int = 0,
 ) -> Path:
     """Write a random GGUF and return its path. What is None is as the architecture usually has it.
 
@@ -228,6 +229,7 @@ def make_tiny_gguf(
     keys: keys without the architecture's prefix, for example {"attention.sliding_window": 16}, over those of
     the entry; None takes one away.
     tokenizer: "bpe" (byte-level, as GPT-2) or "spm" (as Llama 2), with some `reserved` control tokens.
+    tensors_a_part: write files NAME-00001-of-0000N.gguf with so many tensors each; 0: one file.
     The same arguments give the same bytes. ValueError: a size that the type or the vocabulary cannot have.
     """
     entry = ARCHITECTURES[arch]
@@ -259,7 +261,7 @@ def make_tiny_gguf(
     if changed.get("rope.scaling.type") == "longrope":
         weights.update(rope_factors("longrope", pairs))
 
-    writer = gguf.GGUFWriter(str(path), arch)
+    writer = gguf.GGUFWriter(str(path), arch, split_max_tensors=tensors_a_part)
     sizes = {name: getattr(shape, name) for name in "LCFHGDV"}
     vocabulary = {"bpe": bpe_vocabulary, "spm": spm_vocabulary}[tokenizer](V, reserved)
     _add_metadata(writer, vocabulary, context=context, rope_base=rope_base or 10000.0, eps=eps, **sizes)

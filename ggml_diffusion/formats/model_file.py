@@ -47,6 +47,8 @@ _NEUTRAL_SETTINGS: Mapping[str, bool | int | float] = {
     "nextn_predict_layers": 0,
     "attention.causal": True,
 }
+# Sizes that a file may give as a list, one a layer.
+LISTED_SIZES = ("attention.head_count", "attention.head_count_kv", "feed_forward_length")
 ROPE_SCALINGS = ("none", "linear", "yarn", "longrope")
 _SPLIT_NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 MAX_PARTS = 4096
@@ -104,7 +106,7 @@ class ModelFile:
 
         """
         full_key = f"{self.arch}.{key}"
-        if isinstance(value := self.metadata.get(full_key), np.ndarray):
+        if key in LISTED_SIZES and isinstance(value := self.metadata.get(full_key), np.ndarray):
             size = self._common_size(full_key, value)
         else:
             size = self.require(full_key, int) if default is None else self.optional(full_key, default)
@@ -114,8 +116,9 @@ class ModelFile:
 
     def _common_size(self, key: str, values: NDArray[np.generic]) -> int:
         """A list of numbers, one a layer, as the one that they all are."""
-        different = set(values.tolist())
-        if len(different) != 1 or self.key_types[key] not in ("arr[u32]", "arr[i32]"):
+        if self.key_types[key] not in ("arr[u32]", "arr[i32]") or len(values) != self.L:
+            self.fail(f"key {quoted(key)} is no list of {self.L} whole numbers, one a layer")
+        if len(different := set(values.tolist())) > 1:
             self.fail(f"key {quoted(key)} differs from layer to layer, which is not supported")
         return int(different.pop())
 

@@ -1,4 +1,4 @@
-"""A tiny file of every architecture goes the whole way: convert, resume, generate, evaluate, export, inspect."""
+"""A tiny file of every architecture goes the whole way, from convert to inspect."""
 
 from __future__ import annotations
 
@@ -90,7 +90,9 @@ def test_it_is_evaluated(
 ) -> None:
     base, folder = tiny_model(**options(arch)), tmp_path / "run"
     (tmp_path / "text.txt").write_text(TEXT * 4)
-    assert run("convert", base, "--data", tmp_path / "text.txt", "--output", folder, *SIZES, "--steps", 2) == 0
+    assert (
+        run("convert", base, "--data", tmp_path / "text.txt", "--output", folder, *SIZES, "--steps", 2) == 0
+    )
     evaluate = ("--sequences", 2, "--spans", 1, "--output", tmp_path / "evaluation")
     assert run("evaluate", base, folder, *evaluate) == 0
     assert "bit for bit" in capsys.readouterr().out
