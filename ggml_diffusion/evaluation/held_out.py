@@ -63,7 +63,7 @@ def masked_scores(
         shares = np.full(len(masked), share)
         visible, right_hidden = (
             _mean(score_masked(model, held_out, masked, shares, causal_ratio, batch_size), masked)
-            for causal_ratio in (model.causal_ratio, 1.0)
+            for causal_ratio in (model.rule.causal_ratio, 1.0)
         )
         results.append(MaskedScore(share, visible, right_hidden))
     return results

@@ -73,6 +73,22 @@ class NoiseSchedule:
             slope = _LOG_SIGMA_RATIO * (noise + _SIGMA_MIN)  # s'(t)
             return np.asarray(slope / np.expm1(noise))  # s' e^-x / (1 - e^-x)
 
+    def time_at(self, share_masked: float) -> float:
+        """The time t with p(t) = share: the inverse, by bisection to float64 precision."""
+        low, high = 0.0, 1.0
+        for _ in range(60):
+            middle = 0.5 * (low + high)
+            if float(self.mask_probability(np.array(middle))) < share_masked:
+                low = middle
+            else:
+                high = middle
+        return high
+
+    def times_at(self, shares_masked: NDArray[np.floating]) -> NDArray[np.float64]:
+        """The times (B,) at which these shares (B,) are masked."""
+        known = {share: self.time_at(float(share)) for share in np.unique(shares_masked)}
+        return np.array([known[share] for share in shares_masked], dtype=np.float64)
+
 
 def stratified_times(
     n: int, generator: np.random.Generator, num_timesteps: int = 0, min_time: float = 0.0

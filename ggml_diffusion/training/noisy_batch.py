@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ggml_diffusion.config.settings import ConversionTrainingConfig
-from ggml_diffusion.generation.sampling import time_at_share
 from ggml_diffusion.objective.blocks import block_size_at, keep_one_block
 from ggml_diffusion.objective.corruption import (
     NoiseSchedule,
@@ -186,7 +185,7 @@ def _draw_masks(
         share = counts / np.maximum(1, n_maskable)
         bound_weight = exact_weight(counts, n_maskable, from_none=noise.complementary)
         other_weight = exact_weight(n_maskable - counts, n_maskable, from_none=noise.complementary)
-        sides = [_Masks(masked, bound_weight, _times_at(share, schedule))]
+        sides = [_Masks(masked, bound_weight, schedule.times_at(share))]
     else:
         share, bound_weight = schedule.mask_probability(t), schedule.nelbo_weight(t)
         _, masked = corrupt(
@@ -200,7 +199,7 @@ def _draw_masks(
         sides = [_Masks(masked, bound_weight, t)]
         other_weight = complement_weight(bound_weight, share)
     if noise.complementary:
-        sides.append(_Masks(may_mask & ~masked, other_weight, _times_at(1.0 - share, schedule)))
+        sides.append(_Masks(may_mask & ~masked, other_weight, schedule.times_at(1.0 - share)))
     return sides
 
 
@@ -234,8 +233,3 @@ def _hide_ends(
     places = np.arange(noisy.shape[1])
     is_new = (places >= lengths[:, None]) & (places < new_lengths[:, None])
     return with_masks(noisy, is_new, mask_token_id), new_lengths
-
-
-def _times_at(shares: NDArray[np.float64], schedule: NoiseSchedule) -> NDArray[np.float64]:
-    """The times (B,) at which a schedule masks these shares (B,)."""
-    return np.array([time_at_share(float(share), schedule.mask_probability) for share in shares])

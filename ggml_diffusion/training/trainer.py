@@ -47,6 +47,7 @@ from ggml_diffusion.objective.corruption import NoiseSchedule, maskable
 from ggml_diffusion.objective.optim import AdamW, clip_by_global_norm, learning_rate_at
 from ggml_diffusion.objective.output_rows import to_output_rows
 from ggml_diffusion.objective.time_embedding import BIAS_NAME, WEIGHT_NAME, TimeEmbedding
+from ggml_diffusion.randomness import Stream, generator_of
 from ggml_diffusion.text.loader import TokenBatch
 from ggml_diffusion.text.tokenizer import choose_mask_token
 from ggml_diffusion.training.checkpoint import TrainingState, load_latest, save_state
@@ -56,16 +57,6 @@ from ggml_diffusion.training.noisy_batch import NoisyBatch, block_size_of_step, 
 MAX_SKIPPED_IN_A_ROW = 3
 
 _log = logging.getLogger("ggml_diffusion")
-
-# Philox streams under the run's seed: two draws of the same stream and step are the same numbers.
-_STREAM_STEP = 0
-_STREAM_START_VALUES = 2  # 1 is the order of the data (text/loader.py)
-
-
-def generator_for(seed: int, step: int, stream: int) -> np.random.Generator:
-    """Randomness that is a function of (seed, step, stream): nothing has to be saved to go on with it."""
-    key = np.array([seed, step], dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, stream]))
 
 
 @dataclass(frozen=True)
@@ -128,7 +119,7 @@ class ConversionTrainer:
             shapes.update(self.time_embedding.parameter_shapes)
         self.parameters = ParameterStore(shapes)
         self._gradients = ParameterStore(shapes)
-        init_lora(self.parameters.views, generator_for(config.seed, 0, _STREAM_START_VALUES))
+        init_lora(self.parameters.views, generator_of(config.seed, 0, Stream.START_VALUES))
         self.adapter = LoraAdapter(
             alpha=qlora.alpha,
             tensors=_lora_views(self.parameters),
@@ -217,7 +208,7 @@ class ConversionTrainer:
             batch,
             self.config,
             self.noise_schedule,
-            generator_for(self.config.seed, self.step_count, _STREAM_STEP),
+            generator_of(self.config.seed, self.step_count, Stream.TRAINING_STEP),
             step=self.step_count,
             bos_id=self._bos_id,
             mask_token_id=self.mask_token_id,

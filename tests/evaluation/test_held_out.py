@@ -10,6 +10,7 @@ from ggml_diffusion.evaluation.masked import MASKED_SHARES, random_masks
 from ggml_diffusion.evaluation.scoring import predictable
 from ggml_diffusion.formats.lora import LoraAdapter
 from ggml_diffusion.generation.diffusion_model import DiffusionModel
+from ggml_diffusion.generation.reading import ReadingRule
 from ggml_diffusion.objective.corruption import NoiseSchedule
 from ggml_diffusion.text.loader import TokenBatch
 from ggml_diffusion.text.tokenizer import Tokenizer
@@ -43,10 +44,7 @@ def converted(engine, prediction="shifted", schedule="linear", time_offset=None,
         engine,
         adapter,
         Tokenizer.from_gguf(engine.file.path),
-        prediction=prediction,
-        causal_ratio=causal_ratio,
-        noise_schedule=NoiseSchedule(schedule),
-        time_offset=time_offset,
+        ReadingRule(prediction, causal_ratio, NoiseSchedule(schedule), time_offset=time_offset),
     )
 
 

@@ -36,7 +36,7 @@ def losses_of_masks(engine, model, sequence):
         for mask in itertools.combinations(positions, k):
             noisy = sequence.copy()
             noisy[list(mask)] = model.mask_token_id
-            logits = engine.logits(Batch(noisy[None], model.causal_ratio), model.adapter)[0].astype(
+            logits = engine.logits(Batch(noisy[None], model.rule.causal_ratio), model.adapter)[0].astype(
                 np.float64
             )
             logits[:, model.mask_token_id] = -np.inf

@@ -12,7 +12,7 @@ from ggml_diffusion.evaluation.masked import (
     random_masks,
     right_masked_losses,
 )
-from ggml_diffusion.evaluation.scoring import predictable, score_base, score_masked, untrained
+from ggml_diffusion.evaluation.scoring import predictable, score_base, score_masked
 from ggml_diffusion.formats.lora import LoraAdapter
 from ggml_diffusion.generation.diffusion_model import DiffusionModel
 
@@ -39,7 +39,7 @@ def compare(held_out, control=None, **more):
     engine = PlantedEngine(V, two_sided)
     model = planted_model(engine, MASK)
     may_mask = predictable(held_out, None, MASK)
-    arms = {"converted": (model, 0.0), "converted_causal": (model, 1.0), "step_0": (untrained(model), 0.0)}
+    arms = {"converted": (model, 0.0), "converted_causal": (model, 1.0), "step_0": (model.untrained(), 0.0)}
     if control is not None:
         arms["control"] = (control, 1.0)
     base = score_base(engine, held_out, may_mask, 4)
@@ -172,9 +172,9 @@ def test_losses_by_token_are_what_full_logits_of_the_engine_say(tiny_model, pred
 
 def test_step_0_has_no_pair_and_no_mask_embedding():
     model = planted_model(PlantedEngine(V, two_sided), MASK, causal_ratio=0.25)
-    before = untrained(model)
+    before = model.untrained()
     assert isinstance(before, DiffusionModel)
     assert before.adapter.tensors == {}
     assert before.adapter.mask_embedding is None
     assert before.adapter.mask_token_id == MASK
-    assert before.causal_ratio == 0.25
+    assert before.rule.causal_ratio == 0.25
