@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from ggml_diffusion.engine.interface import Batch, Engine, LossResult
 from ggml_diffusion.generation.diffusion_model import DiffusionModel
-from ggml_diffusion.objective.corruption import maskable
-from ggml_diffusion.objective.output_rows import Prediction, to_output_rows
+from ggml_diffusion.objective.corruption import predictable
+from ggml_diffusion.objective.output_rows import Prediction, to_output_rows, to_positions
 from ggml_diffusion.text.loader import TokenBatch
 
 OnTokens = Callable[[int], None]  # told how many tokens have gone through the model
@@ -42,12 +42,9 @@ def ignore_tokens(n_tokens: int) -> None:
     """An `OnTokens` that tells nobody."""
 
 
-def predictable(held_out: TokenBatch, bos_id: int | None, mask_token_id: int | None) -> NDArray[np.bool_]:
-    """The tokens (B, T) that every arm can predict, and that may be masked: no prompts, no first tokens."""
-    result = maskable(
-        held_out.tokens, held_out.document_ids, held_out.lengths, "shifted", bos_id, mask_token_id
-    )
-    return result if held_out.maskable is None else result & held_out.maskable
+def scorable(held_out: TokenBatch, bos_id: int | None, mask_token_id: int | None) -> NDArray[np.bool_]:
+    """The tokens (B, T) that every arm can predict: with another token to their left."""
+    return predictable(held_out, "shifted", bos_id, mask_token_id)
 
 
 def score_masked(
@@ -131,11 +128,8 @@ def _score(
     correct = np.zeros(clean.tokens.shape, dtype=bool)
     for rows in chunks(len(clean.tokens), batch_size):
         result = forward(rows, targets[rows], weights[rows])
-        # Row i holds the token at i, or with a shifted prediction the one at i + 1.
-        shift = 1 if prediction == "shifted" else 0
-        n_rows = clean.tokens.shape[1] - shift
-        loss[rows, shift:] = result.row_loss[:, :n_rows]
-        correct[rows, shift:] = result.row_correct[:, :n_rows]
+        loss[rows] = to_positions(result.row_loss, prediction)
+        correct[rows] = to_positions(result.row_correct, prediction)
         on_tokens(int(clean.lengths[rows].sum()))
     return TokenScores(np.where(scored, loss, 0.0).astype(np.float32), correct & scored)
 

@@ -33,7 +33,7 @@ from ggml_diffusion.evaluation.infilling import (
 from ggml_diffusion.evaluation.likelihood import Likelihood, likelihood, nelbo_totals, unigram_losses
 from ggml_diffusion.evaluation.masked import MASKED_SHARES, compare_arms, random_masks
 from ggml_diffusion.evaluation.results import BaseCheck, Evaluation, EvaluationSettings
-from ggml_diffusion.evaluation.scoring import OnTokens, TokenScores, predictable, score_base
+from ggml_diffusion.evaluation.scoring import OnTokens, TokenScores, scorable, score_base
 from ggml_diffusion.formats.adapter_file import DiffusionCheckpoint
 from ggml_diffusion.formats.lora import LoraAdapter
 from ggml_diffusion.formats.model_file import file_sha256, read_model
@@ -208,7 +208,7 @@ def evaluate_conversion(
     """
     started_s = time.perf_counter()
     engine, held_out = model.engine, data.held_out
-    may_mask = predictable(held_out, model.tokenizer.bos_id, model.mask_token_id)
+    may_mask = scorable(held_out, model.tokenizer.bos_id, model.mask_token_id)
     if not may_mask.any():
         raise UserError("the held-out text has no token with another one to its left: give more text")
     holes = _all_holes(model, held_out, settings, listener)

@@ -4,7 +4,8 @@
 known architecture, every tensor known, of the right shape and a supported type, and no setting that would
 change the network. What is in doubt is refused by name, never guessed.
 
-Deliberately not here: tensor data and arithmetic (the C core), the bytes of the format (gguf_reader.py).
+Deliberately not here: tensor data and arithmetic (the C core), the bytes of the format (gguf_reader.py), the
+table of architectures (architectures.py).
 Sources: the GGUF specification (ggml, docs/gguf.md) for the keys; llama.cpp, src/llama-model.cpp and
 src/models/llama.cpp, for their defaults and the shapes, src/llama-vocab.cpp for what a vocabulary must hold.
 Letters: C hidden size, H query heads, G key/value heads, D head size, F feed-forward size, V vocabulary,
@@ -21,7 +22,9 @@ from typing import NoReturn, TypeVar
 import numpy as np
 
 from ggml_diffusion.errors import UserError, quoted
+from ggml_diffusion.formats.architectures import SUPPORTED_ARCHS, Architecture
 from ggml_diffusion.formats.gguf_reader import MetadataValue, StringArray, TensorInfo, read_header
+from ggml_diffusion.formats.tensor_names import TOKEN_EMBEDDING, layer_tensor
 
 SUPPORTED_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
 TOKENIZERS_WITHOUT_VOCABULARY = ("none", "no_vocab")
@@ -30,33 +33,6 @@ MAX_LAYERS = 512  # llama.cpp's own limit; it aborts beyond
 
 _T = TypeVar("_T", bool, int, float, str)
 
-
-@dataclass(frozen=True)
-class Architecture:
-    """One model family: its tensors and their shapes in letters; "HD" is H * D, "D/2" half a head."""
-
-    required_tensors: Mapping[str, tuple[str, ...]]
-    optional_tensors: Mapping[str, tuple[str, ...]]
-    layer_tensors: Mapping[str, tuple[str, ...]]  # each in every layer as "blk.N.<name>"
-
-
-SUPPORTED_ARCHS: Mapping[str, Architecture] = {
-    "llama": Architecture(
-        required_tensors={"token_embd.weight": ("V", "C"), "output_norm.weight": ("C",)},
-        optional_tensors={"output.weight": ("V", "C"), "rope_freqs.weight": ("D/2",)},
-        layer_tensors={
-            "attn_norm.weight": ("C",),
-            "attn_q.weight": ("HD", "C"),
-            "attn_k.weight": ("GD", "C"),
-            "attn_v.weight": ("GD", "C"),
-            "attn_output.weight": ("C", "HD"),
-            "ffn_norm.weight": ("C",),
-            "ffn_gate.weight": ("F", "C"),
-            "ffn_up.weight": ("F", "C"),
-            "ffn_down.weight": ("C", "F"),
-        },
-    ),
-}
 
 # Keys that change the network in ways that the engine does not compute, and the value that changes nothing.
 _NEUTRAL_SETTINGS: Mapping[str, bool | int | float] = {
@@ -160,9 +136,9 @@ class ModelFile:
     @property
     def V(self) -> int:
         """Size of the vocabulary: the rows of the token embedding."""
-        if "token_embd.weight" not in self.tensors:
+        if TOKEN_EMBEDDING not in self.tensors:
             self.fail("tensor 'token_embd.weight' is missing")
-        return self.tensors["token_embd.weight"].shape[0]
+        return self.tensors[TOKEN_EMBEDDING].shape[0]
 
     @property
     def context_length(self) -> int:
@@ -290,7 +266,7 @@ def _expected_tensors(model: ModelFile, arch: Architecture) -> Iterator[tuple[st
             yield name, tuple(sizes[letter] for letter in letters)
     for layer in range(model.L):
         for name, letters in arch.layer_tensors.items():
-            yield f"blk.{layer}.{name}", tuple(sizes[letter] for letter in letters)
+            yield layer_tensor(layer, name), tuple(sizes[letter] for letter in letters)
 
 
 def _check_tensors(model: ModelFile, arch: Architecture) -> None:

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ggml_diffusion.errors import UserError
-from ggml_diffusion.formats.adapter_file import TIME_BIAS, TIME_WEIGHT, DiffusionCheckpoint
+from ggml_diffusion.formats.adapter_file import DiffusionCheckpoint
+from ggml_diffusion.formats.tensor_names import TIME_BIAS, TIME_WEIGHT
 from ggml_diffusion.objective.corruption import NoiseSchedule
 from ggml_diffusion.objective.output_rows import Prediction
 from ggml_diffusion.objective.time_embedding import TimeEmbedding

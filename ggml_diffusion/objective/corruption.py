@@ -17,7 +17,7 @@ Letters: B sequences, T tokens.
 """
 
 import math
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -150,6 +150,34 @@ def maskable(
         if never_masked is not None:
             result &= tokens != never_masked
     return result
+
+
+class Sequences(Protocol):
+    """A batch of token sequences; `TokenBatch` is one."""
+
+    @property
+    def tokens(self) -> NDArray[np.int32]:
+        """(B, T)."""
+
+    @property
+    def lengths(self) -> NDArray[np.int32]:
+        """(B,)."""
+
+    @property
+    def document_ids(self) -> NDArray[np.int32]:
+        """(B, T)."""
+
+    @property
+    def maskable(self) -> NDArray[np.bool_] | None:
+        """(B, T), False where a token is never a target, as in a prompt; None = no such tokens."""
+
+
+def predictable(
+    batch: Sequences, prediction: Prediction, bos_id: int | None, mask_token_id: int | None
+) -> NDArray[np.bool_]:
+    """Which tokens (B, T) of a batch may be targets: `maskable`, and no prompt."""
+    result = maskable(batch.tokens, batch.document_ids, batch.lengths, prediction, bos_id, mask_token_id)
+    return result if batch.maskable is None else result & batch.maskable
 
 
 def corrupt(

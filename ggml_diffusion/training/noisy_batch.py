@@ -22,11 +22,10 @@ from ggml_diffusion.objective.corruption import (
     exact_counts,
     exact_weight,
     loss_weights,
-    maskable,
+    predictable,
     stratified_times,
     with_masks,
 )
-from ggml_diffusion.objective.output_rows import Prediction
 from ggml_diffusion.text.loader import TokenBatch
 
 
@@ -95,21 +94,6 @@ def block_size_of_step(config: ConversionTrainingConfig, step: int) -> int | Non
         blocks.final_size or config.sequence_length,
     )
     return size if size < config.sequence_length else None
-
-
-def predictable(
-    batch: TokenBatch, prediction: Prediction, bos_id: int | None, mask_token_id: int
-) -> NDArray[np.bool_]:
-    """Which tokens (B, T) of a batch may be targets: `corruption.maskable`, and no prompt."""
-    result = maskable(
-        batch.tokens,
-        batch.document_ids,
-        batch.lengths,
-        prediction,
-        bos_id,
-        mask_token_id,
-    )
-    return result if batch.maskable is None else result & batch.maskable
 
 
 def draw_noise(
