@@ -14,6 +14,7 @@ import numpy as np
 from ggml_diffusion.engine.interface import Batch, LossResult
 from ggml_diffusion.formats.lora import LoraAdapter
 from ggml_diffusion.generation.diffusion_model import DiffusionModel
+from ggml_diffusion.generation.reading import ReadingRule
 from ggml_diffusion.objective.corruption import NoiseSchedule
 from ggml_diffusion.text.loader import TokenBatch
 
@@ -76,9 +77,7 @@ def planted_model(
         engine,
         LoraAdapter(1.0, {}, mask_token_id),
         NoVocabulary(),  # type: ignore[arg-type]
-        prediction=prediction,
-        causal_ratio=causal_ratio,
-        noise_schedule=NoiseSchedule("linear"),
+        ReadingRule(prediction, causal_ratio, NoiseSchedule("linear")),
     )
 
 

@@ -28,7 +28,7 @@ from ggml_diffusion.app.demo import demo_model
 from ggml_diffusion.config.settings import ConversionTrainingConfig, load_config
 from ggml_diffusion.engine.cpu.q4_model import Q4Model
 from ggml_diffusion.errors import UserError
-from ggml_diffusion.evaluation.scoring import score_masked, untrained
+from ggml_diffusion.evaluation.scoring import score_masked
 from ggml_diffusion.formats.lora import TargetModule
 from ggml_diffusion.generation.diffusion_model import DiffusionModel
 from ggml_diffusion.text.loader import TokenBatch
@@ -150,7 +150,7 @@ def main() -> None:
 
         if not trainer.resume(checkpoints):
             print(choose_int8(trainer, batches[0]))
-            note("step 0, bidirectional", untrained(current()), 0.0)
+            note("step 0, bidirectional", current().untrained(), 0.0)
         while trainer.step_count < config.total_steps:
             metrics = trainer.train_step(batches[trainer.step_count])
             if trainer.step_count % 20 == 0:

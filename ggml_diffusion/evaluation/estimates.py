@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ggml_diffusion.randomness import Stream, generator_of
+
 LEVEL = 0.95
 N_RESAMPLES = 2000
 _SEED = 0x626F6F74  # intervals are a function of the figures alone
@@ -53,9 +55,7 @@ def estimate_ratio(totals: ArrayLike, counts: ArrayLike) -> Estimate:
     value, n = float(totals.sum() / counts.sum()), int(counts.sum())
     if len(counts) == 1:
         return Estimate(value, nan, nan, nan, n)
-    drawn = np.random.Generator(np.random.Philox(key=_SEED)).integers(
-        len(counts), size=(N_RESAMPLES, len(counts))
-    )
+    drawn = generator_of(_SEED, 0, Stream.BOOTSTRAP).integers(len(counts), size=(N_RESAMPLES, len(counts)))
     ratios: NDArray[np.float64] = totals[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
     low, high = np.quantile(ratios, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Estimate(value, float(low), float(high), float(ratios.std()), n)

@@ -26,9 +26,10 @@ from ggml_diffusion.errors import UserError
 from ggml_diffusion.evaluation.continuation import continuation_losses, continue_sampled
 from ggml_diffusion.evaluation.estimates import Estimate, estimate_ratio, exponential
 from ggml_diffusion.evaluation.infilling import document_parts
-from ggml_diffusion.evaluation.scoring import STREAM_BASE_TEXT, OnTokens, generator_of, ignore_tokens
+from ggml_diffusion.evaluation.scoring import OnTokens, ignore_tokens
 from ggml_diffusion.generation.denoise import GenerationConfig
 from ggml_diffusion.generation.diffusion_model import DiffusionModel
+from ggml_diffusion.randomness import Stream, generator_of
 from ggml_diffusion.text.loader import TokenBatch
 from ggml_diffusion.text.tokenizer import Tokenizer
 
@@ -155,7 +156,7 @@ def reference_texts(
     engine, length = model.engine, len(truths[0])
     held_out = fluency(engine, prompts, truths, batch_size, on_tokens)
     started_s = time.perf_counter()
-    generator = generator_of(seed, 0, STREAM_BASE_TEXT)
+    generator = generator_of(seed, 0, Stream.BASE_TEXT)
     sampled = continue_sampled(engine, prompts, length, 1, generator, model.mask_token_id, on_tokens)[:, 0]
     tokens_per_second = sampled.size / max(time.perf_counter() - started_s, 1e-9)
     base = fluency(engine, prompts, list(sampled), batch_size, on_tokens)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ggml_diffusion.engine.interface import Engine
 from ggml_diffusion.evaluation.masked import MASKED_SHARES, random_masks
-from ggml_diffusion.evaluation.scoring import TokenScores, predictable, score_base, score_masked
+from ggml_diffusion.evaluation.scoring import TokenScores, scorable, score_base, score_masked
 from ggml_diffusion.generation.diffusion_model import DiffusionModel
 from ggml_diffusion.text.loader import TokenBatch
 
@@ -56,14 +56,14 @@ def masked_scores(
         seed: of the masks; the same seed and sequences give the same masks whatever the model is.
 
     """
-    may_mask = predictable(held_out, model.tokenizer.bos_id, model.mask_token_id)
+    may_mask = scorable(held_out, model.tokenizer.bos_id, model.mask_token_id)
     results = []
     for share in MASKED_SHARES:
         masked = random_masks(may_mask, share, seed, 0)
         shares = np.full(len(masked), share)
         visible, right_hidden = (
             _mean(score_masked(model, held_out, masked, shares, causal_ratio, batch_size), masked)
-            for causal_ratio in (model.causal_ratio, 1.0)
+            for causal_ratio in (model.rule.causal_ratio, 1.0)
         )
         results.append(MaskedScore(share, visible, right_hidden))
     return results
@@ -74,7 +74,7 @@ def base_score(engine: Engine, held_out: TokenBatch, batch_size: int) -> Score:
 
     Every token is scored that has another of its document to its left.
     """
-    scored = predictable(held_out, None, None)
+    scored = scorable(held_out, None, None)
     return _mean(score_base(engine, held_out, scored, batch_size), scored)
 
 

@@ -22,15 +22,13 @@ from ggml_diffusion.evaluation.continuation import (
 )
 from ggml_diffusion.evaluation.estimates import Estimate, estimate_ratio
 from ggml_diffusion.evaluation.scoring import (
-    STREAM_CANDIDATES,
-    STREAM_HOLES,
     OnTokens,
-    generator_of,
     ignore_tokens,
 )
 from ggml_diffusion.generation.denoise import GenerationConfig
 from ggml_diffusion.generation.diffusion_model import DiffusionModel
 from ggml_diffusion.generation.sampling import RevealOrder
+from ggml_diffusion.randomness import Stream, generator_of
 from ggml_diffusion.text.loader import TokenBatch
 
 SPAN_LENGTHS = (1, 4, 8)
@@ -102,7 +100,7 @@ def cut_holes(
     none; holes of a sequence may overlap.
     """
     may_cut = np.ones(held_out.tokens.shape, dtype=bool) if held_out.maskable is None else held_out.maskable
-    generator = generator_of(seed, length, STREAM_HOLES)
+    generator = generator_of(seed, length, Stream.HOLES)
     holes = []
     for sequence, (tokens, n_tokens, documents) in enumerate(
         zip(held_out.tokens, held_out.lengths, held_out.document_ids, strict=True)
@@ -152,7 +150,7 @@ def compare_infilling(
         prefixes,
         length,
         n_candidates,
-        generator_of(seed, length, STREAM_CANDIDATES),
+        generator_of(seed, length, Stream.CANDIDATES),
         model.mask_token_id,
         on_tokens,
     )

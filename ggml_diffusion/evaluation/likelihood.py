@@ -20,14 +20,13 @@ from numpy.typing import NDArray
 
 from ggml_diffusion.evaluation.estimates import Estimate, estimate_ratio, exponential
 from ggml_diffusion.evaluation.scoring import (
-    STREAM_NELBO,
     OnTokens,
-    generator_of,
     ignore_tokens,
     score_masked,
 )
 from ggml_diffusion.generation.diffusion_model import DiffusionModel
 from ggml_diffusion.objective.corruption import corrupt_exactly, exact_counts, stratified_times
+from ggml_diffusion.randomness import Stream, generator_of
 from ggml_diffusion.text.loader import TokenBatch
 
 
@@ -85,10 +84,10 @@ def nelbo_totals(
     totals = np.zeros((n_seeds, len(may_mask)))
     for repeat in range(n_seeds):
         masked, n_masked = exact_count_masks(
-            held_out, may_mask, model.mask_token_id, generator_of(seed, repeat, STREAM_NELBO)
+            held_out, may_mask, model.mask_token_id, generator_of(seed, repeat, Stream.NELBO)
         )
         shares = n_masked / np.maximum(n_maskable, 1)
-        scores = score_masked(model, held_out, masked, shares, model.causal_ratio, batch_size, on_tokens)
+        scores = score_masked(model, held_out, masked, shares, model.rule.causal_ratio, batch_size, on_tokens)
         sums = scores.loss.sum(axis=1, dtype=np.float64)
         totals[repeat] = sums * n_maskable / np.maximum(n_masked, 1)
     return totals

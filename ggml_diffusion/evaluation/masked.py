@@ -20,16 +20,14 @@ from numpy.typing import NDArray
 
 from ggml_diffusion.evaluation.estimates import Estimate, estimate_ratio
 from ggml_diffusion.evaluation.scoring import (
-    STREAM_MASKS,
-    STREAM_SUBSAMPLE,
     OnTokens,
     TokenScores,
-    generator_of,
     ignore_tokens,
     score_masked,
     score_noisy,
 )
 from ggml_diffusion.generation.diffusion_model import DiffusionModel
+from ggml_diffusion.randomness import Stream, generator_of
 from ggml_diffusion.text.loader import TokenBatch
 
 MASKED_SHARES = (0.15, 0.5, 0.85)
@@ -69,7 +67,7 @@ class MaskedComparison:
 
 def random_masks(may_mask: NDArray[np.bool_], share: float, seed: int, repeat: int) -> NDArray[np.bool_]:
     """Mask each token that may be (B, T) with probability `share`; a higher share masks a superset."""
-    draws = generator_of(seed, repeat, STREAM_MASKS).random(may_mask.shape)
+    draws = generator_of(seed, repeat, Stream.MASKS).random(may_mask.shape)
     result: NDArray[np.bool_] = (draws < share) & may_mask
     return result
 
@@ -120,7 +118,7 @@ def compare_arms(
             if hidden in scores:
                 gain[form] = _gain(scores[hidden], scores["converted"], masks)
         if n_one_by_one > 0:
-            chosen = _subsample(masks[0], n_one_by_one, generator_of(seed, index, STREAM_SUBSAMPLE))
+            chosen = _subsample(masks[0], n_one_by_one, generator_of(seed, index, Stream.SUBSAMPLE))
             hidden_loss = right_masked_losses(
                 arms["converted"][0], held_out, masks[0], may_mask, chosen, batch_size, on_tokens
             )
@@ -161,7 +159,7 @@ def right_masked_losses(
     scored[np.arange(len(position)), position] = True
     can = may_mask[sequence]
     shares = (hidden & can).sum(axis=1) / np.maximum(1, can.sum(axis=1))
-    scores = score_noisy(model, clean, noisy, scored, shares, model.causal_ratio, batch_size, on_tokens)
+    scores = score_noisy(model, clean, noisy, scored, shares, model.rule.causal_ratio, batch_size, on_tokens)
     return scores.loss[scored].astype(np.float64)
 
 

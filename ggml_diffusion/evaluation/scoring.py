@@ -16,23 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ggml_diffusion.engine.interface import Batch, Engine, LossResult
-from ggml_diffusion.formats.lora import LoraAdapter
 from ggml_diffusion.generation.diffusion_model import DiffusionModel
-from ggml_diffusion.generation.sampling import time_at_share
-from ggml_diffusion.objective.corruption import NoiseSchedule, maskable
-from ggml_diffusion.objective.output_rows import Prediction, to_output_rows
+from ggml_diffusion.objective.corruption import predictable
+from ggml_diffusion.objective.output_rows import Prediction, to_output_rows, to_positions
 from ggml_diffusion.text.loader import TokenBatch
 
 OnTokens = Callable[[int], None]  # told how many tokens have gone through the model
-
-# Streams of randomness under a seed; the trainer and the data use lower ones of theirs.
-STREAM_MASKS, STREAM_NELBO, STREAM_SUBSAMPLE, STREAM_HOLES, STREAM_CANDIDATES, STREAM_BASE_TEXT = range(8, 14)
-
-
-def generator_of(seed: int, repeat: int, stream: int) -> np.random.Generator:
-    """Randomness of one draw: the same numbers for every arm."""
-    key = np.array([seed, repeat], dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, stream]))
 
 
 @dataclass(frozen=True)
@@ -53,30 +42,9 @@ def ignore_tokens(n_tokens: int) -> None:
     """An `OnTokens` that tells nobody."""
 
 
-def untrained(like: DiffusionModel) -> DiffusionModel:
-    """A conversion before its first step: the adapter off, the mask token's embedding as the base has it."""
-    return DiffusionModel(
-        like.engine,
-        LoraAdapter(1.0, {}, mask_token_id=like.mask_token_id),
-        like.tokenizer,
-        prediction=like.prediction,
-        causal_ratio=like.causal_ratio,
-        noise_schedule=like.noise_schedule,
-    )
-
-
-def predictable(held_out: TokenBatch, bos_id: int | None, mask_token_id: int | None) -> NDArray[np.bool_]:
-    """The tokens (B, T) that every arm can predict, and that may be masked: no prompts, no first tokens."""
-    result = maskable(
-        held_out.tokens, held_out.document_ids, held_out.lengths, "shifted", bos_id, mask_token_id
-    )
-    return result if held_out.maskable is None else result & held_out.maskable
-
-
-def times_at_shares(shares: NDArray[np.floating], schedule: NoiseSchedule) -> NDArray[np.float32]:
-    """The times (B,) at which a schedule masks these shares (B,) of the tokens."""
-    known = {share: time_at_share(float(share), schedule.mask_probability) for share in np.unique(shares)}
-    return np.array([known[share] for share in shares], dtype=np.float32)
+def scorable(held_out: TokenBatch, bos_id: int | None, mask_token_id: int | None) -> NDArray[np.bool_]:
+    """The tokens (B, T) that every arm can predict: with another token to their left."""
+    return predictable(held_out, "shifted", bos_id, mask_token_id)
 
 
 def score_masked(
@@ -116,7 +84,7 @@ def score_noisy(
     on_tokens: OnTokens = ignore_tokens,
 ) -> TokenScores:
     """As `score_masked`, where not all that is masked in `noisy` (B, T) is scored."""
-    times = times_at_shares(shares, model.noise_schedule)
+    times = model.rule.noise_schedule.times_at(shares)
 
     def forward(rows: slice, targets: NDArray[np.int32], weights: NDArray[np.float32]) -> LossResult:
         batch = Batch(
@@ -124,11 +92,11 @@ def score_noisy(
             causal_ratio,
             clean.lengths[rows],
             clean.document_ids[rows],
-            model.embedding_offset(times[rows]),
+            model.rule.embedding_offset(times[rows]),
         )
         return model.engine.loss(batch, targets, weights, model.adapter)
 
-    return _score(clean, scored, model.prediction, batch_size, forward, on_tokens)
+    return _score(clean, scored, model.rule.prediction, batch_size, forward, on_tokens)
 
 
 def score_base(
@@ -160,11 +128,8 @@ def _score(
     correct = np.zeros(clean.tokens.shape, dtype=bool)
     for rows in chunks(len(clean.tokens), batch_size):
         result = forward(rows, targets[rows], weights[rows])
-        # Row i holds the token at i, or with a shifted prediction the one at i + 1.
-        shift = 1 if prediction == "shifted" else 0
-        n_rows = clean.tokens.shape[1] - shift
-        loss[rows, shift:] = result.row_loss[:, :n_rows]
-        correct[rows, shift:] = result.row_correct[:, :n_rows]
+        loss[rows] = to_positions(result.row_loss, prediction)
+        correct[rows] = to_positions(result.row_correct, prediction)
         on_tokens(int(clean.lengths[rows].sum()))
     return TokenScores(np.where(scored, loss, 0.0).astype(np.float32), correct & scored)
 

@@ -33,7 +33,7 @@ from ggml_diffusion.evaluation.infilling import (
 from ggml_diffusion.evaluation.likelihood import Likelihood, likelihood, nelbo_totals, unigram_losses
 from ggml_diffusion.evaluation.masked import MASKED_SHARES, compare_arms, random_masks
 from ggml_diffusion.evaluation.results import BaseCheck, Evaluation, EvaluationSettings
-from ggml_diffusion.evaluation.scoring import OnTokens, TokenScores, predictable, score_base, untrained
+from ggml_diffusion.evaluation.scoring import OnTokens, TokenScores, scorable, score_base
 from ggml_diffusion.formats.adapter_file import DiffusionCheckpoint
 from ggml_diffusion.formats.lora import LoraAdapter
 from ggml_diffusion.formats.model_file import file_sha256, read_model
@@ -208,7 +208,7 @@ def evaluate_conversion(
     """
     started_s = time.perf_counter()
     engine, held_out = model.engine, data.held_out
-    may_mask = predictable(held_out, model.tokenizer.bos_id, model.mask_token_id)
+    may_mask = scorable(held_out, model.tokenizer.bos_id, model.mask_token_id)
     if not may_mask.any():
         raise UserError("the held-out text has no token with another one to its left: give more text")
     holes = _all_holes(model, held_out, settings, listener)
@@ -292,11 +292,11 @@ def _teller(listener: Listener, part: str) -> OnTokens:
 
 def _arms(model: DiffusionModel, control: DiffusionModel | None) -> dict[str, tuple[DiffusionModel, float]]:
     """The arms of the masked measures; each reads at the ratio it stands for."""
-    step_0 = untrained(model)
+    step_0 = model.untrained()
     arms = {
-        "converted": (model, model.causal_ratio),
+        "converted": (model, model.rule.causal_ratio),
         "converted_causal": (model, 1.0),
-        "step_0": (step_0, model.causal_ratio),
+        "step_0": (step_0, model.rule.causal_ratio),
         "step_0_causal": (step_0, 1.0),
     }
     if control is not None:
@@ -327,7 +327,7 @@ def _likelihoods(
             batch_size=settings.batch_size,
             on_tokens=on_tokens,
         )
-        for name, one in (("converted", model), ("step_0", untrained(model)))
+        for name, one in (("converted", model), ("step_0", model.untrained()))
     }
     by_name["base"] = base.loss.sum(axis=1, dtype=np.float64)
     by_name["unigram"] = unigram_losses(data.training_counts, tokens, may_mask).sum(axis=1)
@@ -366,7 +366,7 @@ def _prompts(
 
 def _generation_config(settings: EvaluationSettings, model: DiffusionModel) -> GenerationConfig:
     shared = ("order", "temperature", "top_p", "threshold", "remasking", "seed")
-    as_trained = model.block_size or 0
+    as_trained = model.rule.block_size or 0
     block_length = as_trained if settings.block_length is None else settings.block_length
     return GenerationConfig(block_length=block_length, **{name: getattr(settings, name) for name in shared})
 

@@ -32,11 +32,9 @@ from ggml_diffusion.formats.gguf_adapter import (
 from ggml_diffusion.formats.lora import LoraAdapter, ModelDims, TargetModule, lora_ranks
 from ggml_diffusion.formats.model_file import ModelFile
 from ggml_diffusion.formats.safetensors_file import parse_object, read_safetensors, write_safetensors
+from ggml_diffusion.formats.tensor_names import MASK_EMBEDDING, TIME_BIAS, TIME_WEIGHT
 
 FORMAT = 1
-MASK_EMBEDDING = "mask_embedding"
-TIME_WEIGHT = "time_embedding.weight"
-TIME_BIAS = "time_embedding.bias"
 _LORA_NAME = re.compile(
     rf"blk\.\d+\.({'|'.join(module.gguf_name for module in TargetModule)})\.weight\.lora_[ab]"
 )

@@ -15,6 +15,7 @@ from enum import IntEnum, IntFlag
 from typing import Protocol
 
 from ggml_diffusion.formats.lora import ModelDims, TargetModule
+from ggml_diffusion.formats.tensor_names import TOKEN_EMBEDDING, layer_tensor
 
 
 class Rope(IntEnum):
@@ -247,7 +248,7 @@ def expected_tensors(
 
     """
     entry = ARCHITECTURES[name]
-    yield "token_embd.weight", (dims.V, dims.C)
+    yield TOKEN_EMBEDDING, (dims.V, dims.C)
     yield "output_norm.weight", (dims.C,)
     if entry.head == "required" or (entry.head == "optional" and "output.weight" in present):
         yield "output.weight", (dims.V, dims.C)
@@ -256,16 +257,16 @@ def expected_tensors(
             yield factors, (n_rotated // 2,)
     for layer in range(dims.L):
         for tensor, shape in _layer_tensors(entry, dims, f"blk.{layer}.", present):
-            yield f"blk.{layer}.{tensor}", shape
+            yield layer_tensor(layer, tensor), shape
 
 
 def fused_projections(layer: int, present: TensorNames) -> dict[str, tuple[TargetModule, ...]]:
     """The tensors of a layer that hold more than one projection: name -> its parts, from the first row on."""
     fused: dict[str, tuple[TargetModule, ...]] = {}
-    if (qkv := f"blk.{layer}.{_FUSED_ATTENTION}.weight") in present:
+    if (qkv := layer_tensor(layer, f"{_FUSED_ATTENTION}.weight")) in present:
         fused[qkv] = _ATTENTION
-    if f"blk.{layer}.ffn_gate.weight" not in present:
-        fused[f"blk.{layer}.ffn_up.weight"] = (TargetModule.GATE_PROJ, TargetModule.UP_PROJ)
+    if layer_tensor(layer, "ffn_gate.weight") not in present:
+        fused[layer_tensor(layer, "ffn_up.weight")] = (TargetModule.GATE_PROJ, TargetModule.UP_PROJ)
     return fused
 
 

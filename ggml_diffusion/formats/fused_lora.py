@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.formats.architectures import fused_projections
-from ggml_diffusion.formats.lora import LORA_A_SUFFIX, LORA_B_SUFFIX, TargetModule
+from ggml_diffusion.formats.lora import TargetModule
 from ggml_diffusion.formats.model_file import ModelFile
+from ggml_diffusion.formats.tensor_names import LORA_A_SUFFIX, LORA_B_SUFFIX, layer_tensor
 
 Pairs = dict[str, NDArray[np.float32]]
 
@@ -110,7 +111,7 @@ def stack_pairs(tensors: Mapping[str, NDArray[np.float32]], layout: Layout) -> P
     for layer in sorted({name.split(".")[1] for name in tensors}, key=int):
         for name, stack in layout.items():
             first_part = next(iter(stack.parts))
-            rank, in_size = tensors[f"blk.{layer}.{first_part.gguf_name}.weight{LORA_A_SUFFIX}"].shape
+            rank, in_size = tensors[first_part.weight_name(layer) + LORA_A_SUFFIX].shape
             a = np.zeros((stack.factor * rank, in_size), dtype=np.float32)
             b = np.zeros((stack.n_rows, stack.factor * rank), dtype=np.float32)
             for index, (part, (first, rows)) in enumerate(stack.parts.items()):

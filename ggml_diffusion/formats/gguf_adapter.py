@@ -23,15 +23,20 @@ from ggml_diffusion.durable import replace_file
 from ggml_diffusion.errors import UserError, quoted
 from ggml_diffusion.formats.fused_lora import layout_of, read_layout, stack_pairs, unstack_pairs, write_layout
 from ggml_diffusion.formats.gguf_reader import TensorInfo
-from ggml_diffusion.formats.lora import LORA_A_SUFFIX, LORA_B_SUFFIX, LoraAdapter, lora_ranks
+from ggml_diffusion.formats.lora import LoraAdapter, lora_ranks
 from ggml_diffusion.formats.model_file import ModelFile, read_gguf
+from ggml_diffusion.formats.tensor_names import (
+    LORA_A_SUFFIX,
+    LORA_B_SUFFIX,
+    MASK_EMBEDDING,
+    TOKEN_EMBEDDING,
+)
 
 KEY_PREFIX = "ggml_diffusion."
 _ALPHA_KEY = "adapter.lora.alpha"
 _FUSED_KEY = KEY_PREFIX + "fused"
 _MASK_TOKEN_KEY = KEY_PREFIX + "mask_token_id"
-_MASK_EMBEDDING_KEY = KEY_PREFIX + "mask_embedding"
-_TOKEN_EMBEDDING = "token_embd.weight"
+_MASK_EMBEDDING_KEY = KEY_PREFIX + MASK_EMBEDDING
 _READABLE_TYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 KeyValue = bool | int | float | str | NDArray[np.float32]
@@ -63,7 +68,7 @@ def write_gguf_adapter(
     if adapter.mask_token_id is not None:
         values["mask_token_id"] = adapter.mask_token_id
         if adapter.mask_embedding is not None:
-            values["mask_embedding"] = adapter.mask_embedding
+            values[MASK_EMBEDDING] = adapter.mask_embedding
             if not base.tied_head:
                 tensors |= _mask_pair(adapter.mask_embedding, adapter.mask_token_id, base.V, adapter.alpha)
 
@@ -111,7 +116,7 @@ def _mask_pair(
     one_hot = np.zeros((vocab_size, 1), dtype=np.float32)
     one_hot[token] = 1.0
     column = (embedding / np.float32(alpha)).reshape(-1, 1)  # llama.cpp scales the pair by alpha / 1
-    return {_TOKEN_EMBEDDING + LORA_A_SUFFIX: one_hot, _TOKEN_EMBEDDING + LORA_B_SUFFIX: column}
+    return {TOKEN_EMBEDDING + LORA_A_SUFFIX: one_hot, TOKEN_EMBEDDING + LORA_B_SUFFIX: column}
 
 
 def read_gguf_adapter(path: str | Path) -> tuple[LoraAdapter, ModelFile]:
@@ -205,8 +210,8 @@ def _drop_mask_pair(
     alpha: float,
 ) -> None:
     """Take the `token_embd` pair out of the tensors: it repeats what the keys say, or it is refused."""
-    one_hot = tensors.pop(_TOKEN_EMBEDDING + LORA_A_SUFFIX, None)
-    column = tensors.pop(_TOKEN_EMBEDDING + LORA_B_SUFFIX, None)
+    one_hot = tensors.pop(TOKEN_EMBEDDING + LORA_A_SUFFIX, None)
+    column = tensors.pop(TOKEN_EMBEDDING + LORA_B_SUFFIX, None)
     if one_hot is None and column is None:
         return
     if one_hot is None or column is None or mask_token is None or mask_embedding is None:
@@ -219,4 +224,4 @@ def _drop_mask_pair(
         or one_hot[mask_token, 0] != 1
         or not np.allclose(column[:, 0] * np.float32(alpha), mask_embedding, rtol=3e-7, atol=1e-37)
     ):
-        file.fail(f"its {_TOKEN_EMBEDDING} pair is not the mask embedding that its keys hold")
+        file.fail(f"its {TOKEN_EMBEDDING} pair is not the mask embedding that its keys hold")

@@ -19,9 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ggml_diffusion.errors import UserError
-
-LORA_A_SUFFIX = ".lora_a"
-LORA_B_SUFFIX = ".lora_b"
+from ggml_diffusion.formats.tensor_names import (
+    LORA_A_SUFFIX,
+    LORA_B_SUFFIX,
+    MASK_EMBEDDING,
+    layer_tensor,
+)
 
 
 class ModelDims(Protocol):
@@ -74,7 +77,7 @@ class TargetModule(str, Enum):
 
     def weight_name(self, layer: int) -> str:
         """The projection's GGUF tensor name in a layer, e.g. "blk.3.attn_q.weight"."""
-        return f"blk.{layer}.{self.gguf_name}.weight"
+        return layer_tensor(layer, f"{self.gguf_name}.weight")
 
     def weight_shape(self, dims: ModelDims) -> tuple[int, int]:
         """The projection's shape (out, in) in a model of these sizes."""
@@ -146,7 +149,7 @@ class LoraAdapter:
                 f"adapter: mask token {self.mask_token_id} is outside of the vocabulary of {dims.V}"
             )
         if self.mask_embedding is not None:
-            _check_array("mask_embedding", self.mask_embedding, (dims.C,))
+            _check_array(MASK_EMBEDDING, self.mask_embedding, (dims.C,))
             if self.mask_token_id is None:
                 raise UserError(
                     "adapter: it has a mask_embedding but does not say which token is the mask token"

@@ -31,6 +31,7 @@ from ggml_diffusion.formats.architectures import (
     refusal,
 )
 from ggml_diffusion.formats.gguf_reader import MetadataValue, StringArray, TensorInfo, read_header
+from ggml_diffusion.formats.tensor_names import TOKEN_EMBEDDING
 from ggml_diffusion.formats.tensor_types import SUPPORTED_TYPES
 
 TOKENIZERS_WITHOUT_VOCABULARY = ("none", "no_vocab")
@@ -160,9 +161,9 @@ class ModelFile:
     @property
     def V(self) -> int:
         """Size of the vocabulary: the rows of the token embedding."""
-        if "token_embd.weight" not in self.tensors:
-            self.fail("tensor 'token_embd.weight' is missing")
-        return self.tensors["token_embd.weight"].shape[0]
+        if TOKEN_EMBEDDING not in self.tensors:
+            self.fail(f"tensor '{TOKEN_EMBEDDING}' is missing")
+        return self.tensors[TOKEN_EMBEDDING].shape[0]
 
     @property
     def context_length(self) -> int:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from ggml_diffusion.generation.sampling import RevealOrder, block_steps, highest, propose, reveal_counts
+from ggml_diffusion.randomness import Stream, generator_of
 
 # (tokens (T,) with masks, positions (N,) to predict, all positions of the block that is being denoised)
 # -> logits (N, V) of the tokens at the positions to predict
@@ -128,7 +129,7 @@ def denoise(
     holes = np.flatnonzero(was_hole)
     if len(holes) == 0:
         return tokens
-    generator = np.random.Generator(np.random.Philox(key=config.seed))
+    generator = generator_of(config.seed, 0, Stream.DENOISING)
     block_length = config.block_length or len(holes)
     blocks = [holes[start : start + block_length] for start in range(0, len(holes), block_length)]
     steps_of_blocks = block_steps([len(block) for block in blocks], config.steps or len(holes))

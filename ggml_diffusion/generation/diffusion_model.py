@@ -6,7 +6,7 @@ Letters: B sequences, T tokens, C hidden size, V vocabulary, N positions.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,17 +15,13 @@ from numpy.typing import NDArray
 from ggml_diffusion.engine.interface import Batch, Engine
 from ggml_diffusion.engine.open import open_engine
 from ggml_diffusion.errors import UserError
-from ggml_diffusion.formats.adapter_file import TIME_BIAS, TIME_WEIGHT, DiffusionCheckpoint
+from ggml_diffusion.formats.adapter_file import DiffusionCheckpoint
 from ggml_diffusion.formats.lora import LoraAdapter
 from ggml_diffusion.formats.model_file import read_model
 from ggml_diffusion.generation.denoise import DEFAULT_BLOCK_LENGTH, DenoisingStep, GenerationConfig, denoise
-from ggml_diffusion.generation.sampling import time_at_share
-from ggml_diffusion.objective.corruption import NoiseSchedule
-from ggml_diffusion.objective.output_rows import Prediction, rows_of_positions
-from ggml_diffusion.objective.time_embedding import TimeEmbedding
+from ggml_diffusion.generation.reading import ReadingRule
+from ggml_diffusion.objective.output_rows import rows_of_positions
 from ggml_diffusion.text.tokenizer import Tokenizer
-
-TimeOffset = Callable[[NDArray[np.float32]], NDArray[np.float32]]  # t (B,) -> (B, C)
 
 
 class DiffusionModel:
@@ -35,30 +31,11 @@ class DiffusionModel:
         engine: the base model; an engine may serve several conversions.
         adapter: LoRA pairs, mask token and mask embedding.
         tokenizer: the base's own vocabulary.
-        prediction: which output row predicts a token (output_rows.py).
-        causal_ratio: of the attention mask that the conversion was saved at.
-        noise_schedule: p(t), the same one as in training.
-        block_size: tokens of a block if the conversion writes in blocks, one after the other with nothing
-            behind it; None = it was trained on whole sequences.
-        prompts: whether it was trained on prompts with responses: the time then tells how much of what is to
-            be written is masked, else how much of the whole text.
-        time_offset: the time embedding as a function, or None if the conversion has none.
+        rule: how the two are to be read.
 
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        adapter: LoraAdapter,
-        tokenizer: Tokenizer,
-        *,
-        prediction: Prediction,
-        causal_ratio: float,
-        noise_schedule: NoiseSchedule,
-        block_size: int | None = None,
-        prompts: bool = False,
-        time_offset: TimeOffset | None = None,
-    ) -> None:
+    def __init__(self, engine: Engine, adapter: LoraAdapter, tokenizer: Tokenizer, rule: ReadingRule) -> None:
         if adapter.mask_token_id is None:
             raise UserError(
                 "the adapter does not say which token is the mask token: it is no diffusion adapter"
@@ -67,12 +44,7 @@ class DiffusionModel:
         self.adapter = adapter
         self.tokenizer = tokenizer
         self.mask_token_id: int = adapter.mask_token_id
-        self.prediction: Prediction = prediction
-        self.causal_ratio = causal_ratio
-        self.noise_schedule = noise_schedule
-        self.block_size = block_size
-        self.prompts = prompts
-        self.time_offset = time_offset
+        self.rule = rule
 
     @classmethod
     def load(
@@ -111,26 +83,13 @@ class DiffusionModel:
 
         """
         checkpoint.check_shapes(engine.file)
-        metadata, time_offset = checkpoint.metadata, None
-        try:
-            schedule = NoiseSchedule(checkpoint.noise_schedule.get("type", "none"))
-            if metadata.time_max_timesteps is not None:
-                weight, bias = checkpoint.tensors[TIME_WEIGHT], checkpoint.tensors[TIME_BIAS]
-                embedding = TimeEmbedding(weight.shape[1], engine.file.C, metadata.time_max_timesteps)
-                time_offset = partial(embedding.forward, weight=weight, bias=bias)
-        except ValueError as error:
-            raise UserError(f"adapter: {error}") from None
-        return cls(
-            engine,
-            checkpoint.adapter(),
-            tokenizer,
-            prediction=metadata.prediction,
-            causal_ratio=metadata.final_causal_ratio,
-            noise_schedule=schedule,
-            block_size=metadata.block_size,
-            prompts=metadata.prompts,
-            time_offset=time_offset,
-        )
+        return cls(engine, checkpoint.adapter(), tokenizer, ReadingRule.of_checkpoint(checkpoint))
+
+    def untrained(self) -> "DiffusionModel":
+        """The base read by the same rule, as before the first step: no adapter, no mask row, no time."""
+        rule = replace(self.rule, block_size=None, prompts=False, time_offset=None)
+        adapter = LoraAdapter(1.0, {}, mask_token_id=self.mask_token_id)
+        return DiffusionModel(self.engine, adapter, self.tokenizer, rule)
 
     def logits(self, tokens: NDArray[np.int32], t: float | NDArray[np.float32]) -> NDArray[np.float32]:
         """What the converted model predicts, by output row.
@@ -145,16 +104,12 @@ class DiffusionModel:
 
         """
         batch = np.atleast_2d(np.asarray(tokens, dtype=np.int32))
-        offset = self.embedding_offset(np.broadcast_to(t, len(batch)))
-        result = self.engine.logits(Batch(batch, self.causal_ratio, embedding_offset=offset), self.adapter)
+        offset = self.rule.embedding_offset(np.broadcast_to(t, len(batch)))
+        result = self.engine.logits(
+            Batch(batch, self.rule.causal_ratio, embedding_offset=offset), self.adapter
+        )
         result[..., self.mask_token_id] = -np.inf
         return result if np.ndim(tokens) == 2 else result[0]
-
-    def embedding_offset(self, t: NDArray[np.float32]) -> NDArray[np.float32] | None:
-        """The time embedding (B, C) of times (B,), or None if the conversion has none."""
-        if self.time_offset is None:
-            return None
-        return self.time_offset(np.ascontiguousarray(t, dtype=np.float32))
 
     def generate(
         self,
@@ -223,7 +178,7 @@ class DiffusionModel:
     def _start_tokens(self, prompt: str) -> NDArray[np.int32]:
         """The prompt's tokens; an empty one gets the token that a shifted prediction needs to start from."""
         tokens = self.tokenizer.encode(prompt)
-        if len(tokens) or self.prediction == "aligned":
+        if len(tokens) or self.rule.prediction == "aligned":
             return tokens
         start = self.tokenizer.bos_id if self.tokenizer.bos_id is not None else self.tokenizer.eos_id
         if start is None:
@@ -243,32 +198,32 @@ class DiffusionModel:
                 f"{len(tokens)} tokens are more than the model's context of {context}: "
                 f"shorten the prompt or the length"
             )
-        if self.prediction == "shifted" and len(tokens) and tokens[0] == self.mask_token_id:
+        if self.rule.prediction == "shifted" and len(tokens) and tokens[0] == self.mask_token_id:
             raise UserError(
                 "the first token cannot be a mask: a shifted prediction reads it from the token before"
             )
         if config.block_length is None:
-            config = config.model_copy(update={"block_length": self.block_size or DEFAULT_BLOCK_LENGTH})
-        n_not_masked = 1 if self.prediction == "shifted" else 0
-        if self.prompts:
+            config = config.model_copy(update={"block_length": self.rule.block_size or DEFAULT_BLOCK_LENGTH})
+        n_not_masked = 1 if self.rule.prediction == "shifted" else 0
+        if self.rule.prompts:
             n_not_masked = int((tokens != self.mask_token_id).sum())
 
         def predict(
             seen: NDArray[np.int32], positions: NDArray[np.int64], block: NDArray[np.int64]
         ) -> NDArray[np.float32]:
             # What was masked in training, and may be here: a block, or the text.
-            n_maskable = len(seen) - n_not_masked if self.block_size is None else len(block)
-            is_mask = (seen if self.block_size is None else seen[block]) == self.mask_token_id
+            n_maskable = len(seen) - n_not_masked if self.rule.block_size is None else len(block)
+            is_mask = (seen if self.rule.block_size is None else seen[block]) == self.mask_token_id
             return self._predict(seen, positions, float(is_mask.sum()) / n_maskable)
 
         return denoise(
             tokens,
             self.mask_token_id,
             predict,
-            self.noise_schedule.mask_probability,
+            self.rule.noise_schedule.mask_probability,
             config,
             stop_token=stop_token,
-            hide_later_blocks=self.block_size is not None,
+            hide_later_blocks=self.rule.block_size is not None,
             on_step=on_step,
         )
 
@@ -276,11 +231,11 @@ class DiffusionModel:
         self, tokens: NDArray[np.int32], positions: NDArray[np.int64], share_masked: float
     ) -> NDArray[np.float32]:
         """Logits (N, V) of the tokens at `positions`, computing the head for no other row."""
-        t = time_at_share(share_masked, self.noise_schedule.mask_probability)
+        t = self.rule.noise_schedule.time_at(share_masked)
         select = np.zeros((1, len(tokens)), dtype=bool)
-        select[0, rows_of_positions(positions, self.prediction)] = True
-        offset = self.embedding_offset(np.array([t], dtype=np.float32))
-        batch = Batch(tokens[None], self.causal_ratio, embedding_offset=offset)
+        select[0, rows_of_positions(positions, self.rule.prediction)] = True
+        offset = self.rule.embedding_offset(np.array([t], dtype=np.float32))
+        batch = Batch(tokens[None], self.rule.causal_ratio, embedding_offset=offset)
         logits = self.engine.logits(batch, self.adapter, select=select)
         logits[:, self.mask_token_id] = -np.inf
         return logits

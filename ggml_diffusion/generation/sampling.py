@@ -50,20 +50,6 @@ def reveal_counts(
     return -np.diff(masks_left)
 
 
-def time_at_share(
-    share_masked: float, mask_probability: Callable[[NDArray[np.float64]], NDArray[np.float64]]
-) -> float:
-    """The time t with p(t) = share: the inverse of a noise schedule, by bisection to float64 precision."""
-    low, high = 0.0, 1.0
-    for _ in range(60):
-        middle = 0.5 * (low + high)
-        if float(mask_probability(np.array(middle))) < share_masked:
-            low = middle
-        else:
-            high = middle
-    return high
-
-
 def block_steps(block_sizes: list[int], n_steps: int) -> list[int]:
     """Share `n_steps` out over blocks in proportion to their masks, at least one step for each block.
 

@@ -17,7 +17,7 @@ Letters: B sequences, T tokens.
 """
 
 import math
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -72,6 +72,22 @@ class NoiseSchedule:
             noise = _SIGMA_MIN * np.expm1(_LOG_SIGMA_RATIO * t)
             slope = _LOG_SIGMA_RATIO * (noise + _SIGMA_MIN)  # s'(t)
             return np.asarray(slope / np.expm1(noise))  # s' e^-x / (1 - e^-x)
+
+    def time_at(self, share_masked: float) -> float:
+        """The time t with p(t) = share: the inverse, by bisection to float64 precision."""
+        low, high = 0.0, 1.0
+        for _ in range(60):
+            middle = 0.5 * (low + high)
+            if float(self.mask_probability(np.array(middle))) < share_masked:
+                low = middle
+            else:
+                high = middle
+        return high
+
+    def times_at(self, shares_masked: NDArray[np.floating]) -> NDArray[np.float64]:
+        """The times (B,) at which these shares (B,) are masked."""
+        known = {share: self.time_at(float(share)) for share in np.unique(shares_masked)}
+        return np.array([known[share] for share in shares_masked], dtype=np.float64)
 
 
 def stratified_times(
@@ -134,6 +150,34 @@ def maskable(
         if never_masked is not None:
             result &= tokens != never_masked
     return result
+
+
+class Sequences(Protocol):
+    """A batch of token sequences; `TokenBatch` is one."""
+
+    @property
+    def tokens(self) -> NDArray[np.int32]:
+        """(B, T)."""
+
+    @property
+    def lengths(self) -> NDArray[np.int32]:
+        """(B,)."""
+
+    @property
+    def document_ids(self) -> NDArray[np.int32]:
+        """(B, T)."""
+
+    @property
+    def maskable(self) -> NDArray[np.bool_] | None:
+        """(B, T), False where a token is never a target, as in a prompt; None = no such tokens."""
+
+
+def predictable(
+    batch: Sequences, prediction: Prediction, bos_id: int | None, mask_token_id: int | None
+) -> NDArray[np.bool_]:
+    """Which tokens (B, T) of a batch may be targets: `maskable`, and no prompt."""
+    result = maskable(batch.tokens, batch.document_ids, batch.lengths, prediction, bos_id, mask_token_id)
+    return result if batch.maskable is None else result & batch.maskable
 
 
 def corrupt(

@@ -8,12 +8,13 @@ Deliberately not here: which tokens are masked (corruption.py), the loss (the en
 Letters: B sequences, T tokens.
 """
 
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 Prediction = Literal["shifted", "aligned"]
+Scalar = TypeVar("Scalar", bound=np.generic)
 
 
 def to_output_rows(
@@ -53,6 +54,18 @@ def to_output_rows(
     row_targets[:, :-1] = targets[:, 1:]
     row_weights[:, :-1] = weights[:, 1:]
     return row_targets, row_weights
+
+
+def to_positions(rows: NDArray[Scalar], prediction: Prediction) -> NDArray[Scalar]:
+    """Move values (B, T) from the output row that predicts a token back to the token's own position.
+
+    A position that no row predicts gets 0.
+    """
+    if prediction == "aligned":
+        return rows
+    result = np.zeros_like(rows)
+    result[:, 1:] = rows[:, :-1]
+    return result
 
 
 def rows_of_positions(positions: NDArray[np.int64], prediction: Prediction) -> NDArray[np.int64]:

@@ -15,8 +15,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-WEIGHT_NAME = "time_embedding.weight"
-BIAS_NAME = "time_embedding.bias"
+from ggml_diffusion.formats.tensor_names import TIME_BIAS, TIME_WEIGHT
 
 
 class TimeEmbedding:
@@ -48,7 +47,7 @@ class TimeEmbedding:
     @property
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of what is trained; all of it starts at zero."""
-        return {WEIGHT_NAME: (self.hidden_dim, self.dim), BIAS_NAME: (self.hidden_dim,)}
+        return {TIME_WEIGHT: (self.hidden_dim, self.dim), TIME_BIAS: (self.hidden_dim,)}
 
     def features(self, t: NDArray[np.floating]) -> NDArray[np.float32]:
         """Rows of the table for times (B,) in [0, 1], linearly interpolated: (B, dim) float32."""

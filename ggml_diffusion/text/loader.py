@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ggml_diffusion.errors import UserError
+from ggml_diffusion.randomness import Stream, generator_of
 from ggml_diffusion.text.prompts import Example, ExampleReader, TextEncoder
 
 Split = Literal["train", "held_out", "all"]
@@ -35,10 +36,7 @@ Split = Literal["train", "held_out", "all"]
 MAX_LINE_BYTES = 16 << 20
 # Text is tokenised in blocks of about this many characters, which bounds the memory that takes.
 _BLOCK_CHARS = 1 << 20
-# Two numbers tell streams of randomness apart: the key (seed, epoch) and this place in the counter. The
-# trainer's own draws, keyed by (seed, step), start at 0.
-_ORDER_STREAM = 1
-_HELD_OUT_KEY = 0x68656C64
+_HELD_OUT_SEED = 0x68656C64
 
 
 @dataclass(frozen=True)
@@ -251,8 +249,8 @@ class TextDataLoader:
     def _order_of(self, epoch: int) -> NDArray[np.int64]:
         """The order of the split's sequences in an epoch; that of the last epoch asked for is kept."""
         if self._ordered_epoch != epoch:
-            bits = np.random.Philox(key=[self.seed, epoch], counter=[0, 0, 0, _ORDER_STREAM])
-            self._order = np.random.Generator(bits).permutation(self.n_sequences)
+            generator = generator_of(self.seed, epoch, Stream.DATA_ORDER)
+            self._order = generator.permutation(self.n_sequences)
             self._ordered_epoch = epoch
         return self._order
 
@@ -275,7 +273,7 @@ def _rows_of_split(n_sequences: int, split: Split, held_out_fraction: float) -> 
     n_held_out = 0
     if held_out_fraction > 0:
         n_held_out = min(n_sequences - 1, max(1, round(n_sequences * held_out_fraction)))
-    shuffled = np.random.Generator(np.random.Philox(key=_HELD_OUT_KEY)).permutation(n_sequences)
+    shuffled = generator_of(_HELD_OUT_SEED, 0, Stream.HELD_OUT_SPLIT).permutation(n_sequences)
     chosen = {"train": shuffled[n_held_out:], "held_out": shuffled[:n_held_out], "all": shuffled}[split]
     return np.sort(chosen)
 

@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ggml_diffusion.config.settings import ConversionTrainingConfig
-from ggml_diffusion.generation.sampling import time_at_share
 from ggml_diffusion.objective.blocks import block_size_at, keep_one_block
 from ggml_diffusion.objective.corruption import (
     NoiseSchedule,
@@ -23,11 +22,10 @@ from ggml_diffusion.objective.corruption import (
     exact_counts,
     exact_weight,
     loss_weights,
-    maskable,
+    predictable,
     stratified_times,
     with_masks,
 )
-from ggml_diffusion.objective.output_rows import Prediction
 from ggml_diffusion.text.loader import TokenBatch
 
 
@@ -96,21 +94,6 @@ def block_size_of_step(config: ConversionTrainingConfig, step: int) -> int | Non
         blocks.final_size or config.sequence_length,
     )
     return size if size < config.sequence_length else None
-
-
-def predictable(
-    batch: TokenBatch, prediction: Prediction, bos_id: int | None, mask_token_id: int
-) -> NDArray[np.bool_]:
-    """Which tokens (B, T) of a batch may be targets: `corruption.maskable`, and no prompt."""
-    result = maskable(
-        batch.tokens,
-        batch.document_ids,
-        batch.lengths,
-        prediction,
-        bos_id,
-        mask_token_id,
-    )
-    return result if batch.maskable is None else result & batch.maskable
 
 
 def draw_noise(
@@ -186,7 +169,7 @@ def _draw_masks(
         share = counts / np.maximum(1, n_maskable)
         bound_weight = exact_weight(counts, n_maskable, from_none=noise.complementary)
         other_weight = exact_weight(n_maskable - counts, n_maskable, from_none=noise.complementary)
-        sides = [_Masks(masked, bound_weight, _times_at(share, schedule))]
+        sides = [_Masks(masked, bound_weight, schedule.times_at(share))]
     else:
         share, bound_weight = schedule.mask_probability(t), schedule.nelbo_weight(t)
         _, masked = corrupt(
@@ -200,7 +183,7 @@ def _draw_masks(
         sides = [_Masks(masked, bound_weight, t)]
         other_weight = complement_weight(bound_weight, share)
     if noise.complementary:
-        sides.append(_Masks(may_mask & ~masked, other_weight, _times_at(1.0 - share, schedule)))
+        sides.append(_Masks(may_mask & ~masked, other_weight, schedule.times_at(1.0 - share)))
     return sides
 
 
@@ -234,8 +217,3 @@ def _hide_ends(
     places = np.arange(noisy.shape[1])
     is_new = (places >= lengths[:, None]) & (places < new_lengths[:, None])
     return with_masks(noisy, is_new, mask_token_id), new_lengths
-
-
-def _times_at(shares: NDArray[np.float64], schedule: NoiseSchedule) -> NDArray[np.float64]:
-    """The times (B,) at which a schedule masks these shares (B,)."""
-    return np.array([time_at_share(float(share), schedule.mask_probability) for share in shares])

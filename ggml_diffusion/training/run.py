@@ -19,7 +19,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -32,9 +32,9 @@ from ggml_diffusion.engine.interface import Engine
 from ggml_diffusion.engine.open import open_engine
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.evaluation.held_out import MaskedScore, Score, as_rows, base_score, masked_scores
-from ggml_diffusion.formats.lora import LoraAdapter
 from ggml_diffusion.formats.model_file import ModelFile, read_model
 from ggml_diffusion.generation.diffusion_model import DiffusionModel
+from ggml_diffusion.generation.reading import ReadingRule
 from ggml_diffusion.text.loader import TextDataLoader, TokenBatch
 from ggml_diffusion.text.tokenizer import Tokenizer
 from ggml_diffusion.training.identity import check_identity
@@ -387,16 +387,11 @@ def _measure_before(
     trainer: ConversionTrainer, tokenizer: Tokenizer, held_out: TokenBatch
 ) -> tuple[Score, list[MaskedScore]]:
     """The base by itself, and read as a diffusion model with nothing trained."""
-    untrained = DiffusionModel(
-        trainer.model,
-        LoraAdapter(1.0, {}, mask_token_id=trainer.mask_token_id),
-        tokenizer,
-        prediction=trainer.config.qlora.prediction,
-        causal_ratio=trainer.config.qlora.mask_annealing.final_causal_ratio,
-        noise_schedule=trainer.noise_schedule,
-    )
+    as_begun = ReadingRule.of_checkpoint(trainer.checkpoint())
+    rule = replace(as_begun, causal_ratio=trainer.config.qlora.mask_annealing.final_causal_ratio)
+    model = DiffusionModel(trainer.model, trainer.adapter, tokenizer, rule).untrained()
     batch_size = trainer.config.batch_size
-    return base_score(trainer.model, held_out, batch_size), masked_scores(untrained, held_out, batch_size)
+    return base_score(trainer.model, held_out, batch_size), masked_scores(model, held_out, batch_size)
 
 
 def _measure_after(

@@ -29,43 +29,38 @@ from ggml_diffusion.config.settings import ConversionTrainingConfig, settings_th
 from ggml_diffusion.engine.interface import Batch, Engine, Int8, LossResult, Teacher
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.formats.adapter_file import (
-    MASK_EMBEDDING,
     CheckpointMetadata,
     DiffusionCheckpoint,
     creation_time,
 )
 from ggml_diffusion.formats.lora import (
-    LORA_A_SUFFIX,
-    LORA_B_SUFFIX,
     LoraAdapter,
     ParameterStore,
     init_lora,
     lora_shapes,
 )
+from ggml_diffusion.formats.tensor_names import (
+    LORA_B_SUFFIX,
+    MASK_EMBEDDING,
+    TIME_BIAS,
+    TIME_WEIGHT,
+    is_lora,
+)
 from ggml_diffusion.objective.annealing import AttentionMaskAnnealer
-from ggml_diffusion.objective.corruption import NoiseSchedule, maskable
+from ggml_diffusion.objective.corruption import NoiseSchedule, maskable, predictable
 from ggml_diffusion.objective.optim import AdamW, clip_by_global_norm, learning_rate_at
 from ggml_diffusion.objective.output_rows import to_output_rows
-from ggml_diffusion.objective.time_embedding import BIAS_NAME, WEIGHT_NAME, TimeEmbedding
+from ggml_diffusion.objective.time_embedding import TimeEmbedding
+from ggml_diffusion.randomness import Stream, generator_of
 from ggml_diffusion.text.loader import TokenBatch
 from ggml_diffusion.text.tokenizer import choose_mask_token
 from ggml_diffusion.training.checkpoint import TrainingState, load_latest, save_state
 from ggml_diffusion.training.metrics import TrainMetrics
-from ggml_diffusion.training.noisy_batch import NoisyBatch, block_size_of_step, draw_noise, predictable
+from ggml_diffusion.training.noisy_batch import NoisyBatch, block_size_of_step, draw_noise
 
 MAX_SKIPPED_IN_A_ROW = 3
 
 _log = logging.getLogger("ggml_diffusion")
-
-# Philox streams under the run's seed: two draws of the same stream and step are the same numbers.
-_STREAM_STEP = 0
-_STREAM_START_VALUES = 2  # 1 is the order of the data (text/loader.py)
-
-
-def generator_for(seed: int, step: int, stream: int) -> np.random.Generator:
-    """Randomness that is a function of (seed, step, stream): nothing has to be saved to go on with it."""
-    key = np.array([seed, step], dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, stream]))
 
 
 @dataclass(frozen=True)
@@ -128,7 +123,7 @@ class ConversionTrainer:
             shapes.update(self.time_embedding.parameter_shapes)
         self.parameters = ParameterStore(shapes)
         self._gradients = ParameterStore(shapes)
-        init_lora(self.parameters.views, generator_for(config.seed, 0, _STREAM_START_VALUES))
+        init_lora(self.parameters.views, generator_of(config.seed, 0, Stream.START_VALUES))
         self.adapter = LoraAdapter(
             alpha=qlora.alpha,
             tensors=_lora_views(self.parameters),
@@ -155,9 +150,9 @@ class ConversionTrainer:
         config, time_embedding = self.config, self.config.qlora.time_embedding
         if name.endswith(LORA_B_SUFFIX):
             return config.lora_b_rate_factor
-        if name == WEIGHT_NAME:
+        if name == TIME_WEIGHT:
             return config.embedding_rate_factor * (time_embedding.rate_factor or 1.0 / time_embedding.dim)
-        return config.embedding_rate_factor if name in (MASK_EMBEDDING, BIAS_NAME) else 1.0
+        return config.embedding_rate_factor if name in (MASK_EMBEDDING, TIME_BIAS) else 1.0
 
     # -- one optimizer step ----------------------------------------------------------------------
 
@@ -217,7 +212,7 @@ class ConversionTrainer:
             batch,
             self.config,
             self.noise_schedule,
-            generator_for(self.config.seed, self.step_count, _STREAM_STEP),
+            generator_of(self.config.seed, self.step_count, Stream.TRAINING_STEP),
             step=self.step_count,
             bos_id=self._bos_id,
             mask_token_id=self.mask_token_id,
@@ -344,8 +339,8 @@ class ConversionTrainer:
             d_weight, d_bias = self.time_embedding.backward(
                 batch.t, result.offset_gradient * batch.keeps_time[:, None]
             )
-            gradients.views[WEIGHT_NAME] += d_weight
-            gradients.views[BIAS_NAME] += d_bias
+            gradients.views[TIME_WEIGHT] += d_weight
+            gradients.views[TIME_BIAS] += d_bias
         return result
 
     def _teacher(self, batch: NoisyBatch, weights: NDArray[np.float32]) -> Teacher:
@@ -368,7 +363,7 @@ class ConversionTrainer:
         if self.time_embedding is None:
             return None
         views = self.parameters.views
-        offset = self.time_embedding.forward(batch.t, views[WEIGHT_NAME], views[BIAS_NAME])
+        offset = self.time_embedding.forward(batch.t, views[TIME_WEIGHT], views[TIME_BIAS])
         return np.ascontiguousarray(offset * batch.keeps_time[:, None], dtype=np.float32)
 
     def _learning_rate(self) -> float:
@@ -513,4 +508,4 @@ class ConversionTrainer:
 
 
 def _lora_views(store: ParameterStore) -> dict[str, NDArray[np.float32]]:
-    return {name: view for name, view in store.views.items() if name.endswith((LORA_A_SUFFIX, LORA_B_SUFFIX))}
+    return {name: view for name, view in store.views.items() if is_lora(name)}

@@ -7,9 +7,10 @@ from ggml_diffusion.engine.cpu.q4_model import Q4Model
 from ggml_diffusion.engine.interface import Batch
 from ggml_diffusion.evaluation.held_out import MaskedScore, Score, as_rows, base_score, masked_scores
 from ggml_diffusion.evaluation.masked import MASKED_SHARES, random_masks
-from ggml_diffusion.evaluation.scoring import predictable
+from ggml_diffusion.evaluation.scoring import scorable
 from ggml_diffusion.formats.lora import LoraAdapter
 from ggml_diffusion.generation.diffusion_model import DiffusionModel
+from ggml_diffusion.generation.reading import ReadingRule
 from ggml_diffusion.objective.corruption import NoiseSchedule
 from ggml_diffusion.text.loader import TokenBatch
 from ggml_diffusion.text.tokenizer import Tokenizer
@@ -43,10 +44,7 @@ def converted(engine, prediction="shifted", schedule="linear", time_offset=None,
         engine,
         adapter,
         Tokenizer.from_gguf(engine.file.path),
-        prediction=prediction,
-        causal_ratio=causal_ratio,
-        noise_schedule=NoiseSchedule(schedule),
-        time_offset=time_offset,
+        ReadingRule(prediction, causal_ratio, NoiseSchedule(schedule), time_offset=time_offset),
     )
 
 
@@ -71,7 +69,7 @@ def test_masked_scores_are_what_full_logits_say(engine, held_out, prediction):
     scores = masked_scores(model, held_out, batch_size=2, seed=4)
     assert [one.share for one in scores] == list(MASKED_SHARES)
     for one in scores:
-        masked = random_masks(predictable(held_out, model.tokenizer.bos_id, MASK), one.share, 4, 0)
+        masked = random_masks(scorable(held_out, model.tokenizer.bos_id, MASK), one.share, 4, 0)
         noisy = np.where(masked, MASK, held_out.tokens)
         for ratio, score in ((0.25, one.visible), (1.0, one.right_hidden)):
             logits = engine.logits(
@@ -106,7 +104,7 @@ def test_the_base_is_scored_causally_on_every_token_with_one_to_its_left(engine,
 
 
 def test_first_tokens_and_padding_are_not_predicted_whatever_the_prediction_is(held_out):
-    scored = predictable(held_out, None, MASK)
+    scored = scorable(held_out, None, MASK)
     assert not scored[:, 0].any()
     assert not scored[1, 4]
     assert not scored[2, 6:].any()

@@ -16,7 +16,7 @@ from ggml_diffusion.evaluation.likelihood import (
     nelbo_totals,
     unigram_losses,
 )
-from ggml_diffusion.evaluation.scoring import predictable, score_base
+from ggml_diffusion.evaluation.scoring import scorable, score_base
 
 V = 12
 
@@ -36,7 +36,7 @@ def losses_of_masks(engine, model, sequence):
         for mask in itertools.combinations(positions, k):
             noisy = sequence.copy()
             noisy[list(mask)] = model.mask_token_id
-            logits = engine.logits(Batch(noisy[None], model.causal_ratio), model.adapter)[0].astype(
+            logits = engine.logits(Batch(noisy[None], model.rule.causal_ratio), model.adapter)[0].astype(
                 np.float64
             )
             logits[:, model.mask_token_id] = -np.inf
@@ -77,7 +77,7 @@ def test_the_mean_estimate_is_the_nelbo_by_enumeration_of_all_masks(kind, tiny_m
     # exact counts and continuous time are the same bound
     assert continuous_nelbo(losses, 4) == pytest.approx(expected, rel=1e-10)
     held_out = batch_of(np.tile(sequence, (1500, 1)))
-    may_mask = predictable(held_out, None, model.mask_token_id)
+    may_mask = scorable(held_out, None, model.mask_token_id)
     totals = nelbo_totals(model, held_out, may_mask, n_seeds=2, seed=0, batch_size=500)
     assert totals.shape == (2, 1500)
     # Independent draws would have this standard error; spread counts have less of it.
@@ -89,7 +89,7 @@ def test_the_mean_estimate_is_the_nelbo_by_enumeration_of_all_masks(kind, tiny_m
 def test_a_model_that_is_equally_unsure_of_all_has_its_exact_likelihood_in_every_draw():
     engine = PlantedEngine(V, lambda tokens, ratio, has_adapter: np.zeros((len(tokens), V)))
     held_out = batch_of(np.full((6, 9), 4))
-    may_mask = predictable(held_out, None, 0)
+    may_mask = scorable(held_out, None, 0)
     totals = nelbo_totals(planted_model(engine), held_out, may_mask, n_seeds=3, seed=1, batch_size=4)
     # V - 1 tokens: the mask token cannot be drawn
     assert totals == pytest.approx(np.full((3, 6), 8 * math.log(V - 1)), rel=1e-6)
@@ -111,7 +111,7 @@ def test_counts_are_uniform_and_every_choice_is_equally_likely():
 def test_a_sequence_with_nothing_to_mask_has_no_part_in_the_bound():
     engine = PlantedEngine(V, planted_rows)
     held_out = batch_of([[5, 6, 7], [5, 6, 7]], lengths=[3, 1])
-    may_mask = predictable(held_out, None, 0)
+    may_mask = scorable(held_out, None, 0)
     totals = nelbo_totals(planted_model(engine), held_out, may_mask, n_seeds=1, seed=0, batch_size=2)
     assert totals[0, 1] == 0.0
     assert totals[0, 0] > 0.0
@@ -120,7 +120,7 @@ def test_a_sequence_with_nothing_to_mask_has_no_part_in_the_bound():
 def test_the_batch_size_changes_nothing():
     engine = PlantedEngine(V, planted_rows)
     held_out = batch_of(np.random.default_rng(0).integers(1, V, (7, 6)))
-    may_mask = predictable(held_out, None, 0)
+    may_mask = scorable(held_out, None, 0)
     one, other = (
         nelbo_totals(planted_model(engine), held_out, may_mask, n_seeds=2, seed=3, batch_size=size)
         for size in (1, 7)
@@ -138,7 +138,7 @@ def test_the_unigram_loss_is_minus_the_log_of_the_smoothed_frequency():
 def test_prompts_are_not_predicted():
     held_out = batch_of([[5, 6, 7, 8]])
     held_out = dataclasses.replace(held_out, maskable=np.array([[False, False, True, True]]))
-    assert predictable(held_out, None, 0).tolist() == [[False, False, True, True]]
+    assert scorable(held_out, None, 0).tolist() == [[False, False, True, True]]
 
 
 def test_likelihood_counts_tokens_bytes_and_seeds():
@@ -159,7 +159,7 @@ def test_the_base_is_scored_causally_without_the_adapter_on_the_same_tokens():
 
     engine = PlantedEngine(V, rows)
     held_out = batch_of([[5, 6, 7, 8, 2]], document_ids=[[0, 0, 0, 1, 1]])
-    scored = predictable(held_out, None, 0)
+    scored = scorable(held_out, None, 0)
     assert scored.tolist() == [[False, True, True, False, True]]
     scores = score_base(engine, held_out, scored, 1)
     for i in (1, 2, 4):

@@ -12,7 +12,7 @@ from ggml_diffusion.evaluation.masked import (
     random_masks,
     right_masked_losses,
 )
-from ggml_diffusion.evaluation.scoring import predictable, score_base, score_masked, untrained
+from ggml_diffusion.evaluation.scoring import scorable, score_base, score_masked
 from ggml_diffusion.formats.lora import LoraAdapter
 from ggml_diffusion.generation.diffusion_model import DiffusionModel
 
@@ -38,8 +38,8 @@ def loss_with(n_visible):
 def compare(held_out, control=None, **more):
     engine = PlantedEngine(V, two_sided)
     model = planted_model(engine, MASK)
-    may_mask = predictable(held_out, None, MASK)
-    arms = {"converted": (model, 0.0), "converted_causal": (model, 1.0), "step_0": (untrained(model), 0.0)}
+    may_mask = scorable(held_out, None, MASK)
+    arms = {"converted": (model, 0.0), "converted_causal": (model, 1.0), "step_0": (model.untrained(), 0.0)}
     if control is not None:
         arms["control"] = (control, 1.0)
     base = score_base(engine, held_out, may_mask, 4)
@@ -73,7 +73,7 @@ def test_every_figure_is_the_mean_over_the_masks_of_all_seeds():
 
 def test_form_b_masks_every_token_to_the_right_and_leaves_the_left_as_it_was():
     held_out = batch_of(np.full((2, 9), 5), document_ids=[[0] * 9, [0] * 5 + [1] * 4])
-    may_mask = predictable(held_out, None, MASK)
+    may_mask = scorable(held_out, None, MASK)
     masked = random_masks(may_mask, 0.5, 1, 0)
     sequence, position = np.nonzero(masked)
     model = planted_model(PlantedEngine(V, two_sided), MASK)
@@ -149,7 +149,7 @@ def test_losses_by_token_are_what_full_logits_of_the_engine_say(tiny_model, pred
             3,
             rng.normal(size=32).astype(np.float32),
         )
-        masked = random_masks(predictable(held_out, None, 3), 0.5, 0, 0)
+        masked = random_masks(scorable(held_out, None, 3), 0.5, 0, 0)
         scores = score_masked(model, held_out, masked, np.full(3, 0.5), 0.25, 2)
         logits = engine.logits(
             Batch(
@@ -172,9 +172,9 @@ def test_losses_by_token_are_what_full_logits_of_the_engine_say(tiny_model, pred
 
 def test_step_0_has_no_pair_and_no_mask_embedding():
     model = planted_model(PlantedEngine(V, two_sided), MASK, causal_ratio=0.25)
-    before = untrained(model)
+    before = model.untrained()
     assert isinstance(before, DiffusionModel)
     assert before.adapter.tensors == {}
     assert before.adapter.mask_embedding is None
     assert before.adapter.mask_token_id == MASK
-    assert before.causal_ratio == 0.25
+    assert before.rule.causal_ratio == 0.25

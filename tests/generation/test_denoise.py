@@ -1,6 +1,7 @@
 """Denoising: the loop over a predictor that is known exactly, and a converted model on a tiny GGUF."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from ggml_diffusion.errors import UserError
 from ggml_diffusion.formats.lora import LoraAdapter
 from ggml_diffusion.generation.denoise import GenerationConfig, denoise
 from ggml_diffusion.generation.diffusion_model import DiffusionModel
+from ggml_diffusion.generation.reading import ReadingRule
 from ggml_diffusion.generation.sampling import RevealOrder
 from ggml_diffusion.objective.corruption import NoiseSchedule
 from ggml_diffusion.text.chat_template import ChatTemplate
@@ -304,10 +306,7 @@ def converted(engine, prediction="shifted", causal_ratio=0.25, trained=True, tim
         engine,
         adapter,
         Tokenizer.from_gguf(engine.file.path),
-        prediction=prediction,
-        causal_ratio=causal_ratio,
-        noise_schedule=NoiseSchedule("linear"),
-        time_offset=time_offset,
+        ReadingRule(prediction, causal_ratio, NoiseSchedule("linear"), time_offset=time_offset),
     )
 
 
@@ -336,7 +335,7 @@ def test_the_time_embedding_is_added_at_the_time_that_fits_the_share_of_masks(en
     assert seen == pytest.approx([4 / 8, 3 / 8, 2 / 8, 1 / 8], abs=1e-6)
     # After training on prompts it is the share of what is to be written.
     seen.clear()
-    model.prompts = True
+    model.rule = replace(model.rule, prompts=True)
     model.fill([30, *[MASK] * 4, 31, 32, 33, 34], GenerationConfig(steps=4))
     assert seen == pytest.approx([1, 3 / 4, 2 / 4, 1 / 4], abs=1e-6)
 
@@ -356,7 +355,7 @@ def test_a_conversion_that_was_trained_in_blocks_writes_in_blocks(engine):
             return super()._predict(tokens, positions, share_masked)
 
     model = converted(engine, time_offset=offset)
-    model.__class__, model.block_size = Watched, 4
+    model.__class__, model.rule = Watched, replace(model.rule, block_size=4)
     model.fill([30, 31, *[MASK] * 6], GenerationConfig(steps=6))
     assert lengths == [6, 6, 6, 6, 8, 8]
     # a linear schedule; the share that is masked of a block's own tokens
@@ -382,7 +381,7 @@ def test_a_conversion_of_whole_texts_writes_a_token_a_step_in_blocks_of_eight(en
 def test_hidden_blocks_change_what_is_predicted_only_by_what_is_hidden(engine):
     """The first block comes out as if the text ended with it."""
     model = converted(engine)
-    model.block_size = 4
+    model.rule = replace(model.rule, block_size=4)
     settings = GenerationConfig(steps=8, temperature=0.0)
     long = model.fill([30, 31, *[MASK] * 8], settings)
     short = model.fill([30, 31, *[MASK] * 4], settings.model_copy(update={"steps": 4}))
@@ -492,9 +491,7 @@ def test_an_adapter_without_a_mask_token_is_no_diffusion_model(engine):
             engine,
             LoraAdapter(1.0, {}),
             Tokenizer.from_gguf(engine.file.path),
-            prediction="shifted",
-            causal_ratio=0.0,
-            noise_schedule=NoiseSchedule("linear"),
+            ReadingRule("shifted", 0.0, NoiseSchedule("linear")),
         )
 
 

@@ -12,7 +12,6 @@ from ggml_diffusion.generation.sampling import (
     propose,
     reveal_counts,
     score,
-    time_at_share,
 )
 
 
@@ -56,12 +55,6 @@ def test_masks_left_after_each_step_follow_the_schedule_to_within_half_a_token()
 def test_no_step_at_all_is_refused():
     with pytest.raises(ValueError, match="at least one step"):
         reveal_counts(3, 0, linear)
-
-
-@pytest.mark.parametrize("t", [0.0, 0.1, 0.5, 0.9, 1.0])
-def test_the_time_at_a_share_is_the_inverse_of_the_schedule(t):
-    # the cosine schedule is flat at 0: an error of 1e-16 in p is 1e-8 in t
-    assert time_at_share(float(cosine(t)), cosine) == pytest.approx(t, abs=1e-7)
 
 
 def test_steps_are_shared_out_by_masks_and_every_block_gets_one():

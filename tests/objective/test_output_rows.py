@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ggml_diffusion.objective.output_rows import rows_of_positions, to_output_rows
+from ggml_diffusion.objective.output_rows import rows_of_positions, to_output_rows, to_positions
 
 TARGETS = np.array([[10, 11, 12, 13], [20, 21, 22, 23]], dtype=np.int32)
 WEIGHTS = np.array([[0, 0.5, 0, 0.25], [0, 0, 1, 0]], dtype=np.float32)
@@ -49,3 +49,13 @@ def test_rows_of_positions():
     assert rows_of_positions(np.array([], dtype=np.int64), "shifted").tolist() == []
     with pytest.raises(ValueError, match="position 0"):
         rows_of_positions(np.array([0]), "shifted")
+
+
+@pytest.mark.parametrize("prediction", ["shifted", "aligned"])
+def test_what_rows_say_goes_back_to_the_positions_that_they_predict(prediction):
+    targets = np.arange(1, 9, dtype=np.int32).reshape(2, 4)
+    weights = np.array([[0, 1, 1, 1], [0, 0, 1, 0]], np.float32)
+    row_targets, row_weights = to_output_rows(targets, weights, None, prediction)
+    np.testing.assert_array_equal(to_positions(row_weights, prediction), weights)
+    has_weight = weights != 0
+    np.testing.assert_array_equal(to_positions(row_targets, prediction)[has_weight], targets[has_weight])

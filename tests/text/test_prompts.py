@@ -288,13 +288,13 @@ def test_a_conversion_says_whether_it_was_trained_on_prompts_also_after_a_resume
     path = write_records(tmp_path / "a.jsonl", pair("ab", "cde"))
     trainer = make_trainer(engine)
     trainer.export(tmp_path)
-    assert not DiffusionModel.load(engine.file.path, tmp_path / f"adapter.{suffix}").prompts
+    assert not DiffusionModel.load(engine.file.path, tmp_path / f"adapter.{suffix}").rule.prompts
     trainer.train_step(chat_loader(path).batch_at(0))
     trainer.save_checkpoint(tmp_path / "checkpoints")
     resumed = make_trainer(engine)
     assert resumed.resume(tmp_path / "checkpoints")
     resumed.export(tmp_path)
-    assert DiffusionModel.load(engine.file.path, tmp_path / f"adapter.{suffix}").prompts
+    assert DiffusionModel.load(engine.file.path, tmp_path / f"adapter.{suffix}").rule.prompts
 
 
 BLOCKS = {"block_diffusion.enabled": True, "block_diffusion.initial_size": 2, "block_diffusion.final_size": 4}

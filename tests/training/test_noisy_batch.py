@@ -135,9 +135,9 @@ def test_a_conversion_trained_in_blocks_is_loaded_as_one_that_writes_in_blocks(m
         model, block_diffusion__enabled=True, block_diffusion__final_size=5, block_diffusion__growth_share=0.0
     )
     trainer.export(tmp_path)
-    assert DiffusionModel.load(model.file.path, tmp_path / f"adapter.{suffix}").block_size == 5
+    assert DiffusionModel.load(model.file.path, tmp_path / f"adapter.{suffix}").rule.block_size == 5
     make_trainer(model).export(tmp_path)
-    assert DiffusionModel.load(model.file.path, tmp_path / f"adapter.{suffix}").block_size is None
+    assert DiffusionModel.load(model.file.path, tmp_path / f"adapter.{suffix}").rule.block_size is None
 
 
 def test_the_loss_of_a_block_is_that_of_the_text_without_what_follows(model):

@@ -15,8 +15,8 @@ from ggml_diffusion.engine.cpu._native import ffi, lib
 from ggml_diffusion.engine.interface import Batch, LossResult
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.formats.lora import LoraAdapter, TargetModule, lora_ranks
+from ggml_diffusion.formats.tensor_names import LORA_A_SUFFIX, LORA_B_SUFFIX, MASK_EMBEDDING
 
-MASK_EMBEDDING = "mask_embedding"
 # In the order of the core's GGD_ATTN_Q ... GGD_FFN_DOWN.
 _TARGET_IDS = {module.gguf_name: number for number, module in enumerate(TargetModule)}
 
@@ -129,11 +129,11 @@ class NativeAdapter:
             _, layer, projection, _ = name.split(".")
             pair.layer, pair.target, pair.rank = int(layer), _TARGET_IDS[projection], rank
             pair.scale = adapter.alpha / rank
-            pair.a = pointer("const float *", adapter.tensors[name + ".lora_a"])
-            pair.b = pointer("const float *", adapter.tensors[name + ".lora_b"])
+            pair.a = pointer("const float *", adapter.tensors[name + LORA_A_SUFFIX])
+            pair.b = pointer("const float *", adapter.tensors[name + LORA_B_SUFFIX])
             if gradients is not None:
-                pair.grad_a = _gradient(name + ".lora_a", adapter.tensors, gradients)
-                pair.grad_b = _gradient(name + ".lora_b", adapter.tensors, gradients)
+                pair.grad_a = _gradient(name + LORA_A_SUFFIX, adapter.tensors, gradients)
+                pair.grad_b = _gradient(name + LORA_B_SUFFIX, adapter.tensors, gradients)
         self.struct = ffi.new("ggd_adapter *")
         self.struct.n_pairs = len(ranks)
         self.struct.pairs = self._pairs
