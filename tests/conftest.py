@@ -13,7 +13,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 
-import make_tiny_gguf as tiny_gguf
+from make_tiny_gguf import TENSOR_TYPES as WRITABLE_TYPES
 from make_tiny_gguf import make_tiny_gguf
 
 from ggml_diffusion.tensor_types import TENSOR_TYPES
@@ -57,7 +57,7 @@ def smollm2_path() -> Path:
     return found[0]
 
 
-@pytest.fixture(scope="session", params=tiny_gguf.TENSOR_TYPES)
+@pytest.fixture(scope="session", params=WRITABLE_TYPES)
 def each_type(request: pytest.FixtureRequest) -> str:
     """Every supported tensor type in turn, by its ggml name."""
     name: str = request.param
