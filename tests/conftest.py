@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import make_tiny_gguf as tiny_gguf
 import pytest
+from make_tiny_gguf import TENSOR_TYPES as WRITABLE_TYPES
 from make_tiny_gguf import make_tiny_gguf
 
 from ggml_diffusion.formats.tensor_types import TENSOR_TYPES
@@ -53,7 +53,7 @@ def smollm2_path() -> Path:
     return found[0]
 
 
-@pytest.fixture(scope="session", params=tiny_gguf.TENSOR_TYPES)
+@pytest.fixture(scope="session", params=WRITABLE_TYPES)
 def each_type(request: pytest.FixtureRequest) -> str:
     """Every supported tensor type in turn, by its ggml name."""
     name: str = request.param

@@ -249,6 +249,45 @@ static void int8_unpack_q6_k(const uint8_t *restrict source, size_t n, int8_t *r
     }
 }
 
+// y = scale q + minimum, sixteen at a time, as they were stored: a wider load would wait for two stores. In plain loops not inlined, or
+// GCC 12 takes the arrays of its callers apart into scalars.
+#if defined(__AVX512F__) && !defined(GGD_NAIVE_UNPACK)
+static inline __m512 floats_of_16(const int8_t *q) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)q)));
+}
+static inline void scale_16(const int8_t *q, float scale, float *y) {
+    _mm512_storeu_ps(y, _mm512_mul_ps(floats_of_16(q), _mm512_set1_ps(scale)));
+}
+static inline void scale_16_minimum(const int8_t *q, float scale, float minimum, float *y) {
+    _mm512_storeu_ps(y, _mm512_add_ps(_mm512_mul_ps(floats_of_16(q), _mm512_set1_ps(scale)), _mm512_set1_ps(minimum)));
+}
+#elif defined(__AVX2__) && !defined(GGD_NAIVE_UNPACK)
+static inline __m256 floats_of_8(const int8_t *q) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)q)));
+}
+static inline void scale_16(const int8_t *q, float scale, float *y) {
+    __m256 factor = _mm256_set1_ps(scale);
+    _mm256_storeu_ps(y, _mm256_mul_ps(floats_of_8(q), factor));
+    _mm256_storeu_ps(y + 8, _mm256_mul_ps(floats_of_8(q + 8), factor));
+}
+static inline void scale_16_minimum(const int8_t *q, float scale, float minimum, float *y) {
+    __m256 factor = _mm256_set1_ps(scale), offset = _mm256_set1_ps(minimum);
+    _mm256_storeu_ps(y, _mm256_add_ps(_mm256_mul_ps(floats_of_8(q), factor), offset));
+    _mm256_storeu_ps(y + 8, _mm256_add_ps(_mm256_mul_ps(floats_of_8(q + 8), factor), offset));
+}
+#else
+static __attribute__((noinline)) void scale_16(const int8_t *restrict q, float scale, float *restrict y) {
+    for (int i = 0; i < 16; i++) {
+        y[i] = (float)q[i] * scale;
+    }
+}
+static __attribute__((noinline)) void scale_16_minimum(const int8_t *restrict q, float scale, float minimum, float *restrict y) {
+    for (int i = 0; i < 16; i++) {
+        y[i] = (float)q[i] * scale + minimum;
+    }
+}
+#endif
+
 // Sixteen four-bit codes as the values of a table. The naive twin and processors without a byte shuffle look each up.
 static inline bytes16 lookup_16(const int8_t table[16], bytes16 codes) {
     bytes16 values;
@@ -314,27 +353,36 @@ static void int8_unpack_iq4_xs(const uint8_t *restrict source, size_t n, int8_t 
     }
 }
 
-// Sixteen scales of six bits in twelve bytes: the low four of the first eight scales and of the second lie in the nibbles of eight
-// bytes, the high two of every fourth scale in one of the last four.
+// Sixteen scales of six bits in twelve bytes, eight at a time in a word: the low four bits of the first eight and of the second lie in the
+// nibbles of the first eight bytes, the high two of every fourth scale in one of the last four.
 static inline void unpack_q3_k_scales(const uint8_t *source, float d, float scales[16]) {
-    for (int i = 0; i < 16; i++) {
-        int low = source[i % 8] >> i / 8 * 4 & 15, high = source[8 + i % 4] >> i / 4 * 2 & 3;
-        scales[i] = d * (float)((low | high << 4) - 32);
-    }
+    const uint64_t low_bits = 0x0f0f0f0f0f0f0f0fu, high_bits = 0x0303030303030303u;
+    uint64_t low, words[2];
+    uint32_t high;
+    memcpy(&low, source, sizeof low);
+    memcpy(&high, source + 8, sizeof high);
+    uint64_t shifted = high | (uint64_t)(high >> 2) << 32;
+    words[0] = (low & low_bits) | (shifted & high_bits) << 4;
+    words[1] = (low >> 4 & low_bits) | (shifted >> 4 & high_bits) << 4;
+    bytes16 factors = load_bytes16((const uint8_t *)words) - 32;
+    scale_16((const int8_t *)&factors, d, scales);
 }
+
+// Thirty-two bytes are two vectors where the processor has none so wide.
+typedef uint8_t bytes32 __attribute__((vector_size(32)));
 
 static void int8_unpack_q3_k(const uint8_t *restrict source, size_t n, int8_t *restrict q, float *restrict scales,
                              float *restrict minima) {
     (void)minima;
     for (size_t block = 0; block < n / 256; block++, source += 110, q += 256, scales += 16) {
+        bytes32 high, low[2];
+        memcpy(&high, source, sizeof high);
+        memcpy(low, source + 32, sizeof low);
         unpack_q3_k_scales(source + 96, unpack_half(source + 108), scales);
         for (int group = 0; group < 8; group++) {
             uint8_t low_shift = (uint8_t)(group % 4 * 2), high_shift = (uint8_t)group;
-            for (int half = 0; half < 2; half++) {
-                bytes16 low = load_bytes16(source + 32 + group / 4 * 32 + 16 * half), high = load_bytes16(source + 16 * half);
-                bytes16 quants = (low >> low_shift & 3) + ((high >> high_shift & 1) << 2) - 4;
-                memcpy(q + 32 * group + 16 * half, &quants, sizeof quants);
-            }
+            bytes32 quants = (low[group / 4] >> low_shift & 3) + ((high >> high_shift & 1) << 2) - 4;
+            memcpy(q + 32 * group, &quants, sizeof quants);
         }
     }
 }
@@ -343,61 +391,20 @@ static void int8_unpack_q3_k(const uint8_t *restrict source, size_t n, int8_t *r
 static void int8_unpack_q2_k(const uint8_t *restrict source, size_t n, int8_t *restrict q, float *restrict scales,
                              float *restrict minima) {
     for (size_t block = 0; block < n / 256; block++, source += 84, q += 256, scales += 16, minima += 16) {
-        float d = unpack_half(source + 80), dmin = unpack_half(source + 82);
-        for (int i = 0; i < 16; i++) {
-            scales[i] = d * (float)(source[i] & 15);
-            minima[i] = -(dmin * (float)(source[i] >> 4));
-        }
+        bytes16 factors = load_bytes16(source) & 15, offsets = load_bytes16(source) >> 4;
+        bytes32 low[2];
+        memcpy(low, source + 16, sizeof low);
+        scale_16((const int8_t *)&factors, unpack_half(source + 80), scales);
+        scale_16((const int8_t *)&offsets, -unpack_half(source + 82), minima);
         for (int group = 0; group < 8; group++) {
             uint8_t shift = (uint8_t)(group % 4 * 2);
-            for (int half = 0; half < 2; half++) {
-                bytes16 quants = load_bytes16(source + 16 + group / 4 * 32 + 16 * half) >> shift & 3;
-                memcpy(q + 32 * group + 16 * half, &quants, sizeof quants);
-            }
+            bytes32 quants = low[group / 4] >> shift & 3;
+            memcpy(q + 32 * group, &quants, sizeof quants);
         }
     }
 }
 
 // ---- types whose blocks are quicker to take apart as int8 first ----
-
-// y = scale q + minimum, sixteen at a time, as they were stored: a wider load would wait for two stores. In plain loops not inlined, or
-// GCC 12 takes the arrays of its callers apart into scalars.
-#if defined(__AVX512F__) && !defined(GGD_NAIVE_UNPACK)
-static inline __m512 floats_of_16(const int8_t *q) {
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)q)));
-}
-static inline void scale_16(const int8_t *q, float scale, float *y) {
-    _mm512_storeu_ps(y, _mm512_mul_ps(floats_of_16(q), _mm512_set1_ps(scale)));
-}
-static inline void scale_16_minimum(const int8_t *q, float scale, float minimum, float *y) {
-    _mm512_storeu_ps(y, _mm512_add_ps(_mm512_mul_ps(floats_of_16(q), _mm512_set1_ps(scale)), _mm512_set1_ps(minimum)));
-}
-#elif defined(__AVX2__) && !defined(GGD_NAIVE_UNPACK)
-static inline __m256 floats_of_8(const int8_t *q) {
-    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)q)));
-}
-static inline void scale_16(const int8_t *q, float scale, float *y) {
-    __m256 factor = _mm256_set1_ps(scale);
-    _mm256_storeu_ps(y, _mm256_mul_ps(floats_of_8(q), factor));
-    _mm256_storeu_ps(y + 8, _mm256_mul_ps(floats_of_8(q + 8), factor));
-}
-static inline void scale_16_minimum(const int8_t *q, float scale, float minimum, float *y) {
-    __m256 factor = _mm256_set1_ps(scale), offset = _mm256_set1_ps(minimum);
-    _mm256_storeu_ps(y, _mm256_add_ps(_mm256_mul_ps(floats_of_8(q), factor), offset));
-    _mm256_storeu_ps(y + 8, _mm256_add_ps(_mm256_mul_ps(floats_of_8(q + 8), factor), offset));
-}
-#else
-static __attribute__((noinline)) void scale_16(const int8_t *restrict q, float scale, float *restrict y) {
-    for (int i = 0; i < 16; i++) {
-        y[i] = (float)q[i] * scale;
-    }
-}
-static __attribute__((noinline)) void scale_16_minimum(const int8_t *restrict q, float scale, float minimum, float *restrict y) {
-    for (int i = 0; i < 16; i++) {
-        y[i] = (float)q[i] * scale + minimum;
-    }
-}
-#endif
 
 // Elements at a time, whole blocks of every type.
 enum { UNPACK_PIECE = 256 };

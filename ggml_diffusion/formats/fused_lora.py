@@ -10,6 +10,7 @@ Letters: R rank of each part.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -108,18 +109,19 @@ def stack_pairs(tensors: Mapping[str, NDArray[np.float32]], layout: Layout) -> P
 
     """
     stacked = dict(tensors)
-    for layer in sorted({name.split(".")[1] for name in tensors}, key=int):
+    for layer in sorted({int(name.split(".")[1]) for name in tensors}):
         for name, stack in layout.items():
             first_part = next(iter(stack.parts))
             rank, in_size = tensors[first_part.weight_name(layer) + LORA_A_SUFFIX].shape
             a = np.zeros((stack.factor * rank, in_size), dtype=np.float32)
             b = np.zeros((stack.n_rows, stack.factor * rank), dtype=np.float32)
             for index, (part, (first, rows)) in enumerate(stack.parts.items()):
-                weight, columns = f"blk.{layer}.{part.gguf_name}.weight", _columns(index, rank)
+                weight, columns = part.weight_name(layer), _columns(index, rank)
                 a[columns] = stacked.pop(weight + LORA_A_SUFFIX)
                 b[first : first + rows, columns] = stacked.pop(weight + LORA_B_SUFFIX)
-            stacked[f"blk.{layer}.{name}.weight{LORA_A_SUFFIX}"] = a
-            stacked[f"blk.{layer}.{name}.weight{LORA_B_SUFFIX}"] = b * np.float32(stack.factor)
+            fused = layer_tensor(layer, f"{name}.weight")
+            stacked[fused + LORA_A_SUFFIX] = a
+            stacked[fused + LORA_B_SUFFIX] = b * np.float32(stack.factor)
     return stacked
 
 
@@ -131,16 +133,16 @@ def unstack_pairs(tensors: Mapping[str, NDArray[np.float32]], layout: Layout) ->
 
     """
     apart = dict(tensors)
-    for layer in {name.split(".")[1] for name in tensors if name.startswith("blk.")}:
+    for layer in {int(match[1]) for name in tensors if (match := re.match(r"blk\.(\d+)\.", name))}:
         for name, stack in layout.items():
-            weight = f"blk.{layer}.{name}.weight"
+            weight = layer_tensor(layer, f"{name}.weight")
             a, b = apart.pop(weight + LORA_A_SUFFIX, None), apart.pop(weight + LORA_B_SUFFIX, None)
             if a is None or b is None or a.ndim != 2 or b.shape != (stack.n_rows, len(a)):
                 raise UserError(f"its pair for '{weight}' is not what its key about fused tensors says")
             rank, rest = len(a) // stack.factor, b.copy()
             for index, (part, (first, rows)) in enumerate(stack.parts.items()):
                 columns = _columns(index, rank)
-                own, own_b = f"blk.{layer}.{part.gguf_name}.weight", b[first : first + rows, columns]
+                own, own_b = part.weight_name(layer), b[first : first + rows, columns]
                 apart[own + LORA_A_SUFFIX] = np.ascontiguousarray(a[columns])
                 apart[own + LORA_B_SUFFIX] = np.ascontiguousarray(own_b / np.float32(stack.factor))
                 rest[first : first + rows, columns] = 0

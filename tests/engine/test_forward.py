@@ -26,14 +26,14 @@ from cases import (
 )
 from conftest import TinyModel, sizes_for
 from llama_reference import Request, llama_logits, llama_tokens
-from make_tiny_gguf import TENSOR_TYPES
+from make_tiny_gguf import TENSOR_TYPES as WRITABLE_TYPES
 
 from ggml_diffusion.engine.cpu.q4_model import Q4Model
 from ggml_diffusion.engine.interface import Batch
 from ggml_diffusion.errors import UserError
-from ggml_diffusion.formats import tensor_types as types
 from ggml_diffusion.formats.adapter_file import write_gguf_adapter
 from ggml_diffusion.formats.model_file import read_model
+from ggml_diffusion.formats.tensor_types import TENSOR_TYPES
 
 INT8_KERNELS = {"avx512_bf16", "neon_bf16", "neon_i8mm"}
 FLOAT_TYPES = {"F32", "F16", "BF16"}  # always multiplied in float32
@@ -120,8 +120,8 @@ def make_reference(
 # Types without own kernels differ in one function, which the base alone shows.
 TYPES_AND_RANKS = [
     (name, rank)
-    for name in TENSOR_TYPES
-    for rank in ((None, 1, 8) if types.TENSOR_TYPES[name].own_kernels else (None,))
+    for name in WRITABLE_TYPES
+    for rank in ((None, 1, 8) if TENSOR_TYPES[name].own_kernels else (None,))
 ]
 
 

@@ -69,7 +69,7 @@ def test_each_type_is_unpacked_to_the_bits_of_the_gguf_package(
     )
     path.write_bytes(raw)
     with Q4Model.from_gguf(path, 1) as model:
-        rows = model.embed(np.arange(model.V)[None])[0]
+        rows = model.embed(np.arange(model.file.V)[None])[0]
     assert np.array_equal(rows, embedding(path), equal_nan=True)
     assert np.count_nonzero(rows) > rows.size // 4
 
