@@ -90,6 +90,7 @@ lint: build ## formatting, lint, types, compiler warnings, generated documents
 	$(BIN)/cmake -S . -B $(VENV)/build-lint -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DGGD_WERROR=ON >/dev/null
 	$(BIN)/cmake --build $(VENV)/build-lint --target ggd test_kernels
 	$(BIN)/python tools/make_cli_docs.py --check
+	$(BIN)/python tools/make_model_docs.py --check
 
 format: build ## rewrite the sources in the project's formatting
 	$(BIN)/ruff format .
@@ -110,8 +111,9 @@ sanitize: ## the fast tests under the address and undefined-behaviour sanitizers
 bench: build ## speed and memory of training and generation, about 10 minutes; see tools/bench/bench.py --help
 	$(BIN)/python tools/bench/bench.py $(BENCH_ARGUMENTS)
 
-docs: build ## docs/cli.md from the command line's own help
+docs: build ## docs/cli.md from the command line's own help, the lists of models and types from the reader's tables
 	$(BIN)/python tools/make_cli_docs.py
+	$(BIN)/python tools/make_model_docs.py
 
 clean: ## remove .venv with its builds
 	rm -rf $(VENV)

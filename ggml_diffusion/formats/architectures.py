@@ -118,7 +118,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     ),
     "smollm3": Architecture("SmolLM3", rope=Rope.PAIRS, no_rope_period=4),
     "granite": Architecture(
-        "Granite 3 and the dense models of Granite 4",
+        "Granite 3, dense",
         rope=Rope.PAIRS,
         features=_PRE | _FACTORS | Feature.SCALE_KEYS,
         biases=_EVERY_BIAS,
@@ -207,6 +207,11 @@ _REFUSALS: Mapping[str, str] = {
     "t5": _ENCODER,
     "embedding": _ENCODER,
 }
+
+
+def refusals() -> Mapping[str, str]:
+    """Parts of names of architectures that are refused, and why, as the end of a sentence."""
+    return _REFUSALS
 
 
 def refusal(name: str) -> str:
