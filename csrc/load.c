@@ -88,7 +88,9 @@ static int read_sizes(loader *l) {
         return ggd_fail("hidden size %d, feed-forward size %d and context length %d must be positive", s->hidden_size,
                         s->feed_forward_size, s->context_length);
     }
-    return s->head_size < 2 || s->head_size > 4096 ? ggd_fail("head size %d must be between 2 and 4096", s->head_size) : 0;
+    return s->head_size < 2 || s->head_size % 2 != 0 || s->head_size > 4096
+               ? ggd_fail("head size %d must be even and between 2 and 4096", s->head_size)
+               : 0;
 }
 
 static int read_rotation(loader *l) {

@@ -166,7 +166,7 @@ static size_t thread_scratch_bytes(const ggd_session *s, const ggd_capacity *c) 
     // LoRA gradients reduce over all rows, with operands that have no blocks.
     size_t rows = ggd_gemm_bytes_scratch(s->compute.element, c->gradients ? c->n_rows : 0, 1);
     size_t attention = ggd_attention_bytes_scratch(s->compute.element, &s->heads, c->max_segment_rows, c->gradients);
-    size_t row = ggd_max(s->ld_qkv + s->ld_hidden, 3 * s->ld_queries) * sizeof(float);
+    size_t row = ggd_max(ggd_max(s->ld_qkv, s->ld_hidden) + s->ld_hidden, 3 * s->ld_queries) * sizeof(float);
     return ggd_round_up(ggd_max(ggd_max(rows, bytes), ggd_max(attention, row)), 4096);
 }
 

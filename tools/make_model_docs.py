@@ -124,10 +124,8 @@ def page() -> str:
         f"{'own kernels' if kind.own_kernels else 'ggml: slower, and no int8 products in the forward'} |"
         for kind in TENSOR_TYPES.values()
     ]
-    return "".join(
-        (HEAD, *(f"{line}\n" for line in models), REFUSED)
-        + (*(f"{line}\n" for line in refused), NOTES, *(f"{line}\n" for line in types))
-    )
+    lines = [HEAD.rstrip(), *models, REFUSED.rstrip(), *refused, NOTES.rstrip(), *types]
+    return "\n".join(lines) + "\n"
 
 
 def main() -> int:

@@ -296,6 +296,8 @@ def _check_hyperparameters(model: ModelFile, entry: Architecture) -> None:
         model.fail(f"key '{arch}.attention.value_length' is not the head size of the keys, {model.D}")
     if entry.square_queries and model.H * model.D != model.C:
         model.fail(f"{model.H} heads of {model.D} do not make up the hidden size {model.C}")
+    if model.D % 2:
+        model.fail(f"head size {model.D} is odd; rotary embedding needs pairs")
     if model.n_rotated % 2 or model.n_rotated > model.D:
         model.fail(f"RoPE cannot turn {model.n_rotated} elements of a head of {model.D}")
     if model.n_rotated != model.D and not entry.partial_rope:
