@@ -21,7 +21,7 @@ import numpy as np
 from tool_errors import run_tool
 
 from ggml_diffusion.app.demo import demo_model, write_demo_text
-from ggml_diffusion.config.settings import load_config
+from ggml_diffusion.config.toml import load_config
 from ggml_diffusion.engine.cpu.q4_model import Q4Model
 from ggml_diffusion.evaluation.held_out import as_rows, masked_scores
 from ggml_diffusion.evaluation.suite import load_held_out

@@ -32,8 +32,9 @@ from ggml_diffusion.evaluation.infilling import (
 )
 from ggml_diffusion.evaluation.likelihood import Likelihood, likelihood, nelbo_totals, unigram_losses
 from ggml_diffusion.evaluation.masked import MASKED_SHARES, compare_arms, random_masks
-from ggml_diffusion.evaluation.results import BaseCheck, Evaluation, EvaluationSettings
+from ggml_diffusion.evaluation.results import BaseCheck, Evaluation
 from ggml_diffusion.evaluation.scoring import OnTokens, TokenScores, scorable, score_base
+from ggml_diffusion.evaluation.settings import EvaluationSettings
 from ggml_diffusion.formats.adapter_file import DiffusionCheckpoint
 from ggml_diffusion.formats.lora import LoraAdapter
 from ggml_diffusion.formats.model_file import file_sha256, read_model
@@ -110,9 +111,10 @@ def run_evaluation(inputs: EvaluationInputs, settings: EvaluationSettings, liste
     """
     checkpoint = DiffusionCheckpoint.load(inputs.adapter)
     control_checkpoint = None if inputs.control is None else DiffusionCheckpoint.load(inputs.control)
-    with closing(open_engine(read_model(inputs.base), inputs.n_threads)) as engine:
+    base = read_model(inputs.base)
+    with closing(open_engine(base, inputs.n_threads)) as engine:
         listener.note(f"base: {engine.description}")
-        tokenizer = Tokenizer.from_gguf(inputs.base)
+        tokenizer = Tokenizer.from_file(base)
         conversions = [one for one in (checkpoint, control_checkpoint) if one is not None]
         for one in conversions:
             one.check_base(engine.sha256, allow_other_base=inputs.allow_other_base)

@@ -123,12 +123,15 @@ class TextDataLoader:
         self._read(tokenizer)
         self._select(split)
 
-    def with_split(self, split: Split, batch_size: int | None = None) -> "TextDataLoader":
+    def with_split(
+        self, split: Split, batch_size: int | None = None, seed: int | None = None
+    ) -> "TextDataLoader":
         """A loader of another split of the same text, which is shared and not read again.
 
         Args:
             split: as for a new loader.
             batch_size: None = the same as here.
+            seed: of the order; None = the same as here.
 
         Raises:
             UserError: the split has no sequences.
@@ -137,6 +140,7 @@ class TextDataLoader:
         other = copy.copy(self)
         other.epoch = 0
         other.batch_size = batch_size or self.batch_size
+        other.seed = self.seed if seed is None else seed
         other._select(split)
         return other
 

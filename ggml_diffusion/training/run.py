@@ -26,7 +26,9 @@ from typing import Any, Protocol
 
 from filelock import FileLock, Timeout
 
-from ggml_diffusion.config.settings import ConversionTrainingConfig, scaled_to_run, to_toml
+from ggml_diffusion.config.fit import scaled_to_run
+from ggml_diffusion.config.settings import ConversionTrainingConfig
+from ggml_diffusion.config.toml import to_toml
 from ggml_diffusion.durable import replace_file
 from ggml_diffusion.engine.interface import Engine
 from ggml_diffusion.engine.open import open_engine
@@ -40,6 +42,7 @@ from ggml_diffusion.text.tokenizer import Tokenizer
 from ggml_diffusion.training.identity import check_identity
 from ggml_diffusion.training.int8_gate import choose_int8
 from ggml_diffusion.training.metrics import MetricsWriter, TrainMetrics
+from ggml_diffusion.training.resume import resume_run, save_run
 from ggml_diffusion.training.trainer import ConversionTrainer
 
 CHECKPOINTS, METRICS, CONFIG, EVALUATION = "checkpoints", "metrics.jsonl", "config.toml", "evaluation.json"
@@ -130,9 +133,9 @@ def run_conversion(
         config, sentence = scaled_to_run(config)
         if sentence is not None:
             listener.note(sentence)
-        tokenizer = Tokenizer.from_gguf(base_path)
+        tokenizer = Tokenizer.from_file(base)
         data = _training_data(config, tokenizer, base, listener)
-        held_out = _held_out(config, tokenizer, evaluate_on)
+        held_out = _held_out(data, evaluate_on)
         hardware = config.hardware
         with closing(
             open_engine(
@@ -243,21 +246,13 @@ def _training_data(
     return data
 
 
-def _held_out(config: ConversionTrainingConfig, tokenizer: Tokenizer, n_sequences: int) -> TokenBatch | None:
+def _held_out(data: TextDataLoader, n_sequences: int) -> TokenBatch | None:
     """The sequences to measure on, the same ones whatever the run's seed is."""
     if n_sequences == 0:
         return None
-    if config.held_out_fraction == 0.0:
+    if data.held_out_fraction == 0.0:
         raise UserError("held_out_fraction is 0: there is no held-out text to evaluate on")
-    held_out = TextDataLoader(
-        config.data,
-        tokenizer,
-        config.sequence_length,
-        n_sequences,
-        split="held_out",
-        held_out_fraction=config.held_out_fraction,
-    )
-    return held_out.batch_at(0)
+    return data.with_split("held_out", n_sequences, seed=0).batch_at(0)
 
 
 def _memory_budget(memory_mib: int | None) -> int:
@@ -317,7 +312,7 @@ def _delete_run(output: Path) -> None:
 
 def _resume(trainer: ConversionTrainer, output: Path, listener: Listener) -> bool:
     try:
-        resumed = trainer.resume(output / CHECKPOINTS)
+        resumed = resume_run(trainer, output / CHECKPOINTS)
     except UserError as error:
         raise UserError(f"{error}; go on with what it began with, or start anew with --fresh") from None
     if resumed:
@@ -347,11 +342,11 @@ def _train(trainer: ConversionTrainer, data: TextDataLoader, output: Path, liste
                 writer.write(metrics)
                 listener.step(metrics)
                 if checkpoint_every and trainer.step_count % checkpoint_every == 0:
-                    trainer.save_checkpoint(output / CHECKPOINTS)
+                    save_run(trainer, output / CHECKPOINTS)
         finally:
             listener.stop()
         if not (checkpoint_every and trainer.step_count % checkpoint_every == 0):
-            trainer.save_checkpoint(output / CHECKPOINTS)
+            save_run(trainer, output / CHECKPOINTS)
         return received[0] if received and trainer.step_count < total_steps else None
 
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from gguf_bytes import STRING, U32, Gguf, Tensor, scalar, tiny_llama, with_key, with_tensor
 
-from ggml_diffusion.app import cli
-from ggml_diffusion.app.cli import main
-from ggml_diffusion.config.settings import load_config
+from ggml_diffusion.app.cli import main as cli
+from ggml_diffusion.app.cli.main import main
+from ggml_diffusion.config.toml import load_config
 from ggml_diffusion.formats.adapter_file import DiffusionCheckpoint
 from ggml_diffusion.generation.denoise import GenerationConfig
 from ggml_diffusion.training import run as convert

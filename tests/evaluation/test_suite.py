@@ -17,7 +17,7 @@ from ggml_diffusion.errors import UserError
 from ggml_diffusion.evaluation import suite
 from ggml_diffusion.evaluation.estimates import estimate_ratio
 from ggml_diffusion.evaluation.plots import draw_page, save_evaluation
-from ggml_diffusion.evaluation.results import EvaluationSettings
+from ggml_diffusion.evaluation.settings import EvaluationSettings
 from ggml_diffusion.evaluation.suite import EvaluationInputs, load_held_out, run_evaluation
 from ggml_diffusion.evaluation.tables import EvaluationProgress, evaluation_tables
 from ggml_diffusion.formats.model_file import file_sha256
