@@ -10,7 +10,7 @@ torch is asked for them once (`masks.npz` in FOLDER is used again). With the pee
 5e-4, rank 32 on all seven projections, shifted, uniform weights, soft mask, no time embedding) it went from
 masked cross-entropy 6.42 / 7.82 at t = .15 / .5 to 3.12 / 4.41 after 205K tokens and 2.90 / 4.20 after 410K.
 
-Noise in training is each side's own. A run goes on from its checkpoint where it was interrupted.
+Noise in training is each side's own. An interrupted run resumes from its checkpoint.
 """
 
 import argparse

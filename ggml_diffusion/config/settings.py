@@ -177,7 +177,7 @@ SETTINGS: Mapping[str, Setting] = {
     )
 }
 
-# Settings that may change when a run goes on: they change no number of it. (Base and data are compared by
+# Settings that may change when a run is resumed: they change no number of it. (Base and data are compared by
 # their content.)
 _FREE_SETTINGS = {
     "model.base_model",
@@ -190,7 +190,7 @@ _FREE_SETTINGS = {
 
 
 def settings_that_differ(saved: Mapping[str, Any], config: ConversionTrainingConfig) -> list[str]:
-    """Why a run with saved settings, as plain JSON values, cannot be gone on with under this config.
+    """Why a run with saved settings, as plain JSON values, cannot be resumed under this config.
 
     Returns:
         A phrase for each difference that changes numbers; "there" is the saved one.

@@ -99,7 +99,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 
 def _known(section: str, key: str, origin: str) -> Setting:
-    """The setting of a key, or a refusal that names the closest one."""
+    """The setting of a key, or an error that names the closest one."""
     if found := SETTINGS.get(f"{section}.{key}"):
         return found
     closest = max(

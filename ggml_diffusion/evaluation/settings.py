@@ -5,6 +5,13 @@ Deliberately not here: which files (suite.py).
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ggml_diffusion.generation.denoise import (
+    GenerationConfig,
+    Probability,
+    Seed,
+    ShareBelowOne,
+    Temperature,
+)
 from ggml_diffusion.generation.sampling import RevealOrder
 
 
@@ -29,20 +36,16 @@ class EvaluationSettings(BaseModel):
     samples: int = Field(default=4, ge=0, description="Texts to write for each number of steps; 0 = none.")
     length: int = Field(default=64, ge=1, description="Tokens of such a text.")
     prompt_length: int = Field(
-        default=32, ge=0, description="Tokens of held-out text that it goes on from; 0 = from nothing."
+        default=32, ge=0, description="Tokens of held-out text that it continues; 0 = none."
     )
     order: RevealOrder = Field(
         default=RevealOrder.RANDOM, description="Which masks of such a text are revealed first."
     )
-    temperature: float = Field(
-        default=1.0, ge=0.0, allow_inf_nan=False, description="Temperature of its draws."
-    )
-    top_p: float = Field(default=1.0, gt=0.0, le=1.0, description="Probability that its draws are cut to.")
-    threshold: float = Field(
+    temperature: Temperature = Field(default=1.0, description="Temperature of its draws.")
+    top_p: Probability = Field(default=1.0, description="Probability that its draws are cut to.")
+    threshold: Probability = Field(
         default=0.9,
-        gt=0.0,
-        le=1.0,
-        description="Probability from which its tokens are sure; for the order threshold only.",
+        description="Probability that its tokens must reach; for the order threshold only.",
     )
     block_length: int | None = Field(
         default=None,
@@ -50,8 +53,21 @@ class EvaluationSettings(BaseModel):
         description="Tokens of the blocks that it is written in; 0 = all at once; left out, as the "
         "conversion was trained.",
     )
-    remasking: float = Field(
-        default=0.0, ge=0.0, lt=1.0, description="Share of its tokens that each step masks again."
+    remasking: ShareBelowOne = Field(
+        default=0.0, description="Share of its tokens that each step masks again."
     )
-    seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of masks, spans, samples and texts.")
+    seed: Seed = Field(default=0, description="Seed of masks, spans, samples and texts.")
     batch_size: int = Field(default=8, ge=1, description="Sequences a forward pass; changes no figure.")
+
+    def generation_config(self, block_size: int | None) -> GenerationConfig:
+        """How text is denoised: by the settings of these names, in blocks as the conversion was trained.
+
+        Args:
+            block_size: of the conversion; None = it was trained on whole sequences.
+
+        """
+        names = (EvaluationSettings.model_fields.keys() & GenerationConfig.model_fields.keys()) - {"length"}
+        shared = {name: getattr(self, name) for name in names}
+        if self.block_length is None:
+            shared["block_length"] = block_size or 0
+        return GenerationConfig(**shared)

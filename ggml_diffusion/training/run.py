@@ -1,7 +1,7 @@
 """A whole conversion run: a GGUF, some text and a config in; an adapter and its evidence out.
 
 `run_conversion` reads top-down: lock the output folder, read base and data, check the engine against
-llama.cpp, go on from the last checkpoint or start anew, measure, train, save and export, measure again.
+llama.cpp, resume from the last checkpoint or start anew, measure, train, save and export, measure again.
 
 The output folder holds adapter.safetensors and adapter.gguf (the exports), metrics.jsonl (one object a step),
 config.toml (as resolved), evaluation.json (if it was asked for) and checkpoints/.
@@ -50,8 +50,8 @@ EXPORTS = ("adapter.safetensors", "adapter.gguf")
 _LOCK, _PID = ".lock", ".pid"
 
 
-class Listener(Protocol):
-    """What a run tells of itself while it goes on; display.py has one for people."""
+class RunListener(Protocol):
+    """What a run reports; display.py has one for people."""
 
     def note(self, text: str) -> None:
         """Something that happened."""
@@ -111,9 +111,9 @@ class Conversion:
 
 
 def run_conversion(
-    config: ConversionTrainingConfig, listener: Listener, *, fresh: bool = False, evaluate_on: int = 0
+    config: ConversionTrainingConfig, listener: RunListener, *, fresh: bool = False, evaluate_on: int = 0
 ) -> Conversion:
-    """Convert a model, or go on with a conversion that was interrupted.
+    """Convert a model, or resume a conversion that was interrupted.
 
     Args:
         config: with base_model, data and output set.
@@ -218,7 +218,7 @@ def _read_pid(output: Path) -> str:
 
 
 def _training_data(
-    config: ConversionTrainingConfig, tokenizer: Tokenizer, base: ModelFile, listener: Listener
+    config: ConversionTrainingConfig, tokenizer: Tokenizer, base: ModelFile, listener: RunListener
 ) -> TextDataLoader:
     """The text to train on; one batch is what one optimizer step takes."""
     if config.sequence_length > base.context_length:
@@ -278,7 +278,9 @@ def _memory_line(trainer: ConversionTrainer) -> str:
     )
 
 
-def _describe(model: Engine, base: ModelFile, config: ConversionTrainingConfig, listener: Listener) -> None:
+def _describe(
+    model: Engine, base: ModelFile, config: ConversionTrainingConfig, listener: RunListener
+) -> None:
     listener.note(f"base: {model.description}")
     bits = _weight_bits(base)
     expected = config.qlora.quantization_bits
@@ -310,14 +312,14 @@ def _delete_run(output: Path) -> None:
         raise UserError(f"{output}: the earlier run cannot be deleted: {error.strerror or error}") from None
 
 
-def _resume(trainer: ConversionTrainer, output: Path, listener: Listener) -> bool:
+def _resume(trainer: ConversionTrainer, output: Path, listener: RunListener) -> bool:
     try:
         resumed = resume_run(trainer, output / CHECKPOINTS)
     except UserError as error:
-        raise UserError(f"{error}; go on with what it began with, or start anew with --fresh") from None
+        raise UserError(f"{error}; resume it with what it began with, or start anew with --fresh") from None
     if resumed:
         listener.note(
-            f"going on at step {trainer.step_count} of {trainer.config.total_steps}; --fresh would start anew"
+            f"resuming at step {trainer.step_count} of {trainer.config.total_steps}; --fresh would start anew"
         )
     return resumed
 
@@ -325,7 +327,9 @@ def _resume(trainer: ConversionTrainer, output: Path, listener: Listener) -> boo
 # -- the loop ----------------------------------------------------------------------------------------
 
 
-def _train(trainer: ConversionTrainer, data: TextDataLoader, output: Path, listener: Listener) -> int | None:
+def _train(
+    trainer: ConversionTrainer, data: TextDataLoader, output: Path, listener: RunListener
+) -> int | None:
     """Take the steps that are left, and save; returns the signal that cut it short, if one did."""
     total_steps, checkpoint_every = trainer.config.total_steps, trainer.config.checkpoint_every
     if trainer.step_count >= total_steps:
@@ -351,7 +355,7 @@ def _train(trainer: ConversionTrainer, data: TextDataLoader, output: Path, liste
 
 
 @contextmanager
-def _stop_on_signals(listener: Listener) -> Iterator[list[int]]:
+def _stop_on_signals(listener: RunListener) -> Iterator[list[int]]:
     """Collect the first SIGINT or SIGTERM instead of dying of it; a second one kills at once.
 
     Only Python's main thread can take signals: elsewhere nothing is collected.

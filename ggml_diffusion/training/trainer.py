@@ -381,7 +381,7 @@ class ConversionTrainer:
         what = f"batch {self.step_count}: loss {loss:.4g}, gradient norm {grad_norm:.4g}"
         if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise UserError(
-                f"{what}: {MAX_SKIPPED_IN_A_ROW} batches in a row are not finite; go on from the last "
+                f"{what}: {MAX_SKIPPED_IN_A_ROW} batches in a row are not finite; resume from the last "
                 f"checkpoint with a lower learning rate (now {self.config.learning_rate:g})"
             )
         self.warn(f"{what}: the step is skipped")
@@ -389,7 +389,7 @@ class ConversionTrainer:
     # -- what comes out ----------------------------------------------------------------------------
 
     def checkpoint(self) -> DiffusionCheckpoint:
-        """The conversion as it is now; its arrays are those that training goes on to change."""
+        """The conversion as it is now; its arrays are not copies: training changes them."""
         config = self.config
         return DiffusionCheckpoint(
             config=config.model_dump(mode="json"),

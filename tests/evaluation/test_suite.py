@@ -5,7 +5,6 @@ import io
 import json
 import math
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -341,8 +340,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(measured, tmp_path):
     ("asked", "trained", "expected"), [(None, None, 0), (None, 4, 4), (0, 4, 0), (8, None, 8)]
 )
 def test_texts_are_written_at_once_unless_blocks_were_trained_or_asked_for(asked, trained, expected):
-    model = SimpleNamespace(rule=SimpleNamespace(block_size=trained))
-    config = suite._generation_config(EvaluationSettings(block_length=asked, top_p=0.5), model)
+    config = EvaluationSettings(block_length=asked, top_p=0.5).generation_config(trained)
     assert (config.block_length, config.top_p) == (expected, 0.5)
 
 

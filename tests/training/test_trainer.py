@@ -1,4 +1,4 @@
-"""One optimizer step and what a run can be gone on from, on tiny models."""
+"""One optimizer step and what a run can be resumed from, on tiny models."""
 
 import numpy as np
 import pytest

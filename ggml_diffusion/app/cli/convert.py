@@ -46,14 +46,12 @@ def convert(
     ] = 0,
     fresh: Annotated[
         bool,
-        typer.Option(
-            "--fresh", help="Delete the run that the output folder holds, instead of going on with it."
-        ),
+        typer.Option("--fresh", help="Delete the run that the output folder holds, instead of resuming it."),
     ] = False,
 ) -> None:
     """Convert a GGUF model: train its adapter on text and export it.
 
-    The same command again goes on with a run that was interrupted.
+    The same command again resumes a run that was interrupted.
     """
     overrides: dict[str, Any] = {
         "model.base_model": None if model is None else str(model),
@@ -86,7 +84,7 @@ def run_and_show(config: ConversionTrainingConfig, *, fresh: bool, evaluate_on: 
         console.print(
             Text(
                 f"stopped and saved after step {conversion.step} of {conversion.total_steps}; "
-                f"the same command goes on from there"
+                f"the same command resumes it"
             ),
             soft_wrap=True,
         )

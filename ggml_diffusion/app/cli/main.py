@@ -1,6 +1,6 @@
 """Entry point: the commands, and what their errors become.
 
-Exit codes: 0 done; 2 something the user can mend, in one line on stderr; 130 or 143 stopped by SIGINT or
+Exit codes: 0 done; 2 something the user can correct, in one line on stderr; 130 or 143 stopped by SIGINT or
 SIGTERM with everything saved. Deliberately not here: any work, and the commands themselves.
 """
 
