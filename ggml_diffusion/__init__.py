@@ -7,12 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ggml_diffusion.config.settings import (
-        ConversionTrainingConfig,
-        MaskAnnealingConfig,
-        QLoraConversionConfig,
-        TimeEmbeddingConfig,
-    )
+    from ggml_diffusion.config.groups import MaskAnnealingConfig, QLoraConversionConfig, TimeEmbeddingConfig
+    from ggml_diffusion.config.settings import ConversionTrainingConfig
     from ggml_diffusion.engine.cpu.q4_model import Q4Model
     from ggml_diffusion.engine.interface import Batch, Engine, LossResult, Teacher
     from ggml_diffusion.errors import UserError
@@ -26,9 +22,12 @@ if TYPE_CHECKING:
     from ggml_diffusion.text.loader import TextDataLoader, TokenBatch
     from ggml_diffusion.text.tokenizer import Tokenizer
     from ggml_diffusion.training.metrics import TrainMetrics
+    from ggml_diffusion.training.resume import resume_run, save_run
     from ggml_diffusion.training.trainer import ConversionTrainer
 
 _HOMES = {
+    "resume_run": "training.resume",
+    "save_run": "training.resume",
     "Batch": "engine.interface",
     "Engine": "engine.interface",
     "Teacher": "engine.interface",
@@ -43,14 +42,14 @@ _HOMES = {
     "GenerationConfig": "generation.denoise",
     "LoraAdapter": "formats.lora",
     "LossResult": "engine.interface",
-    "MaskAnnealingConfig": "config.settings",
+    "MaskAnnealingConfig": "config.groups",
     "NoiseSchedule": "objective.corruption",
     "Q4Model": "engine.cpu.q4_model",
-    "QLoraConversionConfig": "config.settings",
+    "QLoraConversionConfig": "config.groups",
     "TargetModule": "formats.lora",
     "TextDataLoader": "text.loader",
     "TimeEmbedding": "objective.time_embedding",
-    "TimeEmbeddingConfig": "config.settings",
+    "TimeEmbeddingConfig": "config.groups",
     "TokenBatch": "text.loader",
     "Tokenizer": "text.tokenizer",
     "TrainMetrics": "training.metrics",
@@ -84,6 +83,8 @@ __all__ = [
     "TrainMetrics",
     "UserError",
     "load_adapter",
+    "resume_run",
+    "save_run",
 ]
 
 

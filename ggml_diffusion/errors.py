@@ -1,4 +1,4 @@
-"""The one class of error that is the user's to mend, and how foreign text is put into its message.
+"""The one class of errors that the user can correct, and how foreign text is put into its message.
 
 Deliberately not here: exit codes and printing. The command line turns a `UserError` into one line on
 stderr and exit code 2; anything else that escapes is a defect of the program and keeps its traceback.

@@ -12,6 +12,7 @@ import numpy as np
 import oracle
 from numpy.typing import NDArray
 
+from ggml_diffusion.engine.interface import Batch
 from ggml_diffusion.formats.lora import LoraAdapter
 
 FloatArray = NDArray[np.float32]
@@ -107,6 +108,23 @@ def offset_of(adapter: oracle.Adapter) -> FloatArray | None:
     """The embedding offset (B, C) of an adapter, as the engine takes it."""
     offset = adapter.parameters.get("embedding_offset")
     return None if offset is None else np.ascontiguousarray(offset, dtype=np.float32)
+
+
+def engine_batch(
+    batch: oracle.Batch,
+    causal_ratio: float,
+    adapter: oracle.Adapter = oracle.EMPTY_ADAPTER,
+    bernoulli_seed: int | None = None,
+) -> Batch:
+    """What the engine sees of a batch of the oracle; the adapter gives the embedding offset."""
+    return Batch(
+        batch.tokens,
+        causal_ratio,
+        batch.lengths,
+        batch.document_ids,
+        offset_of(adapter),
+        bernoulli_seed,
+    )
 
 
 def random_batch(V: int, *, B: int, T: int, seed: int = 0) -> oracle.Batch:

@@ -189,6 +189,15 @@ def test_the_page_on_the_architecture_shows_the_wings_in_this_order_with_their_f
     assert table[1].splitlines() == [f"| `{wing}` | {first_sentence(wing)} |" for wing in WINGS]
 
 
+def test_every_file_that_the_page_on_the_architecture_names_is_there():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    links = re.findall(r"\]\((\.\./[^)#]+)\)", page)
+    names = re.findall(r"`(\w+(?:/\w+)+\.py)`", page)
+    assert links and names
+    assert [link for link in links if not (ROOT / "docs" / link).exists()] == []
+    assert [name for name in names if not (PACKAGE / name).exists() and not (ROOT / name).exists()] == []
+
+
 def test_c_files_include_their_own_layer_or_lower_ones():
     assert layer_faults(C_LAYERS, c_uses()) == []
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ggml_diffusion.config.settings import load_config
+from ggml_diffusion.config.toml import load_config
 from ggml_diffusion.engine.cpu.q4_model import Q4Model
 from ggml_diffusion.text.loader import TokenBatch
 from ggml_diffusion.training.trainer import ConversionTrainer

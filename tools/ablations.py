@@ -5,7 +5,7 @@
 
 converts SmolLM2-135M on the text of `ggml-diffusion demo` once for each variation below and writes what the
 held-out text says of each. A run is a folder of its own: what is complete is not done again, and what was
-interrupted goes on where it stopped. `--only aligned,annealing-none` and `--seeds 0,1,2` choose, `--on
+interrupted resumes where it stopped. `--only aligned,annealing-none` and `--seeds 0,1,2` choose, `--on
 lr-1e-3` takes another variation than the preset as what the others start from; `--list` shows what there is.
 """
 
@@ -21,7 +21,7 @@ import numpy as np
 from tool_errors import run_tool
 
 from ggml_diffusion.app.demo import demo_model, write_demo_text
-from ggml_diffusion.config.settings import load_config
+from ggml_diffusion.config.toml import load_config
 from ggml_diffusion.engine.cpu.q4_model import Q4Model
 from ggml_diffusion.evaluation.held_out import as_rows, masked_scores
 from ggml_diffusion.evaluation.suite import load_held_out
@@ -118,7 +118,7 @@ def run(
     config = load_config(overrides=overrides, preset=BASE_PRESET)
     begin = time.monotonic()
     if run_conversion(config, Quiet()).interrupted_by is not None:
-        sys.exit("interrupted; the same command goes on")
+        sys.exit("interrupted; the same command resumes")
     measure(output, demo_model(), n_threads)
     print(f"{output}: {time.monotonic() - begin:.0f} s", flush=True)
 

@@ -10,7 +10,7 @@ torch is asked for them once (`masks.npz` in FOLDER is used again). With the pee
 5e-4, rank 32 on all seven projections, shifted, uniform weights, soft mask, no time embedding) it went from
 masked cross-entropy 6.42 / 7.82 at t = .15 / .5 to 3.12 / 4.41 after 205K tokens and 2.90 / 4.20 after 410K.
 
-Noise in training is each side's own. A run goes on from its checkpoint where it was interrupted.
+Noise in training is each side's own. An interrupted run resumes from its checkpoint.
 """
 
 import argparse
@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 from tool_errors import run_tool
 
 from ggml_diffusion.app.demo import demo_model
-from ggml_diffusion.config.settings import ConversionTrainingConfig, load_config
+from ggml_diffusion.config.settings import ConversionTrainingConfig
+from ggml_diffusion.config.toml import load_config
 from ggml_diffusion.engine.cpu.q4_model import Q4Model
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.evaluation.scoring import score_masked
@@ -34,6 +35,7 @@ from ggml_diffusion.generation.diffusion_model import DiffusionModel
 from ggml_diffusion.text.loader import TokenBatch
 from ggml_diffusion.text.tokenizer import Tokenizer
 from ggml_diffusion.training.int8_gate import choose_int8
+from ggml_diffusion.training.resume import resume_run, save_run
 from ggml_diffusion.training.trainer import ConversionTrainer
 
 T, B, HELD_OUT, GROUP = 128, 8, 64, 16
@@ -148,7 +150,7 @@ def main() -> None:
         def current() -> DiffusionModel:
             return DiffusionModel.from_checkpoint(model, tokenizer, trainer.checkpoint())
 
-        if not trainer.resume(checkpoints):
+        if not resume_run(trainer, checkpoints):
             print(choose_int8(trainer, batches[0]))
             note("step 0, bidirectional", current().untrained(), 0.0)
         while trainer.step_count < config.total_steps:
@@ -156,7 +158,7 @@ def main() -> None:
             if trainer.step_count % 20 == 0:
                 print(f"step {metrics.step}: loss {metrics.loss:.3f}", flush=True)
             if trainer.step_count % arguments.every == 0 or trainer.step_count == config.total_steps:
-                trainer.save_checkpoint(checkpoints)
+                save_run(trainer, checkpoints)
                 note("bidirectional", current(), 0.0)
         note("right hidden (causal)", current(), 1.0)
     output = checkpoints.with_suffix(".json")

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ggml_diffusion.app.cli import click_group
+from ggml_diffusion.app.cli.main import click_group
 
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "cli.md"
 HEAD = """# Command line

@@ -3,7 +3,7 @@
 
     python tools/sampler_table.py MODEL.gguf RUN --json FILE --markdown FILE --plot FILE
 
-Every sampler goes on from the same held-out prompts in 8, K/4, K/2 and K steps, drawing at temperature 1 from
+Every sampler continues the same held-out prompts in 8, K/4, K/2 and K steps, drawing at temperature 1 from
 all of the distribution, so that they differ in which position they reveal when. Perplexity is the base's, and
 can be gamed by repeating; entropy, distinct pairs and repetition stand beside it, and the held-out text and
 the base's own samples above (docs/evaluation.md).

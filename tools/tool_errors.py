@@ -1,4 +1,4 @@
-"""How the tools of this folder end when their user has something to mend: one line, exit code 2."""
+"""How the tools of this folder end when the user has something to correct: one line, exit code 2."""
 
 import sys
 from collections.abc import Callable

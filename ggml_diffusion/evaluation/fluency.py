@@ -5,7 +5,7 @@ sample's own token frequencies (nats), distinct-2 (the share of a sample's pairs
 distinct) and repetition (the share of its groups of four tokens that it has said before), beside the same
 figures of the true continuations and of samples of the base.
 
-All texts go on from the same prompts, which are the beginnings of held-out documents, or, where the prompt
+All texts continue the same prompts, which are the beginnings of held-out documents, or, where the prompt
 length is 0, from the token that starts a text.
 Sources: generative perplexity with entropy, MDLM [Sahoo et al. 2024, arXiv:2406.07524] and [Zheng et al.
 2024, arXiv:2409.02908]; distinct-n [Li et al. 2016, arXiv:1510.03055]; repetition of four tokens [Welleck et

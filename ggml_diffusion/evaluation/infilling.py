@@ -1,9 +1,9 @@
 """Spans of 1, 4 and 8 tokens cut out of held-out text, and put back by those who can and cannot look ahead.
 
-Arms, on the same holes: the conversion, which sees both sides (one token a step, the surest first, the
-likeliest token); the base's greedy continuation of the left side; and the best of n continuations that the
-base samples (the greedy one is added to them), chosen by how likely they make the true right side. The last
-one has both sides too, and costs n times as much.
+Arms, on the same holes: the conversion, which sees both sides (one token a step, the most certain place
+first, the most probable token); the base's greedy continuation of the left side; and the best of n
+continuations that the base samples (the greedy one is added to them), chosen by how likely they make the true
+right side. The last one has both sides too, and costs n times as much.
 
 Scores: exact match of the whole span, and share of its tokens that are right.
 Letters: N holes, S candidates, K tokens of a hole.
@@ -174,7 +174,7 @@ def compare_infilling(
 def fill_holes(
     model: DiffusionModel, holes: list[Hole], on_tokens: OnTokens = ignore_tokens
 ) -> NDArray[np.int32]:
-    """What the conversion writes into each hole (N, K): the surest place first, the likeliest token."""
+    """What the conversion writes into each hole (N, K): the most certain place first, without chance."""
     filled = []
     for hole in holes:
         text = hole.filled(np.full(hole.length, model.mask_token_id, dtype=np.int32))

@@ -1,6 +1,7 @@
-"""What an evaluation is asked for and what comes out of it: its settings, and all of its figures.
+"""What comes out of an evaluation: all of its figures.
 
-Deliberately not here: how they are measured (suite.py and the measures), how they look (tables.py, plots.py).
+Deliberately not here: what is asked for (settings.py), how figures are measured (suite.py and the
+measures), how they look (tables.py, plots.py).
 Letters: V vocabulary.
 """
 
@@ -10,65 +11,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
-
 from ggml_diffusion.durable import replace_file
 from ggml_diffusion.evaluation.fluency import WrittenText
 from ggml_diffusion.evaluation.infilling import InfillComparison
 from ggml_diffusion.evaluation.likelihood import Likelihood
 from ggml_diffusion.evaluation.masked import MaskedComparison
-from ggml_diffusion.generation.sampling import RevealOrder
 
 FORMAT = 1
-
-
-class EvaluationSettings(BaseModel):
-    """How much is measured. One field = one setting: the flags of `evaluate` and their help come of it."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    sequences: int = Field(default=24, ge=1, description="Held-out sequences to measure on.")
-    seeds: int = Field(default=3, ge=1, description="Mask seeds; the figures are means over them.")
-    one_by_one: int = Field(
-        default=64,
-        ge=0,
-        description="Tokens at each share for form (b) of the future-context gain; 0 leaves it out.",
-    )
-    spans: int = Field(
-        default=1, ge=0, description="Spans of each length cut out of each sequence; 0 = no infilling."
-    )
-    candidates: int = Field(
-        default=4, ge=1, description="Samples of the base for the re-ranked arm of infilling."
-    )
-    samples: int = Field(default=4, ge=0, description="Texts to write for each number of steps; 0 = none.")
-    length: int = Field(default=64, ge=1, description="Tokens of such a text.")
-    prompt_length: int = Field(
-        default=32, ge=0, description="Tokens of held-out text that it goes on from; 0 = from nothing."
-    )
-    order: RevealOrder = Field(
-        default=RevealOrder.RANDOM, description="Which masks of such a text are revealed first."
-    )
-    temperature: float = Field(
-        default=1.0, ge=0.0, allow_inf_nan=False, description="Temperature of its draws."
-    )
-    top_p: float = Field(default=1.0, gt=0.0, le=1.0, description="Probability that its draws are cut to.")
-    threshold: float = Field(
-        default=0.9,
-        gt=0.0,
-        le=1.0,
-        description="Probability from which its tokens are sure; for the order threshold only.",
-    )
-    block_length: int | None = Field(
-        default=None,
-        ge=0,
-        description="Tokens of the blocks that it is written in; 0 = all at once; left out, as the "
-        "conversion was trained.",
-    )
-    remasking: float = Field(
-        default=0.0, ge=0.0, lt=1.0, description="Share of its tokens that each step masks again."
-    )
-    seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of masks, spans, samples and texts.")
-    batch_size: int = Field(default=8, ge=1, description="Sequences a forward pass; changes no figure.")
 
 
 @dataclass(frozen=True)

@@ -32,19 +32,19 @@ from ggml_diffusion.evaluation.infilling import (
 )
 from ggml_diffusion.evaluation.likelihood import Likelihood, likelihood, nelbo_totals, unigram_losses
 from ggml_diffusion.evaluation.masked import MASKED_SHARES, compare_arms, random_masks
-from ggml_diffusion.evaluation.results import BaseCheck, Evaluation, EvaluationSettings
+from ggml_diffusion.evaluation.results import BaseCheck, Evaluation
 from ggml_diffusion.evaluation.scoring import OnTokens, TokenScores, scorable, score_base
+from ggml_diffusion.evaluation.settings import EvaluationSettings
 from ggml_diffusion.formats.adapter_file import DiffusionCheckpoint
 from ggml_diffusion.formats.lora import LoraAdapter
 from ggml_diffusion.formats.model_file import file_sha256, read_model
-from ggml_diffusion.generation.denoise import GenerationConfig
 from ggml_diffusion.generation.diffusion_model import DiffusionModel
 from ggml_diffusion.text.loader import TextDataLoader, TokenBatch
 from ggml_diffusion.text.tokenizer import Tokenizer
 
 
-class Listener(Protocol):
-    """What an evaluation tells of itself while it goes on; tables.py has one for people."""
+class EvaluationListener(Protocol):
+    """What an evaluation reports while it runs; tables.py has one for people."""
 
     def note(self, text: str) -> None:
         """Something that happened."""
@@ -101,7 +101,9 @@ class HeldOutData:
     fraction: float
 
 
-def run_evaluation(inputs: EvaluationInputs, settings: EvaluationSettings, listener: Listener) -> Evaluation:
+def run_evaluation(
+    inputs: EvaluationInputs, settings: EvaluationSettings, listener: EvaluationListener
+) -> Evaluation:
     """Open the files and measure.
 
     Raises:
@@ -110,9 +112,10 @@ def run_evaluation(inputs: EvaluationInputs, settings: EvaluationSettings, liste
     """
     checkpoint = DiffusionCheckpoint.load(inputs.adapter)
     control_checkpoint = None if inputs.control is None else DiffusionCheckpoint.load(inputs.control)
-    with closing(open_engine(read_model(inputs.base), inputs.n_threads)) as engine:
+    base = read_model(inputs.base)
+    with closing(open_engine(base, inputs.n_threads)) as engine:
         listener.note(f"base: {engine.description}")
-        tokenizer = Tokenizer.from_gguf(inputs.base)
+        tokenizer = Tokenizer.from_file(base)
         conversions = [one for one in (checkpoint, control_checkpoint) if one is not None]
         for one in conversions:
             one.check_base(engine.sha256, allow_other_base=inputs.allow_other_base)
@@ -188,7 +191,7 @@ def evaluate_conversion(
     checkpoint: DiffusionCheckpoint,
     data: HeldOutData,
     settings: EvaluationSettings,
-    listener: Listener,
+    listener: EvaluationListener,
     control: DiffusionModel | None = None,
 ) -> Evaluation:
     """Measure a conversion.
@@ -248,7 +251,7 @@ def evaluate_conversion(
                 model,
                 prompts,
                 truths,
-                _generation_config(settings, model),
+                settings.generation_config(model.rule.block_size),
                 batch_size=settings.batch_size,
                 on_tokens=_teller(listener, "writing"),
             )
@@ -286,7 +289,7 @@ def planned_tokens(
     return total + (writing_tokens(prompts, settings.length) if prompts else 0)
 
 
-def _teller(listener: Listener, part: str) -> OnTokens:
+def _teller(listener: EvaluationListener, part: str) -> OnTokens:
     return lambda n_tokens: listener.advance(part, n_tokens)
 
 
@@ -335,7 +338,7 @@ def _likelihoods(
 
 
 def _all_holes(
-    model: DiffusionModel, held_out: TokenBatch, settings: EvaluationSettings, listener: Listener
+    model: DiffusionModel, held_out: TokenBatch, settings: EvaluationSettings, listener: EvaluationListener
 ) -> list[list[Hole]]:
     """The holes of each length; lengths for which no text has room are left out, with a note."""
     if settings.spans == 0:
@@ -351,7 +354,7 @@ def _all_holes(
 
 
 def _prompts(
-    model: DiffusionModel, held_out: TokenBatch, settings: EvaluationSettings, listener: Listener
+    model: DiffusionModel, held_out: TokenBatch, settings: EvaluationSettings, listener: EvaluationListener
 ) -> tuple[list[NDArray[np.int32]], list[NDArray[np.int32]]]:
     """Prompts and how they went on; if no text has room for them none, with a note."""
     if settings.samples == 0:
@@ -362,13 +365,6 @@ def _prompts(
     except UserError as error:
         listener.note(f"no texts are written: {error}")
         return [], []
-
-
-def _generation_config(settings: EvaluationSettings, model: DiffusionModel) -> GenerationConfig:
-    shared = ("order", "temperature", "top_p", "threshold", "remasking", "seed")
-    as_trained = model.rule.block_size or 0
-    block_length = as_trained if settings.block_length is None else settings.block_length
-    return GenerationConfig(block_length=block_length, **{name: getattr(settings, name) for name in shared})
 
 
 def _probe(engine: Engine, held_out: TokenBatch, adapter: LoraAdapter | None) -> NDArray[np.float32]:

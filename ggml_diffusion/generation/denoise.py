@@ -10,6 +10,7 @@ Letters: T tokens, N candidate positions, V vocabulary.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,12 +24,19 @@ from ggml_diffusion.randomness import Stream, generator_of
 Predictor = Callable[[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]], NDArray[np.float32]]
 
 
-# A text whose surest tokens are written first, wherever they are, repeats itself (docs/results/samplers.md).
+# The limits of settings that evaluation has too.
+Temperature = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Probability = Annotated[float, Field(gt=0.0, le=1.0)]
+ShareBelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+# A text whose most certain tokens are written first, wherever they are, repeats itself
+# (docs/results/samplers.md).
 DEFAULT_BLOCK_LENGTH = 8
 
 
 class GenerationConfig(BaseModel):
-    """How text is denoised. One field = one setting: the flags of `generate` and their help come of it."""
+    """How text is denoised. One field = one setting; the flags of `generate` are derived from the fields."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -40,45 +48,36 @@ class GenerationConfig(BaseModel):
     )
     order: RevealOrder = Field(
         default=RevealOrder.CONFIDENCE,
-        description="Positions revealed first: at random, the surest by confidence, margin or entropy, or by "
-        "threshold = all that are sure.",
+        description="Positions revealed first: at random, the most certain by confidence, margin or entropy, "
+        "or by threshold = all that reach it.",
     )
-    threshold: float = Field(
+    threshold: Probability = Field(
         default=0.9,
-        gt=0.0,
-        le=1.0,
-        description="Probability from which a token is sure; for the order threshold only.",
+        description="Probability that a token must reach; for the order threshold only.",
     )
-    temperature: float = Field(
+    temperature: Temperature = Field(
         default=1.0,
-        ge=0.0,
-        allow_inf_nan=False,
         description="Temperature of the draw; 0 takes the likeliest token.",
     )
     top_k: int = Field(default=0, ge=0, description="Draw from the k likeliest tokens only; 0 = from all.")
-    top_p: float = Field(
+    top_p: Probability = Field(
         default=0.9,
-        gt=0.0,
-        le=1.0,
         description="Draw from the smallest set of tokens that holds this probability.",
     )
     length: int = Field(
         default=64, ge=1, description="Tokens to write; the text may end before, at an end-of-text."
     )
-    seed: int = Field(
-        default=0, ge=0, lt=2**63, description="Seed of the draws; the same seed gives the same text."
-    )
+    seed: Seed = Field(default=0, description="Seed of the draws; the same seed gives the same text.")
     block_length: int | None = Field(
         default=None,
         ge=0,
         description="Finish blocks of this many tokens from left to right; 0 = all at once; left out, as the "
         f"conversion was trained, {DEFAULT_BLOCK_LENGTH} if it was on whole texts.",
     )
-    remasking: float = Field(
+    remasking: ShareBelowOne = Field(
         default=0.0,
-        ge=0.0,
-        lt=1.0,
-        description="Share of the tokens already written that each step masks again, the least sure first.",
+        description="Share of the tokens already written that each step masks again, the least certain "
+        "first.",
     )
 
 
@@ -105,7 +104,8 @@ def denoise(
     """Replace every mask of a sequence.
 
     Each block takes its share of the steps, or fewer with the order "threshold": a step then reveals all
-    tokens that are sure, at least one more than it masked again, and the block's last step all that are left.
+    tokens that reach the threshold, at least one more than it masked again, and the last step of a block all
+    the rest.
 
     Args:
         tokens: (T,) with `mask_token_id` wherever a token is to be written; all else is context and stays.
@@ -135,17 +135,20 @@ def denoise(
     steps_of_blocks = block_steps([len(block) for block in blocks], config.steps or len(holes))
     step = 0
     for block, n_steps in zip(blocks, steps_of_blocks, strict=True):
-        surety = np.zeros(len(tokens))  # of each token written in this block, as it was when it was written
+        # Of each token written in this block, as it was when it was written.
+        confidence = np.zeros(len(tokens))
         for index, count in enumerate(reveal_counts(len(block), n_steps, mask_probability)):
             is_last = index == n_steps - 1
-            n_again = 0 if is_last else _mask_again(tokens, block, surety, mask_token_id, config.remasking)
+            n_again = (
+                0 if is_last else _mask_again(tokens, block, confidence, mask_token_id, config.remasking)
+            )
             end = _end_of_sight(tokens, block, was_hole, stop_token, hide_later_blocks)
             masks = _masks_before(end, tokens, block, mask_token_id)
-            # The order "threshold" adds what is sure; the last step leaves none, whatever was masked again.
+            # The order "threshold" adds all that reach it; the last step leaves no mask.
             least = 1 if config.order is RevealOrder.THRESHOLD else int(count)
             n_least = len(masks) if is_last else min(least + n_again, len(masks))
             # A slice is a view: what is written shows in `tokens`.
-            _reveal(tokens[:end], masks, block, surety, n_least, predict, config, generator)
+            _reveal(tokens[:end], masks, block, confidence, n_least, predict, config, generator)
             step += 1
             if on_step is not None:
                 on_step(DenoisingStep(step, sum(steps_of_blocks), tokens.copy()))
@@ -185,28 +188,28 @@ def _masks_before(
 def _mask_again(
     tokens: NDArray[np.int32],
     block: NDArray[np.int64],
-    surety: NDArray[np.float64],
+    confidence: NDArray[np.float64],
     mask_token_id: int,
     share: float,
 ) -> int:
-    """Mask the least sure `share` of the tokens that are written in a block; returns how many that is."""
+    """Mask the least certain `share` of the tokens that are written in a block; returns how many that is."""
     written = block[tokens[block] != mask_token_id]
-    least_sure = written[highest(-surety[written], int(share * len(written)))]
-    tokens[least_sure] = mask_token_id
-    return len(least_sure)
+    least_confident = written[highest(-confidence[written], int(share * len(written)))]
+    tokens[least_confident] = mask_token_id
+    return len(least_confident)
 
 
 def _reveal(
     tokens: NDArray[np.int32],
     masks: NDArray[np.int64],
     block: NDArray[np.int64],
-    surety: NDArray[np.float64],
+    confidence: NDArray[np.float64],
     n_least: int,
     predict: Predictor,
     config: GenerationConfig,
     generator: np.random.Generator,
 ) -> None:
-    """Write `n_least` tokens, or by the order "threshold" all sure ones, into masks of a block, in place."""
+    """Write `n_least` tokens, or by the order "threshold" all that reach it, into a block, in place."""
     if n_least == 0:
         return
     if config.order is RevealOrder.RANDOM:  # no need to look at positions that are not revealed
@@ -219,7 +222,7 @@ def _reveal(
         top_k=config.top_k,
         top_p=config.top_p,
     )
-    n_sure = int((scores >= config.threshold).sum()) if config.order is RevealOrder.THRESHOLD else 0
-    chosen = highest(scores, max(n_least, n_sure))
+    n_certain = int((scores >= config.threshold).sum()) if config.order is RevealOrder.THRESHOLD else 0
+    chosen = highest(scores, max(n_least, n_certain))
     tokens[masks[chosen]] = drawn[chosen]
-    surety[masks[chosen]] = scores[chosen]
+    confidence[masks[chosen]] = scores[chosen]

@@ -68,9 +68,10 @@ class DiffusionModel:
 
         """
         checkpoint = DiffusionCheckpoint.load(weights)
-        engine = open_engine(read_model(base), n_threads)
+        file = read_model(base)
+        engine = open_engine(file, n_threads)
         checkpoint.check_base(engine.sha256, allow_other_base=allow_other_base)
-        return cls.from_checkpoint(engine, Tokenizer.from_gguf(base), checkpoint)
+        return cls.from_checkpoint(engine, Tokenizer.from_file(file), checkpoint)
 
     @classmethod
     def from_checkpoint(

@@ -1,41 +1,37 @@
 """Training text: from files to batches of token sequences.
 
 Documents are tokenised one by one, each followed by end-of-text, and laid end to end in one stream of int32;
-a sequence is a view of it. A long document goes on in the next sequence, short ones share one, and every
+a sequence is a view of it. A long document continues in the next sequence, short ones share one, and every
 batch says which token belongs to which document, so that attention can stay inside. Part of the sequences is
 held out, the same ones whatever the seed is.
 
 An example, a prompt with its response, is a sequence by itself: it is never cut in two, and its padding costs
 nothing. The prompt is never a target. All text comes first, then all examples.
 
-Deliberately not here: masking (corruption.py), the vocabulary (tokenizer.py), how a record becomes an example
-(prompts.py).
+Deliberately not here: masking (corruption.py), the vocabulary (tokenizer.py), files and lines (files.py), how
+a record becomes an example (prompts.py).
 Letters: B sequences, T tokens.
 """
 
-import codecs
 import copy
 import hashlib
-import json
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.randomness import Stream, generator_of
+from ggml_diffusion.text.files import documents
 from ggml_diffusion.text.prompts import Example, ExampleReader, TextEncoder
 
 Split = Literal["train", "held_out", "all"]
 
-MAX_LINE_BYTES = 16 << 20
-# Text is tokenised in blocks of about this many characters, which bounds the memory that takes.
-_BLOCK_CHARS = 1 << 20
 _HELD_OUT_SEED = 0x68656C64
 
 
@@ -46,7 +42,7 @@ class TokenBatch:
     Attributes:
         tokens: (B, T) int32.
         lengths: (B,) int32; positions from there on are padding.
-        document_ids: (B, T) int32, counted from 0 in each sequence; padding goes on with the last one.
+        document_ids: (B, T) int32, counted from 0 in each sequence; padding repeats the last one.
         maskable: (B, T) bool, False where a token is never a target, as in a prompt; None = no such tokens.
 
     """
@@ -123,12 +119,15 @@ class TextDataLoader:
         self._read(tokenizer)
         self._select(split)
 
-    def with_split(self, split: Split, batch_size: int | None = None) -> "TextDataLoader":
+    def with_split(
+        self, split: Split, batch_size: int | None = None, seed: int | None = None
+    ) -> "TextDataLoader":
         """A loader of another split of the same text, which is shared and not read again.
 
         Args:
             split: as for a new loader.
             batch_size: None = the same as here.
+            seed: of the order; None = the same as here.
 
         Raises:
             UserError: the split has no sequences.
@@ -137,6 +136,7 @@ class TextDataLoader:
         other = copy.copy(self)
         other.epoch = 0
         other.batch_size = batch_size or self.batch_size
+        other.seed = self.seed if seed is None else seed
         other._select(split)
         return other
 
@@ -162,7 +162,7 @@ class TextDataLoader:
         examples: list[Example] = []
         self.n_documents = self.n_skipped = self.n_too_long = 0
         with ExampleReader(tokenizer) as reader:
-            for document in _documents(self._paths, reader):
+            for document in documents(self._paths, reader):
                 self.n_documents += 1
                 if isinstance(document, Example):
                     if len(document.prompt) < self.sequence_length:
@@ -276,108 +276,3 @@ def _rows_of_split(n_sequences: int, split: Split, held_out_fraction: float) -> 
     shuffled = generator_of(_HELD_OUT_SEED, 0, Stream.HELD_OUT_SPLIT).permutation(n_sequences)
     chosen = {"train": shuffled[n_held_out:], "held_out": shuffled[:n_held_out], "all": shuffled}[split]
     return np.sort(chosen)
-
-
-def _documents(paths: list[Path], reader: ExampleReader) -> Iterator[Iterator[str] | Example]:
-    """Every document in turn, as the blocks of text that it consists of, or as an example."""
-    for path in paths:
-        for file in _files(path):
-            if file.suffix.lower() == ".jsonl":
-                for record in _records(file, reader):
-                    if isinstance(record, str):
-                        yield _blocks(record.splitlines(keepends=True))
-                    else:
-                        yield record
-            else:
-                yield _blocks(_lines(file))
-
-
-def _files(path: Path) -> list[Path]:
-    """The files that a path stands for."""
-    if path.is_dir():
-        found = sorted(
-            file for file in path.rglob("*") if file.suffix.lower() in (".txt", ".jsonl") and file.is_file()
-        )
-        if not found:
-            raise UserError(f"{path}: the folder holds no .txt and no .jsonl file")
-        return found
-    if not path.exists():
-        raise UserError(f"{path}: no such file or folder")
-    if path.suffix.lower() not in (".txt", ".jsonl"):
-        raise UserError(f"{path}: only .txt and .jsonl files are read, and folders of them")
-    return [path]
-
-
-def _lines(file: Path) -> Iterator[str]:
-    """A file's lines with their line feeds, checked one by one, so that a fault has a line number."""
-    try:
-        with file.open("rb") as stream:
-            number = 0
-            while line := stream.readline(MAX_LINE_BYTES + 1):
-                number += 1
-                yield _decoded(line, file, number)
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
-
-
-def _decoded(line: bytes, file: Path, number: int) -> str:
-    if len(line) > MAX_LINE_BYTES:
-        raise UserError(f"{file}, line {number}: longer than {MAX_LINE_BYTES >> 20} MB")
-    if number == 1:
-        line = line.removeprefix(codecs.BOM_UTF8)
-    try:
-        text = line.decode()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}, line {number}: not UTF-8 text at byte {error.start + 1}") from None
-    return text[:-2] + "\n" if text.endswith("\r\n") else text
-
-
-def _records(file: Path, reader: ExampleReader) -> Iterator[str | Example]:
-    """The texts and examples of a file of JSON lines; empty lines are passed over."""
-    for number, line in enumerate(_lines(file), start=1):
-        if not line.strip():
-            continue
-        try:
-            yield _record(_parsed(line), reader)
-        except UserError as error:
-            raise UserError(f"{file}, line {number}: {error}") from None
-
-
-def _parsed(line: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"not valid JSON: {getattr(error, 'msg', error)}") from None
-    return record if isinstance(record, dict) else {}
-
-
-def _record(record: dict[str, Any], reader: ExampleReader) -> str | Example:
-    text = record.get("text")
-    if isinstance(text, str):
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise UserError('"text" holds half of a surrogate pair') from None
-        return text
-    example = reader.read(record)
-    if example is None:
-        raise UserError(
-            'not an object with a string "text", with strings "prompt" and "completion", or with "messages"'
-        )
-    return example
-
-
-def _blocks(lines: Iterable[str]) -> Iterator[str]:
-    """Join lines to blocks, cut where a single line feed parts two words: no token reaches across that."""
-    block: list[str] = []
-    n_chars = 0
-    for line in lines:
-        if n_chars >= _BLOCK_CHARS:
-            between_words = not (line[0].isspace() or block[-1][-2:-1].isspace() or block[-1] == "\n")
-            if between_words or n_chars >= 8 * _BLOCK_CHARS:
-                yield "".join(block)
-                block, n_chars = [], 0
-        block.append(line)
-        n_chars += len(line)
-    if block:
-        yield "".join(block)

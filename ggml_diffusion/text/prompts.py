@@ -4,7 +4,7 @@ A record is a "prompt" with its "completion", or "messages" whose last one is th
 makes text of those. The response ends with one end-of-text, which is learned like any other token; nothing
 follows it.
 
-Deliberately not here: files and lines (loader.py), the template's process (chat_template.py), masks
+Deliberately not here: files and lines (files.py), the template's process (chat_template.py), masks
 (corruption.py).
 """
 

@@ -20,7 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ggml_diffusion.errors import UserError, one_line, quoted
-from ggml_diffusion.formats.model_file import TOKENIZERS_WITHOUT_VOCABULARY, check_tokenizer, read_gguf
+from ggml_diffusion.formats.model_file import (
+    TOKENIZERS_WITHOUT_VOCABULARY,
+    ModelFile,
+    check_tokenizer,
+    read_gguf,
+)
 from ggml_diffusion.text.chat_template import ChatTemplate
 
 # Values of tokenizer.ggml.token_type.
@@ -83,6 +88,16 @@ class Tokenizer:
         """
         file = read_gguf(path)
         check_tokenizer(file)
+        return cls.from_file(file)
+
+    @classmethod
+    def from_file(cls, file: ModelFile) -> "Tokenizer":
+        """The same for a header that has been read and checked, as by `read_model`.
+
+        Raises:
+            UserError: it holds no vocabulary, or llama.cpp cannot load it.
+
+        """
         kind = file.metadata.get("tokenizer.ggml.model")
         if kind is None or kind in TOKENIZERS_WITHOUT_VOCABULARY:
             file.fail("holds no vocabulary, so it cannot be given text")
@@ -91,7 +106,7 @@ class Tokenizer:
         parameters = llama_cpp.llama_model_default_params()
         parameters.vocab_only = True
         _last_errors.clear()
-        model = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
+        model = llama_cpp.llama_model_load_from_file(str(file.path).encode(), parameters)
         if not model:
             file.fail(f"llama.cpp cannot load its vocabulary: {one_line(' '.join(_last_errors))}")
         return cls(model, file.metadata)

@@ -1,8 +1,8 @@
 """The state of a run on disk: saved so that no crash loses it, loaded only if it is whole.
 
-A checkpoint is a folder: `state.safetensors` (what the optimizer needs to go on), `adapter.safetensors` (the
-conversion as it stands) and `manifest.json` (size and SHA-256 of both). It is written under a temporary name,
-flushed, renamed to `step-NNNNNNNN`, and only then does the file `latest` name it. Loading starts from
+A checkpoint is a folder: `state.safetensors` (what the optimizer needs to continue), `adapter.safetensors`
+(the conversion as it stands) and `manifest.json` (size and SHA-256 of both). It is written under a temporary
+name, flushed, renamed to `step-NNNNNNNN`, and only then does the file `latest` name it. Loading starts from
 `latest` and falls back to the next older checkpoint when one is damaged.
 
 Deliberately not here: when to save, and whether a state belongs to the run (run.py). Randomness needs no
@@ -54,7 +54,7 @@ _UNFINISHED_PREFIX = ".unfinished-"
 
 @dataclass
 class TrainingState:
-    """What a run needs to go on exactly where it was, beside its settings and data.
+    """What a run needs to continue exactly where it was, beside its settings and data.
 
     Attributes:
         step: optimizer steps done.
@@ -97,7 +97,7 @@ def save_state(
 
     Args:
         folder: the run's `checkpoints` folder; made if it is missing.
-        state: for going on.
+        state: for resuming.
         checkpoint: for using the conversion as it stands.
         keep: how many checkpoints stay, at least 2, so that a damaged one never is the only one.
 

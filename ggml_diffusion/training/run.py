@@ -1,7 +1,7 @@
 """A whole conversion run: a GGUF, some text and a config in; an adapter and its evidence out.
 
 `run_conversion` reads top-down: lock the output folder, read base and data, check the engine against
-llama.cpp, go on from the last checkpoint or start anew, measure, train, save and export, measure again.
+llama.cpp, resume from the last checkpoint or start anew, measure, train, save and export, measure again.
 
 The output folder holds adapter.safetensors and adapter.gguf (the exports), metrics.jsonl (one object a step),
 config.toml (as resolved), evaluation.json (if it was asked for) and checkpoints/.
@@ -26,7 +26,9 @@ from typing import Any, Protocol
 
 from filelock import FileLock, Timeout
 
-from ggml_diffusion.config.settings import ConversionTrainingConfig, scaled_to_run, to_toml
+from ggml_diffusion.config.fit import scaled_to_run
+from ggml_diffusion.config.settings import ConversionTrainingConfig
+from ggml_diffusion.config.toml import to_toml
 from ggml_diffusion.durable import replace_file
 from ggml_diffusion.engine.interface import Engine
 from ggml_diffusion.engine.open import open_engine
@@ -40,6 +42,7 @@ from ggml_diffusion.text.tokenizer import Tokenizer
 from ggml_diffusion.training.identity import check_identity
 from ggml_diffusion.training.int8_gate import choose_int8
 from ggml_diffusion.training.metrics import MetricsWriter, TrainMetrics
+from ggml_diffusion.training.resume import resume_run, save_run
 from ggml_diffusion.training.trainer import ConversionTrainer
 
 CHECKPOINTS, METRICS, CONFIG, EVALUATION = "checkpoints", "metrics.jsonl", "config.toml", "evaluation.json"
@@ -47,8 +50,8 @@ EXPORTS = ("adapter.safetensors", "adapter.gguf")
 _LOCK, _PID = ".lock", ".pid"
 
 
-class Listener(Protocol):
-    """What a run tells of itself while it goes on; display.py has one for people."""
+class RunListener(Protocol):
+    """What a run reports; display.py has one for people."""
 
     def note(self, text: str) -> None:
         """Something that happened."""
@@ -108,9 +111,9 @@ class Conversion:
 
 
 def run_conversion(
-    config: ConversionTrainingConfig, listener: Listener, *, fresh: bool = False, evaluate_on: int = 0
+    config: ConversionTrainingConfig, listener: RunListener, *, fresh: bool = False, evaluate_on: int = 0
 ) -> Conversion:
-    """Convert a model, or go on with a conversion that was interrupted.
+    """Convert a model, or resume a conversion that was interrupted.
 
     Args:
         config: with base_model, data and output set.
@@ -130,9 +133,9 @@ def run_conversion(
         config, sentence = scaled_to_run(config)
         if sentence is not None:
             listener.note(sentence)
-        tokenizer = Tokenizer.from_gguf(base_path)
+        tokenizer = Tokenizer.from_file(base)
         data = _training_data(config, tokenizer, base, listener)
-        held_out = _held_out(config, tokenizer, evaluate_on)
+        held_out = _held_out(data, evaluate_on)
         hardware = config.hardware
         with closing(
             open_engine(
@@ -215,7 +218,7 @@ def _read_pid(output: Path) -> str:
 
 
 def _training_data(
-    config: ConversionTrainingConfig, tokenizer: Tokenizer, base: ModelFile, listener: Listener
+    config: ConversionTrainingConfig, tokenizer: Tokenizer, base: ModelFile, listener: RunListener
 ) -> TextDataLoader:
     """The text to train on; one batch is what one optimizer step takes."""
     if config.sequence_length > base.context_length:
@@ -243,21 +246,13 @@ def _training_data(
     return data
 
 
-def _held_out(config: ConversionTrainingConfig, tokenizer: Tokenizer, n_sequences: int) -> TokenBatch | None:
+def _held_out(data: TextDataLoader, n_sequences: int) -> TokenBatch | None:
     """The sequences to measure on, the same ones whatever the run's seed is."""
     if n_sequences == 0:
         return None
-    if config.held_out_fraction == 0.0:
+    if data.held_out_fraction == 0.0:
         raise UserError("held_out_fraction is 0: there is no held-out text to evaluate on")
-    held_out = TextDataLoader(
-        config.data,
-        tokenizer,
-        config.sequence_length,
-        n_sequences,
-        split="held_out",
-        held_out_fraction=config.held_out_fraction,
-    )
-    return held_out.batch_at(0)
+    return data.with_split("held_out", n_sequences, seed=0).batch_at(0)
 
 
 def _memory_budget(memory_mib: int | None) -> int:
@@ -283,7 +278,9 @@ def _memory_line(trainer: ConversionTrainer) -> str:
     )
 
 
-def _describe(model: Engine, base: ModelFile, config: ConversionTrainingConfig, listener: Listener) -> None:
+def _describe(
+    model: Engine, base: ModelFile, config: ConversionTrainingConfig, listener: RunListener
+) -> None:
     listener.note(f"base: {model.description}")
     bits = _weight_bits(base)
     expected = config.qlora.quantization_bits
@@ -315,14 +312,14 @@ def _delete_run(output: Path) -> None:
         raise UserError(f"{output}: the earlier run cannot be deleted: {error.strerror or error}") from None
 
 
-def _resume(trainer: ConversionTrainer, output: Path, listener: Listener) -> bool:
+def _resume(trainer: ConversionTrainer, output: Path, listener: RunListener) -> bool:
     try:
-        resumed = trainer.resume(output / CHECKPOINTS)
+        resumed = resume_run(trainer, output / CHECKPOINTS)
     except UserError as error:
-        raise UserError(f"{error}; go on with what it began with, or start anew with --fresh") from None
+        raise UserError(f"{error}; resume it with what it began with, or start anew with --fresh") from None
     if resumed:
         listener.note(
-            f"going on at step {trainer.step_count} of {trainer.config.total_steps}; --fresh would start anew"
+            f"resuming at step {trainer.step_count} of {trainer.config.total_steps}; --fresh would start anew"
         )
     return resumed
 
@@ -330,7 +327,9 @@ def _resume(trainer: ConversionTrainer, output: Path, listener: Listener) -> boo
 # -- the loop ----------------------------------------------------------------------------------------
 
 
-def _train(trainer: ConversionTrainer, data: TextDataLoader, output: Path, listener: Listener) -> int | None:
+def _train(
+    trainer: ConversionTrainer, data: TextDataLoader, output: Path, listener: RunListener
+) -> int | None:
     """Take the steps that are left, and save; returns the signal that cut it short, if one did."""
     total_steps, checkpoint_every = trainer.config.total_steps, trainer.config.checkpoint_every
     if trainer.step_count >= total_steps:
@@ -347,16 +346,16 @@ def _train(trainer: ConversionTrainer, data: TextDataLoader, output: Path, liste
                 writer.write(metrics)
                 listener.step(metrics)
                 if checkpoint_every and trainer.step_count % checkpoint_every == 0:
-                    trainer.save_checkpoint(output / CHECKPOINTS)
+                    save_run(trainer, output / CHECKPOINTS)
         finally:
             listener.stop()
         if not (checkpoint_every and trainer.step_count % checkpoint_every == 0):
-            trainer.save_checkpoint(output / CHECKPOINTS)
+            save_run(trainer, output / CHECKPOINTS)
         return received[0] if received and trainer.step_count < total_steps else None
 
 
 @contextmanager
-def _stop_on_signals(listener: Listener) -> Iterator[list[int]]:
+def _stop_on_signals(listener: RunListener) -> Iterator[list[int]]:
     """Collect the first SIGINT or SIGTERM instead of dying of it; a second one kills at once.
 
     Only Python's main thread can take signals: elsewhere nothing is collected.

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ggml_diffusion.config.settings import ConversionTrainingConfig, settings_that_differ
+from ggml_diffusion.config.settings import ConversionTrainingConfig
 from ggml_diffusion.engine.interface import Batch, Engine, Int8, LossResult, Teacher
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.formats.adapter_file import (
@@ -54,7 +54,7 @@ from ggml_diffusion.objective.time_embedding import TimeEmbedding
 from ggml_diffusion.randomness import Stream, generator_of
 from ggml_diffusion.text.loader import TokenBatch
 from ggml_diffusion.text.tokenizer import choose_mask_token
-from ggml_diffusion.training.checkpoint import TrainingState, load_latest, save_state
+from ggml_diffusion.training.checkpoint import TrainingState
 from ggml_diffusion.training.metrics import TrainMetrics
 from ggml_diffusion.training.noisy_batch import NoisyBatch, block_size_of_step, draw_noise
 
@@ -106,7 +106,7 @@ class ConversionTrainer:
         self.step_count = 0
         self.tokens_seen = 0
         self.data_fingerprint = data_fingerprint
-        self._warn = warn
+        self.warn = warn
         self._skipped_in_a_row = 0
         self._has_prompts = False
 
@@ -381,15 +381,15 @@ class ConversionTrainer:
         what = f"batch {self.step_count}: loss {loss:.4g}, gradient norm {grad_norm:.4g}"
         if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise UserError(
-                f"{what}: {MAX_SKIPPED_IN_A_ROW} batches in a row are not finite; go on from the last "
+                f"{what}: {MAX_SKIPPED_IN_A_ROW} batches in a row are not finite; resume from the last "
                 f"checkpoint with a lower learning rate (now {self.config.learning_rate:g})"
             )
-        self._warn(f"{what}: the step is skipped")
+        self.warn(f"{what}: the step is skipped")
 
     # -- what comes out ----------------------------------------------------------------------------
 
     def checkpoint(self) -> DiffusionCheckpoint:
-        """The conversion as it is now; its arrays are those that training goes on to change."""
+        """The conversion as it is now; its arrays are not copies: training changes them."""
         config = self.config
         return DiffusionCheckpoint(
             config=config.model_dump(mode="json"),
@@ -412,14 +412,9 @@ class ConversionTrainer:
             noise_schedule=config.noise_schedule.model_dump(mode="json"),
         )
 
-    def save_checkpoint(self, folder: str | Path) -> Path:
-        """Save all that the run needs to go on exactly, as a folder of its own inside `folder`.
-
-        Raises:
-            UserError: it could not be saved; earlier checkpoints are as they were.
-
-        """
-        state = TrainingState(
+    def state(self) -> TrainingState:
+        """What another trainer of the same run needs to continue exactly; its arrays are not copies."""
+        return TrainingState(
             step=self.step_count,
             tokens_seen=self.tokens_seen,
             parameters=self.parameters.flat,
@@ -436,29 +431,9 @@ class ConversionTrainer:
                 "int8": self.int8,
             },
         )
-        return save_state(folder, state, self.checkpoint())
 
-    def resume(self, folder: str | Path) -> bool:
-        """Go on from the newest whole checkpoint in `folder`, exactly as if the run had not been interrupted.
-
-        Returns:
-            False if there is no checkpoint; the trainer is then as it was.
-
-        Raises:
-            UserError: all checkpoints are damaged, or they are of another base, other data or other settings.
-
-        """
-        loaded = load_latest(folder)
-        if loaded is None:
-            return False
-        for warning in loaded.warnings:
-            self._warn(warning)
-        state = loaded.state
-        differences = self._differences(state)
-        if differences:
-            raise UserError(f"{folder}: the run there differs from this one in {'; '.join(differences)}")
-        if state.extra["int8"] != "none" and not self.model.has_int8:
-            raise UserError(f"{folder}: the run there uses int8 products, which this engine does not have")
+    def restore(self, state: TrainingState) -> None:
+        """Continue from a state that is of this run (resume.py checks that)."""
         self.parameters.flat[...] = state.parameters
         self.optimizer.first_moment[...] = state.first_moment
         self.optimizer.second_moment[...] = state.second_moment
@@ -468,26 +443,6 @@ class ConversionTrainer:
         self.int8 = state.extra["int8"]
         self.step_count = self.annealer.current_step = state.step
         self.tokens_seen = state.tokens_seen
-        return True
-
-    def _differences(self, state: TrainingState) -> list[str]:
-        """Why a saved state cannot be gone on from, one phrase a difference; "there" is the saved one."""
-        found = []
-        if state.base_sha256 != self.model.sha256:
-            found.append(f"base model (sha256 {state.base_sha256[:12]} there, {self.model.sha256[:12]} here)")
-        if state.data_fingerprint != self.data_fingerprint:
-            found.append(
-                f"training data (sha256 {state.data_fingerprint[:12]} there, "
-                f"{self.data_fingerprint[:12]} here)"
-            )
-        found += settings_that_differ(state.config, self.config)
-        if state.extra.get("mask_token_id") != self.mask_token_id:
-            found.append(f"mask token ({state.extra.get('mask_token_id')} there, {self.mask_token_id} here)")
-        if not found and state.parameters.shape != self.parameters.flat.shape:
-            found.append(
-                f"number of parameters ({state.parameters.size} there, {self.parameters.flat.size} here)"
-            )
-        return found
 
     def export(self, folder: str | Path) -> tuple[Path, Path]:
         """Write adapter.safetensors (everything that was trained) and adapter.gguf (for llama.cpp).

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from gguf_bytes import STRING, U32, Gguf, Tensor, scalar, tiny_llama, with_key, with_tensor
 
-from ggml_diffusion.app import cli
-from ggml_diffusion.app.cli import main
-from ggml_diffusion.config.settings import load_config
+from ggml_diffusion.app.cli import main as cli
+from ggml_diffusion.app.cli.main import main
+from ggml_diffusion.config.toml import load_config
 from ggml_diffusion.formats.adapter_file import DiffusionCheckpoint
 from ggml_diffusion.generation.denoise import GenerationConfig
 from ggml_diffusion.training import run as convert
@@ -203,7 +203,7 @@ def test_the_page_of_the_command_line_is_up_to_date():
     assert make_cli_docs.TARGET.read_text() == make_cli_docs.cli_docs(), "run python tools/make_cli_docs.py"
 
 
-# -- what the user can mend ---------------------------------------------------------------------------------
+# -- what the user can correct ------------------------------------------------------------------------------
 
 
 def refused(capsys, *arguments):
@@ -404,7 +404,7 @@ def test_a_signal_to_a_run_with_its_gate_saves_it_and_says_how_to_go_on(base, tm
     assert process.returncode == code
     assert err == ""
     assert "stopped and saved after step" in out
-    assert "the same command goes on from there" in out
+    assert "the same command resumes it" in out
     steps = [
         json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     ]

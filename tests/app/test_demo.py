@@ -6,10 +6,12 @@ import json
 import pytest
 from rich.console import Console
 
-from ggml_diffusion.app import cli, demo
+from ggml_diffusion.app import demo
+from ggml_diffusion.app.cli import main as cli
 from ggml_diffusion.app.demo import demo_model, write_demo_text
 from ggml_diffusion.app.display import TrainingDisplay
-from ggml_diffusion.config.settings import PRESETS, load_config
+from ggml_diffusion.config.presets import PRESETS
+from ggml_diffusion.config.toml import load_config
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.training.run import run_conversion
 

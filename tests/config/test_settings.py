@@ -7,18 +7,11 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from ggml_diffusion.config.settings import (
-    PRESETS,
-    SECTIONS,
-    SETTINGS,
-    ConversionTrainingConfig,
-    MaskAnnealingConfig,
-    QLoraConversionConfig,
-    TimeEmbeddingConfig,
-    load_config,
-    scaled_to_run,
-    to_toml,
-)
+from ggml_diffusion.config.fit import scaled_to_run
+from ggml_diffusion.config.groups import MaskAnnealingConfig, QLoraConversionConfig, TimeEmbeddingConfig
+from ggml_diffusion.config.presets import PRESETS
+from ggml_diffusion.config.settings import SECTIONS, SETTINGS, ConversionTrainingConfig
+from ggml_diffusion.config.toml import load_config, to_toml
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.formats.lora import TargetModule
 from ggml_diffusion.objective.annealing import AnnealingSchedule, AttentionMaskAnnealer

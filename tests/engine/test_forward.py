@@ -17,6 +17,7 @@ from cases import (
     MASK,
     TEXT,
     FloatArray,
+    engine_batch,
     lora_adapter,
     mean_kl,
     offset_of,
@@ -316,13 +317,7 @@ def test_the_bernoulli_mask_is_the_oracles(tiny_model: TinyModel, causal_ratio: 
         exact = oracle.loss_and_gradients(reference, oracle.EMPTY_ADAPTER, batch, causal_ratio, seed)
         with Q4Model.from_gguf(path, 2, compute="f32") as model:
             result = model.loss(
-                Batch(
-                    batch.tokens,
-                    causal_ratio,
-                    lengths=batch.lengths,
-                    document_ids=batch.document_ids,
-                    bernoulli_seed=seed,
-                ),
+                engine_batch(batch, causal_ratio, bernoulli_seed=seed),
                 batch.targets,
                 batch.weights,
             )

@@ -15,8 +15,8 @@ import oracle
 import pytest
 from cases import (
     MASK,
+    engine_batch,
     lora_adapter,
-    offset_of,
     packed_batch,
     random_adapter,
     random_batch,
@@ -26,11 +26,8 @@ from cases import (
 from conftest import TinyModel, sizes_for
 from numpy.typing import NDArray
 
-from ggml_diffusion.config.settings import (
-    ConversionTrainingConfig,
-    QLoraConversionConfig,
-    TimeEmbeddingConfig,
-)
+from ggml_diffusion.config.groups import QLoraConversionConfig, TimeEmbeddingConfig
+from ggml_diffusion.config.settings import ConversionTrainingConfig
 from ggml_diffusion.engine.cpu.q4_model import Q4Model
 from ggml_diffusion.engine.interface import Batch, LossResult
 from ggml_diffusion.formats.lora import TargetModule
@@ -76,14 +73,7 @@ def engine_result(
         if name != "embedding_offset"
     }
     result = model.loss_and_gradients(
-        Batch(
-            batch.tokens,
-            case.causal_ratio,
-            lengths=batch.lengths,
-            document_ids=batch.document_ids,
-            embedding_offset=offset_of(adapter),
-            bernoulli_seed=case.bernoulli_seed,
-        ),
+        engine_batch(batch, case.causal_ratio, adapter, case.bernoulli_seed),
         batch.targets,
         batch.weights,
         lora,
@@ -248,26 +238,14 @@ def test_gradients_are_added_to_what_is_there_and_the_loss_alone_is_the_same(tin
         result, once = engine_result(model, adapter, batch, case)
         twice = {name: value.copy() for name, value in once.items() if name != "embedding_offset"}
         again = model.loss_and_gradients(
-            Batch(
-                batch.tokens,
-                case.causal_ratio,
-                lengths=batch.lengths,
-                document_ids=batch.document_ids,
-                embedding_offset=offset_of(adapter),
-            ),
+            engine_batch(batch, case.causal_ratio, adapter),
             batch.targets,
             batch.weights,
             lora,
             twice,
         )
         alone = model.loss(
-            Batch(
-                batch.tokens,
-                case.causal_ratio,
-                lengths=batch.lengths,
-                document_ids=batch.document_ids,
-                embedding_offset=offset_of(adapter),
-            ),
+            engine_batch(batch, case.causal_ratio, adapter),
             batch.targets,
             batch.weights,
             lora,

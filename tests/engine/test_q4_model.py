@@ -5,7 +5,7 @@ from typing import Literal
 import numpy as np
 import oracle
 import pytest
-from cases import lora_adapter, offset_of, packed_batch, random_adapter, relative_errors
+from cases import engine_batch, lora_adapter, packed_batch, random_adapter, relative_errors
 from conftest import TinyModel, sizes_for
 from numpy.typing import NDArray
 
@@ -36,13 +36,7 @@ def step(
     gradients = {name: np.zeros_like(value) for name, value in arrays.items()}
     with Q4Model.from_gguf(path, n_threads, keep=keep, compute=compute, memory_budget=memory_budget) as model:
         result = model.loss_and_gradients(
-            Batch(
-                batch.tokens,
-                0.4,
-                lengths=batch.lengths,
-                document_ids=batch.document_ids,
-                embedding_offset=offset_of(adapter),
-            ),
+            engine_batch(batch, 0.4, adapter),
             batch.targets,
             batch.weights,
             lora,

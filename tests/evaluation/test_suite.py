@@ -5,7 +5,6 @@ import io
 import json
 import math
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ from ggml_diffusion.errors import UserError
 from ggml_diffusion.evaluation import suite
 from ggml_diffusion.evaluation.estimates import estimate_ratio
 from ggml_diffusion.evaluation.plots import draw_page, save_evaluation
-from ggml_diffusion.evaluation.results import EvaluationSettings
+from ggml_diffusion.evaluation.settings import EvaluationSettings
 from ggml_diffusion.evaluation.suite import EvaluationInputs, load_held_out, run_evaluation
 from ggml_diffusion.evaluation.tables import EvaluationProgress, evaluation_tables
 from ggml_diffusion.formats.model_file import file_sha256
@@ -341,8 +340,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(measured, tmp_path):
     ("asked", "trained", "expected"), [(None, None, 0), (None, 4, 4), (0, 4, 0), (8, None, 8)]
 )
 def test_texts_are_written_at_once_unless_blocks_were_trained_or_asked_for(asked, trained, expected):
-    model = SimpleNamespace(rule=SimpleNamespace(block_size=trained))
-    config = suite._generation_config(EvaluationSettings(block_length=asked, top_p=0.5), model)
+    config = EvaluationSettings(block_length=asked, top_p=0.5).generation_config(trained)
     assert (config.block_length, config.top_p) == (expected, 0.5)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from texts import CHATML
 
-from ggml_diffusion.config.settings import load_config
+from ggml_diffusion.config.toml import load_config
 from ggml_diffusion.engine.cpu.q4_model import Q4Model
 from ggml_diffusion.engine.interface import Batch
 from ggml_diffusion.errors import UserError
@@ -110,7 +110,7 @@ def test_the_input_is_not_written_to():
 
 
 @pytest.mark.parametrize("order", [RevealOrder.CONFIDENCE, RevealOrder.MARGIN, RevealOrder.ENTROPY])
-def test_the_surest_positions_are_revealed_first(order):
+def test_the_most_certain_positions_are_revealed_first(order):
     predictor = KnownPredictor([4, 5, 6, 7, 8, 9], sureness=[0, 1, 5, 3, 4, 2])
     _, seen = run(predictor, [4, *[MASK] * 5], order=order, steps=5, temperature=0.0)
     revealed = [int(np.flatnonzero(after.tokens != before)[0]) for before, after in zip_steps(seen)]

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from ggml_diffusion.config.settings import MaskAnnealingConfig
+from ggml_diffusion.config.groups import MaskAnnealingConfig
 from ggml_diffusion.objective.annealing import AnnealingSchedule, AttentionMaskAnnealer
 
 SCHEDULES = {

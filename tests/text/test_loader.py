@@ -9,7 +9,7 @@ import pytest
 from texts import ByteTokenizer, loader_of, tokens_of, write_jsonl
 
 from ggml_diffusion.errors import UserError
-from ggml_diffusion.text import loader as data
+from ggml_diffusion.text import files
 from ggml_diffusion.text.loader import TextDataLoader, TokenBatch
 from ggml_diffusion.text.tokenizer import Tokenizer
 
@@ -208,7 +208,7 @@ def test_json_lines_may_have_other_keys_and_empty_lines_and_no_line_feed_at_the_
 
 
 def test_a_long_document_is_tokenised_in_blocks_and_stays_one_document(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "_BLOCK_CHARS", 50)
+    monkeypatch.setattr(files, "_BLOCK_CHARS", 50)
     blocks: list[str] = []
 
     class Recorder(ByteTokenizer):
@@ -231,8 +231,8 @@ def test_a_long_document_is_tokenised_in_blocks_and_stays_one_document(tmp_path,
 
 
 def test_text_that_is_all_indented_is_cut_into_blocks_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "_BLOCK_CHARS", 10)
-    assert max(len(block) for block in data._blocks([" abcde\n"] * 100)) < 100
+    monkeypatch.setattr(files, "_BLOCK_CHARS", 10)
+    assert max(len(block) for block in files._blocks([" abcde\n"] * 100)) < 100
 
 
 def test_blocks_have_the_tokens_of_the_whole_text(smollm2_path, tmp_path, monkeypatch):
@@ -240,7 +240,7 @@ def test_blocks_have_the_tokens_of_the_whole_text(smollm2_path, tmp_path, monkey
     (tmp_path / "topics.txt").write_text(text, encoding="utf-8")
     tokenizer = Tokenizer.from_gguf(smollm2_path)
     whole = [*tokenizer.encode(text).tolist(), tokenizer.eos_id]
-    monkeypatch.setattr(data, "_BLOCK_CHARS", 20_000)
+    monkeypatch.setattr(files, "_BLOCK_CHARS", 20_000)
     loader = TextDataLoader(tmp_path / "topics.txt", tokenizer, 128, 8)
     stream = np.concatenate(loader.sequences).tolist()
     assert stream == whole[: len(stream)]
@@ -277,7 +277,7 @@ def test_faults_name_the_file_and_the_line(tmp_path, name, content, message):
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
 def test_a_line_that_is_too_long_is_refused_before_all_of_it_is_read(tmp_path, name, monkeypatch):
-    monkeypatch.setattr(data, "MAX_LINE_BYTES", 2 << 20)
+    monkeypatch.setattr(files, "MAX_LINE_BYTES", 2 << 20)
     with open(tmp_path / name, "wb") as file:
         file.write(b'{"text": "short"}\n')
         file.truncate(1 << 30)  # a hole, which takes no room on the disk

@@ -8,7 +8,7 @@ import pytest
 from texts import CHATML, ByteTokenizer, loader_of, tokens_of, write_jsonl
 from trainers import make_trainer
 
-from ggml_diffusion.config.settings import load_config
+from ggml_diffusion.config.toml import load_config
 from ggml_diffusion.engine.cpu.q4_model import Q4Model
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.formats.lora import TargetModule
@@ -19,6 +19,7 @@ from ggml_diffusion.text.chat_template import ChatTemplate
 from ggml_diffusion.text.loader import TextDataLoader
 from ggml_diffusion.text.prompts import ExampleReader
 from ggml_diffusion.text.tokenizer import Tokenizer
+from ggml_diffusion.training.resume import resume_run, save_run
 from ggml_diffusion.training.trainer import ConversionTrainer
 
 EOS = 0
@@ -290,9 +291,9 @@ def test_a_conversion_says_whether_it_was_trained_on_prompts_also_after_a_resume
     trainer.export(tmp_path)
     assert not DiffusionModel.load(engine.file.path, tmp_path / f"adapter.{suffix}").rule.prompts
     trainer.train_step(chat_loader(path).batch_at(0))
-    trainer.save_checkpoint(tmp_path / "checkpoints")
+    save_run(trainer, tmp_path / "checkpoints")
     resumed = make_trainer(engine)
-    assert resumed.resume(tmp_path / "checkpoints")
+    assert resume_run(resumed, tmp_path / "checkpoints")
     resumed.export(tmp_path)
     assert DiffusionModel.load(engine.file.path, tmp_path / f"adapter.{suffix}").rule.prompts
 

@@ -15,7 +15,7 @@ import pytest
 import sampler_table
 from conftest import TinyModel
 
-from ggml_diffusion.config.settings import load_config
+from ggml_diffusion.config.toml import load_config
 from ggml_diffusion.training.run import run_conversion
 
 

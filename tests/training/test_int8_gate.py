@@ -12,6 +12,7 @@ from ggml_diffusion.engine.cpu.q4_model import Q4Model
 from ggml_diffusion.engine.interface import Batch
 from ggml_diffusion.text.loader import TokenBatch
 from ggml_diffusion.training.int8_gate import MIN_COSINE, choose_int8
+from ggml_diffusion.training.resume import resume_run, save_run
 from ggml_diffusion.training.trainer import ConversionTrainer
 
 
@@ -86,8 +87,8 @@ def test_a_resumed_run_keeps_the_decision(model: Q4Model, tmp_path: Path) -> Non
     trainer = trainer_of(model)
     choose_int8(trainer, batch())
     trainer.train_step(batch())
-    trainer.save_checkpoint(tmp_path)
+    save_run(trainer, tmp_path)
     resumed = trainer_of(model)
     assert resumed.int8 == "none"
-    assert resumed.resume(tmp_path)
+    assert resume_run(resumed, tmp_path)
     assert resumed.int8 == "both"

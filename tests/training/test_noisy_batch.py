@@ -9,6 +9,7 @@ from trainers import make_batch, make_trainer, packed_batch
 from ggml_diffusion.engine.cpu.q4_model import Q4Model
 from ggml_diffusion.engine.interface import Batch
 from ggml_diffusion.generation.diffusion_model import DiffusionModel
+from ggml_diffusion.training.resume import resume_run, save_run
 
 
 @pytest.fixture(scope="module")
@@ -337,8 +338,8 @@ def test_with_every_term_a_resumed_run_ends_with_the_same_bits_as_an_undisturbed
         undisturbed.train_step(batch)
     for batch in batches[:4]:
         first.train_step(batch)
-    first.save_checkpoint(tmp_path)
-    assert second.resume(tmp_path)
+    save_run(first, tmp_path)
+    assert resume_run(second, tmp_path)
     for batch in batches[4:]:
         second.train_step(batch)
     assert (second.parameters.flat == undisturbed.parameters.flat).all()

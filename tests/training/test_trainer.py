@@ -1,10 +1,10 @@
-"""One optimizer step and what a run can be gone on from, on tiny models."""
+"""One optimizer step and what a run can be resumed from, on tiny models."""
 
 import numpy as np
 import pytest
 from trainers import SMALL, make_batch, make_trainer, packed_batch
 
-from ggml_diffusion.config.settings import load_config
+from ggml_diffusion.config.toml import load_config
 from ggml_diffusion.engine.cpu.q4_model import Q4Model
 from ggml_diffusion.engine.interface import Batch
 from ggml_diffusion.errors import UserError
@@ -13,6 +13,7 @@ from ggml_diffusion.formats.adapter_file import DiffusionCheckpoint
 from ggml_diffusion.generation.denoise import GenerationConfig
 from ggml_diffusion.generation.diffusion_model import DiffusionModel
 from ggml_diffusion.text.tokenizer import Tokenizer
+from ggml_diffusion.training.resume import resume_run, save_run
 from ggml_diffusion.training.trainer import ConversionTrainer
 
 
@@ -231,9 +232,9 @@ def test_a_resumed_run_ends_with_the_same_bits_as_an_undisturbed_one(model, tmp_
     first = make_trainer(model)
     for batch in batches[:4]:
         first.train_step(batch)
-    first.save_checkpoint(tmp_path / "checkpoints")
+    save_run(first, tmp_path / "checkpoints")
     second = make_trainer(model)
-    assert second.resume(tmp_path / "checkpoints")
+    assert resume_run(second, tmp_path / "checkpoints")
     assert second.step_count == 4
     for batch in batches[4:]:
         last = second.train_step(batch)
@@ -248,23 +249,23 @@ def test_a_skipped_step_is_remembered_by_a_checkpoint(model, tmp_path):
     first, _ = spoiled_trainer(model, [1])
     for _ in range(2):
         first.train_step(make_batch())
-    first.save_checkpoint(tmp_path)
+    save_run(first, tmp_path)
     second, _ = spoiled_trainer(model, [])
-    assert second.resume(tmp_path)
+    assert resume_run(second, tmp_path)
     for _ in range(2):
         second.train_step(make_batch())
     assert (second.parameters.flat == undisturbed.parameters.flat).all()
 
 
 def test_a_folder_without_a_checkpoint_is_not_resumed(model, tmp_path):
-    assert not make_trainer(model).resume(tmp_path / "nothing")
+    assert not resume_run(make_trainer(model), tmp_path / "nothing")
 
 
 def test_a_run_with_other_settings_is_not_gone_on_with_and_the_settings_are_named(model, tmp_path):
-    make_trainer(model).save_checkpoint(tmp_path)
+    save_run(make_trainer(model), tmp_path)
     other = make_trainer(model, training__learning_rate=2e-2, model__qlora_alpha=5.0)
     with pytest.raises(UserError) as caught:
-        other.resume(tmp_path)
+        resume_run(other, tmp_path)
     message = str(caught.value)
     assert "training.learning_rate (0.01 there, 0.02 here)" in message
     assert "model.qlora_alpha (64.0 there, 5.0 here)" in message
@@ -273,9 +274,9 @@ def test_a_run_with_other_settings_is_not_gone_on_with_and_the_settings_are_name
 
 
 def test_settings_that_change_no_number_may_differ(model, tmp_path):
-    make_trainer(model).save_checkpoint(tmp_path)
+    save_run(make_trainer(model), tmp_path)
     other = make_trainer(model, hardware__num_threads=1, training__checkpoint_every=1)
-    assert other.resume(tmp_path)
+    assert resume_run(other, tmp_path)
 
 
 def test_a_setting_that_an_older_version_did_not_have_counts_as_its_default(model, tmp_path):
@@ -284,20 +285,20 @@ def test_a_setting_that_an_older_version_did_not_have_counts_as_its_default(mode
     del older["loss_weighting"], older["hardware"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(trainer.config), "model_dump", lambda self, mode: older)
-        trainer.save_checkpoint(tmp_path)
-    assert make_trainer(model).resume(tmp_path)
+        save_run(trainer, tmp_path)
+    assert resume_run(make_trainer(model), tmp_path)
     with pytest.raises(UserError, match=r"loss_weighting \(uniform there, nelbo here\)"):
-        make_trainer(model, training__loss_weighting="nelbo").resume(tmp_path)
+        resume_run(make_trainer(model, training__loss_weighting="nelbo"), tmp_path)
 
 
 def test_another_base_or_other_data_are_not_gone_on_with(model, tiny_model, tmp_path):
     config = load_config(overrides=SMALL)
-    ConversionTrainer(model, config, data_fingerprint="a" * 64).save_checkpoint(tmp_path)
+    save_run(ConversionTrainer(model, config, data_fingerprint="a" * 64), tmp_path)
     with pytest.raises(UserError, match="training data"):
-        ConversionTrainer(model, config, data_fingerprint="b" * 64).resume(tmp_path)
+        resume_run(ConversionTrainer(model, config, data_fingerprint="b" * 64), tmp_path)
     another = tiny_model(L=1, C=32, H=2, G=1, F=32, seed=1)
     with Q4Model.from_gguf(another, 1) as other, pytest.raises(UserError, match="base model"):
-        ConversionTrainer(other, config, data_fingerprint="a" * 64).resume(tmp_path)
+        resume_run(ConversionTrainer(other, config, data_fingerprint="a" * 64), tmp_path)
 
 
 def test_exports_hold_what_was_trained(model, tmp_path):

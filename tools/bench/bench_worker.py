@@ -17,12 +17,8 @@ import numpy as np
 from bench_arms import Action, Reply, peak_memory_bytes, resident_bytes_of_file, serve
 from numpy.typing import NDArray
 
-from ggml_diffusion.config.settings import (
-    ConversionTrainingConfig,
-    MaskAnnealingConfig,
-    NoiseScheduleConfig,
-    QLoraConversionConfig,
-)
+from ggml_diffusion.config.groups import MaskAnnealingConfig, NoiseScheduleConfig, QLoraConversionConfig
+from ggml_diffusion.config.settings import ConversionTrainingConfig
 from ggml_diffusion.engine.cpu.q4_model import Q4Model
 from ggml_diffusion.engine.interface import Batch, LossResult
 from ggml_diffusion.formats.lora import LoraAdapter, TargetModule

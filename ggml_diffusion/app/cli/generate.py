@@ -1,0 +1,84 @@
+"""`generate`: write text by denoising."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from ggml_diffusion.app.cli.options import Adapter, AllowOtherBase, Base, Threads, field_option, from_flags
+from ggml_diffusion.generation.denoise import GenerationConfig
+
+if TYPE_CHECKING:
+    from ggml_diffusion.generation.diffusion_model import DiffusionModel
+
+
+def generate(
+    base: Base,
+    adapter: Adapter,
+    prompt: Annotated[str, typer.Option(help="Text that comes before; may be empty.")] = "",
+    suffix: Annotated[str, typer.Option(help="Text that comes after: fills the hole between the two.")] = "",
+    chat: Annotated[
+        bool,
+        typer.Option(
+            "--chat",
+            help="Put the prompt into the model's chat template, as a message to be answered; for "
+            "conversions that were trained on messages.",
+        ),
+    ] = False,
+    steps: Annotated[int | None, field_option(GenerationConfig, "steps")] = None,
+    order: Annotated[str | None, field_option(GenerationConfig, "order")] = None,
+    temperature: Annotated[float | None, field_option(GenerationConfig, "temperature")] = None,
+    top_k: Annotated[int | None, field_option(GenerationConfig, "top_k")] = None,
+    top_p: Annotated[float | None, field_option(GenerationConfig, "top_p")] = None,
+    length: Annotated[int | None, field_option(GenerationConfig, "length")] = None,
+    seed: Annotated[int | None, field_option(GenerationConfig, "seed")] = None,
+    threshold: Annotated[float | None, field_option(GenerationConfig, "threshold")] = None,
+    block_length: Annotated[int | None, field_option(GenerationConfig, "block_length")] = None,
+    remasking: Annotated[float | None, field_option(GenerationConfig, "remasking")] = None,
+    threads: Threads = None,
+    allow_other_base: AllowOtherBase = False,
+) -> None:
+    """Write text by denoising.
+
+    On a terminal it appears out of the masks; elsewhere only its end is printed.
+    """
+    from ggml_diffusion.generation.diffusion_model import DiffusionModel
+    from ggml_diffusion.training.run import exported_weights
+
+    settings = {
+        "steps": steps,
+        "order": order,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "length": length,
+        "seed": seed,
+        "threshold": threshold,
+        "block_length": block_length,
+        "remasking": remasking,
+    }
+    config = from_flags(GenerationConfig, settings)
+    model = DiffusionModel.load(base, exported_weights(adapter), threads, allow_other_base=allow_other_base)
+    show_generation(Console(), model, prompt, suffix, config, chat=chat)
+
+
+def show_generation(
+    console: Console,
+    model: "DiffusionModel",
+    prompt: str,
+    suffix: str,
+    config: GenerationConfig,
+    *,
+    chat: bool = False,
+) -> None:
+    """Write a text and show it: on a terminal as it appears, elsewhere its end."""
+    from ggml_diffusion.app.display import DenoisingDisplay, printable
+
+    if console.is_terminal:
+        with DenoisingDisplay(console, model.tokenizer, model.mask_token_id) as display:
+            written = model.generate(prompt, config, display.step, suffix=suffix, chat=chat)
+    else:
+        written = model.generate(prompt, config, suffix=suffix, chat=chat)
+    before = f"{prompt}\n" if chat else prompt
+    console.print(Text.assemble(before, (printable(written), "bold"), suffix), soft_wrap=True)

@@ -1,0 +1,16 @@
+"""`inspect`: show what a file holds."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+
+def inspect(
+    file: Annotated[Path, typer.Argument(help="A GGUF model, a GGUF adapter or adapter.safetensors.")],
+) -> None:
+    """Show what a file holds: sizes, types, settings, and whether it can be converted."""
+    from ggml_diffusion.app.inspect import describe_file
+
+    Console().print(describe_file(file))
