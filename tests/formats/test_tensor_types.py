@@ -13,6 +13,7 @@ from gguf_bytes import SIZES, tiny_llama
 
 from ggml_diffusion.engine.cpu._native import ffi, lib
 from ggml_diffusion.engine.cpu.q4_model import Q4Model
+from ggml_diffusion.engine.interface import Batch
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.formats.model_file import read_model
 from ggml_diffusion.formats.tensor_types import TENSOR_TYPES, TensorType
@@ -89,7 +90,7 @@ def test_q2_0_is_multiplied_as_the_values_that_it_stands_for(tmp_path: Path) -> 
         down.type_id, down.data = type_id, data
         path.write_bytes(file.build())
         with Q4Model.from_gguf(path, 1) as model:
-            logits.append(model.logits(np.arange(8)[None], 0.5))
+            logits.append(model.logits(Batch(np.arange(8)[None], 0.5)))
     assert np.array_equal(logits[0], logits[1])
 
 
