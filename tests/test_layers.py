@@ -189,6 +189,14 @@ def test_the_page_on_the_architecture_shows_the_wings_in_this_order_with_their_f
     assert table[1].splitlines() == [f"| `{wing}` | {first_sentence(wing)} |" for wing in WINGS]
 
 
+def test_the_page_on_the_architecture_shows_the_layers_of_c():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    table = re.search(r"^\| C, top down \|.*\n\|---.*\n((?:\|.*\n)+)", page, re.MULTILINE)
+    assert table is not None
+    rows = [set(re.findall(r"`([^`]+)`", line.split("|")[1])) for line in table[1].splitlines()]
+    assert rows == [{unit for unit in layer if not unit.startswith("tests/")} for layer in C_LAYERS]
+
+
 def test_every_file_that_the_page_on_the_architecture_names_is_there():
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     links = re.findall(r"\]\((\.\./[^)#]+)\)", page)
