@@ -199,8 +199,8 @@ MODEL_FAULTS: dict[str, tuple[Gguf, str]] = {
         "'blk.0.attn_k.weight' has shape (32, 16); the model's sizes ask for (16, 32)",
     ),
     "an unsupported type": (
-        with_tensor("blk.0.ffn_up.weight", type_id=20, data=bytes(64 * 18)),
-        "'blk.0.ffn_up.weight' has type IQ4_NL, which is not supported; supported: F32, F16, BF16, Q8_0",
+        with_tensor("blk.0.ffn_up.weight", type_id=26, data=bytes(64 * 32 * 4)),
+        "'blk.0.ffn_up.weight' has type I32, which is not supported; supported: F32, F16, BF16, Q8_0",
     ),
     "a norm in half precision": (
         with_tensor("blk.0.ffn_norm.weight", type_id=1, data=bytes(64)),
