@@ -8,7 +8,7 @@ import sys
 import make_cli_docs
 import numpy as np
 import pytest
-from gguf_bytes import STRING, U32, Gguf, Tensor, scalar, tiny_llama, with_key, with_tensor
+from gguf_bytes import STRING, U32, Gguf, scalar, tiny_llama, with_key, with_tensor
 
 from ggml_diffusion.app.cli import main as cli
 from ggml_diffusion.app.cli.main import main
@@ -234,19 +234,15 @@ def gguf_files(folder):
             write("arch.gguf", with_key("general.architecture", scalar(STRING, "gpt2")).build()),
             "'gpt2' is not supported; supported: llama",
         ),
-        "type": (write("type.gguf", iq_model().build()), "IQ4_NL, which is not supported; supported: F32"),
+        "type": (write("type.gguf", integer_model().build()), "I32, which is not supported; supported: F32"),
         "block size": (write("uneven.gguf", uneven.build()), "blk.0.attn_q.weight"),
         "count": (write("layers.gguf", with_key("llama.block_count", scalar(U32, 0)).build()), "block_count"),
     }
 
 
-def iq_model() -> Gguf:
-    """The tiny model with a tensor in IQ4_NL (18 bytes for 32 weights), which ggml knows."""
-    file = tiny_llama()
-    name = "blk.0.attn_q.weight"
-    strange = Tensor(file.tensor(name).dims, bytes(32 * 32 // 32 * 18), type_id=20)
-    file.tensors = [(other, strange if other == name else tensor) for other, tensor in file.tensors]
-    return file
+def integer_model() -> Gguf:
+    """The tiny model with a matrix of integers, which ggml knows."""
+    return with_tensor("blk.0.attn_q.weight", type_id=26, data=bytes(32 * 32 * 4))
 
 
 @pytest.mark.parametrize(
