@@ -101,7 +101,7 @@ class Batch:
 
     @cached_property
     def valid(self) -> NDArray[np.bool_]:
-        """Where a position is no padding, (B, T)."""
+        """Which positions are not padding, (B, T)."""
         return valid_positions(self.tokens.shape, self.lengths)
 
     @cached_property
