@@ -26,19 +26,15 @@ if TYPE_CHECKING:
     from ggml_diffusion.training.trainer import ConversionTrainer
 
 _HOMES = {
-    "resume_run": "training.resume",
-    "save_run": "training.resume",
-    "Batch": "engine.interface",
-    "Engine": "engine.interface",
-    "Teacher": "engine.interface",
     "AnnealingSchedule": "objective.annealing",
     "AttentionMaskAnnealer": "objective.annealing",
+    "Batch": "engine.interface",
     "CheckpointMetadata": "formats.adapter_file",
     "ConversionTrainer": "training.trainer",
     "ConversionTrainingConfig": "config.settings",
     "DiffusionCheckpoint": "formats.adapter_file",
-    "load_adapter": "formats.adapter_file",
     "DiffusionModel": "generation.diffusion_model",
+    "Engine": "engine.interface",
     "GenerationConfig": "generation.denoise",
     "LoraAdapter": "formats.lora",
     "LossResult": "engine.interface",
@@ -47,6 +43,7 @@ _HOMES = {
     "Q4Model": "engine.cpu.q4_model",
     "QLoraConversionConfig": "config.groups",
     "TargetModule": "formats.lora",
+    "Teacher": "engine.interface",
     "TextDataLoader": "text.loader",
     "TimeEmbedding": "objective.time_embedding",
     "TimeEmbeddingConfig": "config.groups",
@@ -54,6 +51,9 @@ _HOMES = {
     "Tokenizer": "text.tokenizer",
     "TrainMetrics": "training.metrics",
     "UserError": "errors",
+    "load_adapter": "formats.adapter_file",
+    "resume_run": "training.resume",
+    "save_run": "training.resume",
 }
 
 __all__ = [

@@ -182,6 +182,12 @@ def test_only_the_engine_on_the_cpu_imports_the_compiled_extension():
     assert {name.rpartition(".")[0] for name in users} == {"engine.cpu"}
 
 
+def test_only_the_opening_of_a_model_names_an_implementation_of_the_engine():
+    outside = {name: used for name, used in python_uses().items() if not name.startswith("engine.cpu")}
+    users = {name for name, used in outside.items() if any(one.startswith("engine.cpu") for one in used)}
+    assert users == {"engine.open", "__init__"}  # the latter hands the public name on
+
+
 def test_the_page_on_the_architecture_shows_the_wings_in_this_order_with_their_first_sentences():
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     table = re.search(r"^\| wing, top down \|.*\n\|---.*\n((?:\|.*\n)+)", page, re.MULTILINE)

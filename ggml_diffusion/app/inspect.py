@@ -63,7 +63,7 @@ class Description:
             table = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
             table.add_column(no_wrap=True)
             table.add_column(overflow="fold")
-            for name, value in section.rows:  # Text: what stands in a file is no markup
+            for name, value in section.rows:  # Text: names in a file are not markup
                 table.add_row(Text(name, style="dim"), Text(value))
             parts += [Text(""), Text(section.title, style="bold"), table]
         return Group(*parts)

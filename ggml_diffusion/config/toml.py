@@ -142,7 +142,7 @@ def to_toml(config: ConversionTrainingConfig) -> str:
 def _toml_value(value: Any) -> str:
     if isinstance(value, Enum):
         return _toml_value(value.value)
-    if isinstance(value, str):  # a JSON string is a TOML one, but for DEL
+    if isinstance(value, str):  # a JSON string is a TOML string, except for DEL
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, bool):
         return "true" if value else "false"

@@ -82,17 +82,10 @@ class Batch:
                     f"embedding_offset has the shape {offset.shape}, not ({len(self.tokens)}, C)"
                 )
             object.__setattr__(self, "embedding_offset", offset)
-        for name, array in self._teacher_arrays():
-            self.check_by_row(array, name)
-        _ = self.segments
-
-    def _teacher_arrays(self) -> list[tuple[str, NDArray[Any]]]:
-        teacher = self.teacher
-        return (
-            []
-            if teacher is None
-            else [("teacher tokens", teacher.tokens), ("teacher weights", teacher.weights)]
-        )
+        if self.teacher is not None:
+            self.check_by_row(self.teacher.tokens, "teacher tokens")
+            self.check_by_row(self.teacher.weights, "teacher weights")
+        _ = self.segments  # raises for lengths and documents that are not possible
 
     def check_by_row(self, array: ArrayLike, name: str) -> NDArray[Any]:
         """An array that has one value a position, (B, T).
@@ -108,7 +101,7 @@ class Batch:
 
     @cached_property
     def valid(self) -> NDArray[np.bool_]:
-        """Where a position is no padding, (B, T)."""
+        """Which positions are not padding, (B, T)."""
         return valid_positions(self.tokens.shape, self.lengths)
 
     @cached_property

@@ -1,7 +1,7 @@
 """How a training step fits a memory budget: what it keeps for its backward, and in how many parts it goes.
 
 A step may keep all activations, compute gate and up again, or compute whole layers again; the gradients
-have the same bits. It may also work off its batch in parts of whole sequences, which changes only the order
+have the same bits. It may also take its batch in parts of whole sequences, which changes only the order
 in which sums are taken. Fewer rows a part mean that packed weights are unpacked more often; recomputing means
 more products. The plan takes the cheapest that fits. Pure arithmetic: the engine says what each choice takes.
 """

@@ -30,7 +30,7 @@ def token_array(tokens: ArrayLike) -> NDArray[np.integer[Any]]:
 
 
 def valid_positions(shape: tuple[int, ...], lengths: ArrayLike | None) -> NDArray[np.bool_]:
-    """Where a (B, T) batch is no padding: (B, T) bool from lengths (B,), all of it without them."""
+    """Which positions of a (B, T) batch are not padding, (B, T) bool, from lengths (B,); None = all."""
     n_sequences, n_tokens = shape
     if lengths is None:
         return np.ones(shape, dtype=bool)

@@ -45,7 +45,7 @@ def continue_sampled(
         n_new: K.
         n_samples: S.
         generator: of the draws.
-        never: a token that is not drawn: the mask token, which is no text.
+        never: a token that is never drawn: the mask token, which is not text.
         on_tokens: told about progress.
 
     """

@@ -44,7 +44,7 @@ def estimate_ratio(totals: ArrayLike, counts: ArrayLike) -> Estimate:
 
     Args:
         totals: (N,), e.g. summed cross-entropies.
-        counts: (N,), what each was summed over; a sequence with a count of 0 has no part.
+        counts: (N,), what each was summed over; a sequence with a count of 0 is left out.
 
     """
     kept = np.asarray(counts) > 0

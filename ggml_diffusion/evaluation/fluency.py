@@ -65,7 +65,7 @@ class WrittenText:
     Attributes:
         origin: "held-out text", "base" or "converted".
         steps: denoising steps allowed, None where the text was not denoised.
-        forward_passes: that a text took, in the mean; None for held-out text.
+        forward_passes: a text, on average; None for held-out text.
         fluency: its figures.
         tokens_per_second: how fast it was written, None for held-out text.
         example: tokens (K,) of the first sample, its prompt not included.

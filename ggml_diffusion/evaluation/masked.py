@@ -6,7 +6,7 @@ conversion at causal ratio 1; the base before the first step, bidirectional and 
 clean text, scored on the tokens that are masked for the others; a causal control, if there is one.
 
 Future-context gain, in nats: cross-entropy with the right side hidden minus with it visible. Hidden by
-(a) evaluating the conversion at causal ratio 1: cheap, but a model trained without it is out of its element;
+(a) evaluating the conversion at causal ratio 1: cheap, but the model was not trained for it;
 (b) masking every token to the right of the one that is predicted, one forward pass for each, on a subsample;
 (c) training: a control that was trained at causal ratio 1 throughout, on the same tokens, seeds and steps.
 Letters: B sequences, T tokens, S mask seeds.

@@ -39,7 +39,7 @@ class TokenScores:
 
 
 def ignore_tokens(n_tokens: int) -> None:
-    """An `OnTokens` that tells nobody."""
+    """An `OnTokens` that does nothing."""
 
 
 def scorable(held_out: TokenBatch, bos_id: int | None, mask_token_id: int | None) -> NDArray[np.bool_]:

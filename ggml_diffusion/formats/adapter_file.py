@@ -197,7 +197,7 @@ def load_adapter(path: str | Path, arch: str | None = None) -> LoraAdapter:
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a file says of itself that it is GGUF; False also if it cannot be read."""
+    """Whether a file starts as a GGUF file does; False also if it cannot be read."""
     try:
         with path.open("rb") as file:
             return file.read(4) == b"GGUF"

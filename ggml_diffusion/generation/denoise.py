@@ -115,7 +115,7 @@ def denoise(
         config: `length` is not used here, the masks are counted; a `block_length` of None is 0 here, `steps`
             of None as many as there are masks.
         stop_token: if set, it ends the text where nothing but masks to fill lies behind it: what follows is
-            out of sight, as it was in training, and is left as it is; no further block is begun.
+            hidden, as it was in training, and stays as it is; no further block starts.
         hide_later_blocks: cut off the masks behind the current block, as block diffusion was trained; text
             behind the last mask stays in sight, and with it all that lies between.
         on_step: called after every step.

@@ -9,7 +9,7 @@ as the sequence is the whole of it: that is plain masked diffusion.
 Deliberately not here: the masks inside of the block (corruption.py), the loop that writes block by block
 (generation/denoise.py).
 Sources: BD3-LM [Arriola et al. 2025, arXiv:2503.09573], one block at a time instead of all under one mask of
-twice the length; block sizes that grow in the course of a conversion, LLaDA2.0 [Bie et al.
+twice the length; block sizes that grow during a conversion, LLaDA2.0 [Bie et al.
 2025].
 Letters: B sequences, T tokens.
 """

@@ -314,7 +314,7 @@ def loss_weights(
         nelbo_weight: (B,), of each sequence: p'(t) / p(t), L / k, or that of a complement; `uniform` does not
             look at it.
         weighting: which of the two.
-        nelbo_clip: the largest of them that is used. Training only: a clipped sum is no bound.
+        nelbo_clip: the largest of them that is used. Training only: a clipped sum is not a bound.
 
     Returns:
         (B, T) float32, by the target's own position, 0 where not masked.

@@ -1,4 +1,4 @@
 """From files to tokens: the vocabulary, chat templates, prompts with responses, and batches of sequences.
 
-Knows no masks and no model beyond its vocabulary.
+Knows no masks, and of a model its vocabulary only.
 """

@@ -108,7 +108,7 @@ def _record(record: dict[str, Any], reader: ExampleReader) -> str | Example:
 
 
 def _blocks(lines: Iterable[str]) -> Iterator[str]:
-    """Join lines to blocks, cut where a single line feed parts two words: no token reaches across that."""
+    """Join lines to blocks, cut where a single line feed separates two words: no token spans it."""
     block: list[str] = []
     n_chars = 0
     for line in lines:

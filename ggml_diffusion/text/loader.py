@@ -269,7 +269,7 @@ class TextDataLoader:
 
 
 def _rows_of_split(n_sequences: int, split: Split, held_out_fraction: float) -> NDArray[np.int64]:
-    """Which sequences belong to a split. The seed has no part in it, so that runs can be compared."""
+    """Which sequences belong to a split. It does not depend on the seed, so that runs can be compared."""
     n_held_out = 0
     if held_out_fraction > 0:
         n_held_out = min(n_sequences - 1, max(1, round(n_sequences * held_out_fraction)))

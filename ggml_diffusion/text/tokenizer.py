@@ -219,8 +219,8 @@ class Tokenizer:
 def special_ids(metadata: Mapping[str, Any]) -> tuple[int | None, int | None]:
     """The ids of BOS and end-of-text by a GGUF's metadata, None where there is none.
 
-    A token that is both ends texts, and there is no BOS: that is never masked, and the model would not learn
-    to end.
+    A token that is both counts as end-of-text alone: BOS is never masked, and the model would not learn to
+    end.
     """
     bos_id = metadata.get("tokenizer.ggml.bos_token_id")
     eos_id = metadata.get("tokenizer.ggml.eos_token_id")

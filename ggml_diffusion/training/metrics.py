@@ -52,7 +52,7 @@ class MetricsWriter:
 
         Args:
             path: the file; created if it is missing, its folder is not.
-            resume_step: lines up to this step are kept: 0 starts the file anew.
+            resume_step: lines up to this step are kept: 0 starts a new file.
 
         Raises:
             UserError: the file cannot be written.

@@ -1,7 +1,7 @@
 """A whole conversion run: a GGUF, some text and a config in; an adapter and its evidence out.
 
 `run_conversion` reads top-down: lock the output folder, read base and data, check the engine against
-llama.cpp, resume from the last checkpoint or start anew, measure, train, save and export, measure again.
+llama.cpp, resume from the last checkpoint or start again, measure, train, save and export, measure again.
 
 The output folder holds adapter.safetensors and adapter.gguf (the exports), metrics.jsonl (one object a step),
 config.toml (as resolved), evaluation.json (if it was asked for) and checkpoints/.
@@ -118,7 +118,7 @@ def run_conversion(
     Args:
         config: with base_model, data and output set.
         listener: told about everything.
-        fresh: delete the run that the output folder holds, and start anew.
+        fresh: delete the run that the output folder holds, and start again.
         evaluate_on: held-out sequences to measure before and after; 0 = measure nothing.
 
     Raises:
@@ -386,8 +386,8 @@ def _measure_before(
     trainer: ConversionTrainer, tokenizer: Tokenizer, held_out: TokenBatch
 ) -> tuple[Score, list[MaskedScore]]:
     """The base by itself, and read as a diffusion model with nothing trained."""
-    as_begun = ReadingRule.of_checkpoint(trainer.checkpoint())
-    rule = replace(as_begun, causal_ratio=trainer.config.qlora.mask_annealing.final_causal_ratio)
+    rule_now = ReadingRule.of_checkpoint(trainer.checkpoint())
+    rule = replace(rule_now, causal_ratio=trainer.config.qlora.mask_annealing.final_causal_ratio)
     model = DiffusionModel(trainer.model, trainer.adapter, tokenizer, rule).untrained()
     batch_size = trainer.config.batch_size
     return base_score(trainer.model, held_out, batch_size), masked_scores(model, held_out, batch_size)
