@@ -210,10 +210,12 @@ def test_json_lines_may_have_other_keys_and_empty_lines_and_no_line_feed_at_the_
 def test_a_long_document_is_tokenised_in_blocks_and_stays_one_document(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "_BLOCK_CHARS", 50)
     blocks: list[str] = []
+    continued: list[object] = []
 
     class Recorder(ByteTokenizer):
-        def encode(self, text: str) -> np.ndarray:
+        def encode(self, text: str, **options: object) -> np.ndarray:
             blocks.append(text)
+            continued.append(options["continued"])
             return super().encode(text)
 
     text = "".join(f"line {n}\n" + ("\n    indented\n" if n % 3 == 0 else "") for n in range(100))
@@ -221,6 +223,7 @@ def test_a_long_document_is_tokenised_in_blocks_and_stays_one_document(tmp_path,
     loader = TextDataLoader(tmp_path / "a.txt", Recorder(), 8, 1)
     assert "".join(blocks) == text
     assert len(blocks) > 10
+    assert continued == [False] + [True] * (len(blocks) - 1)
     assert all(not block[0].isspace() for block in blocks)
     assert all(block[-1] == "\n" and not block[-2].isspace() for block in blocks[:-1])
     assert [token for sequence in loader.sequences for token in sequence] == tokens_of(text)

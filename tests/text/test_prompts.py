@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -32,15 +33,19 @@ class ChatTokenizer(ByteTokenizer):
     """A byte a token, but "<|im_end|>" is the end of a text where control tokens are read."""
 
     template: str | None = CHATML
+    control_tokens = MappingProxyType({"<|im_end|>": EOS})
+    end_ids = frozenset([EOS])
 
     def open_chat_template(self) -> ChatTemplate | None:
         return None if self.template is None else ChatTemplate(self.template, "", "")
 
-    def encode(self, text: str, *, special: bool = False) -> np.ndarray:
+    def encode(
+        self, text: str, *, special: bool = False, continued: bool = False, mark: str | None = None
+    ) -> np.ndarray:
         parts = text.split("<|im_end|>") if special else [text]
         tokens: list[int] = []
         for number, part in enumerate(parts):
-            tokens += [EOS] * (number > 0) + bytes_of(part)
+            tokens += [EOS] * (number > 0) + bytes_of(part.replace(mark or "\0", ""))
         return np.array(tokens, dtype=np.int32)
 
 

@@ -1,4 +1,4 @@
-"""The vocabulary of a GGUF: tokens and text both ways, silence, faults, and the choice of the mask token."""
+"""The vocabulary of a GGUF: tokens and text both ways, silence and faults."""
 
 import os
 import subprocess
@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from ggml_diffusion.errors import UserError
-from ggml_diffusion.formats.model_file import read_gguf
-from ggml_diffusion.text.tokenizer import Tokenizer, choose_mask_token, special_ids
+from ggml_diffusion.text.tokenizer import Tokenizer
 
 TEXTS = (
     "",
@@ -20,7 +19,6 @@ TEXTS = (
     "nul \0 byte",
     "<|im_end|> and <|eos|> and </s> are plain text",
 )
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 
 @pytest.fixture(scope="module", params=["bpe", "spm", "smollm2"])
@@ -94,17 +92,6 @@ def test_half_of_a_surrogate_pair_is_refused(tokenizer):
         tokenizer.encode("ab\ud83d")
 
 
-def test_a_bos_that_is_the_end_of_text_too_is_none_of_its_own():
-    metadata = {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.bos_token_id": 0,
-        "tokenizer.ggml.eos_token_id": 0,
-    }
-    assert special_ids(metadata) == (None, 0)
-    assert special_ids({**metadata, "tokenizer.ggml.bos_token_id": 1}) == (1, 0)
-    assert special_ids({"tokenizer.ggml.model": "gpt2"}) == (None, None)
-
-
 @pytest.mark.parametrize("name", ["missing.gguf", "not_a_model.gguf"])
 def test_a_file_that_is_no_model_is_refused_by_name(tmp_path, name):
     (tmp_path / "not_a_model.gguf").write_bytes(b"no GGUF at all")
@@ -136,83 +123,3 @@ def test_nothing_is_written_to_stdout_or_stderr(tiny_model):
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
     )
     assert (run.stdout, run.stderr) == (b"", b"")
-
-
-def vocabulary(*tokens: tuple[str, int], **special: int) -> dict[str, object]:
-    return {
-        "tokenizer.ggml.tokens": [text for text, _ in tokens],
-        "tokenizer.ggml.token_type": np.array([kind for _, kind in tokens], dtype=np.int32),
-        **{f"tokenizer.ggml.{name}": token for name, token in special.items()},
-    }
-
-
-BYTES = [(f"<0x{byte:02X}>", BYTE) for byte in range(256)]
-LLAMA2 = vocabulary(
-    ("<unk>", UNKNOWN), ("<s>", CONTROL), ("</s>", CONTROL), *BYTES, ("▁the", NORMAL),
-    unknown_token_id=0, bos_token_id=1, eos_token_id=2,
-)  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    "metadata, expected, reason",
-    [
-        (vocabulary(("<reserved>", CONTROL), ("<mask>", CONTROL), mask_token_id=1), 1, "own mask"),
-        (vocabulary(("<|end_of_text|>", CONTROL), ("<|reserved_special_token_0|>", CONTROL)), 1, "reserved"),
-        (vocabulary(("<unused0>", UNUSED), ("[control_8]", CONTROL)), 1, "reserved"),
-        (vocabulary(("<reserved_0>", CONTROL), ("<reserved_1>", CONTROL), eot_token_id=0), 1, "reserved"),
-        (vocabulary(("reserved", NORMAL), ("<bos>", CONTROL), ("<x>", UNUSED)), 2, "unused"),
-        (vocabulary(("<pad>", UNUSED), ("<x>", UNUSED), padding_token_id=0), 1, "unused"),
-        (LLAMA2, 0, "unknown token '<unk>'"),
-    ],
-    ids=["own", "llama3", "mistral", "in use", "unused", "unused in use", "llama2"],
-)  # fmt: skip
-def test_the_mask_token_is_chosen_in_the_stated_order(metadata, expected, reason):
-    token, why = choose_mask_token(None, metadata)
-    assert token == expected
-    assert reason in why
-
-
-def test_the_configs_mask_token_comes_first():
-    assert choose_mask_token(2, LLAMA2) == (2, "set in the config")
-    own = vocabulary(("a", NORMAL), ("<mask>", CONTROL), mask_token_id=1)
-    assert choose_mask_token(0, own)[0] == 0
-
-
-@pytest.mark.parametrize("requested", [-1, 260, 2**40])
-def test_a_mask_token_outside_of_the_vocabulary_is_refused(requested):
-    with pytest.raises(UserError, match=f"mask_token_id {requested} is outside of the vocabulary of 260"):
-        choose_mask_token(requested, LLAMA2)
-
-
-@pytest.mark.parametrize(
-    "metadata",
-    [
-        vocabulary(("<bos>", CONTROL), ("<eos>", CONTROL), ("a", NORMAL), bos_token_id=0, eos_token_id=1),
-        vocabulary(("<unk>", UNKNOWN), ("a", NORMAL), unknown_token_id=0),
-        {"tokenizer.ggml.tokens": ["a", "b"]},
-    ],
-    ids=["only special ones", "unknown without bytes", "no types"],
-)
-def test_a_vocabulary_without_a_free_token_is_refused_with_what_to_do(metadata):
-    with pytest.raises(UserError, match="set mask_token_id"):
-        choose_mask_token(None, metadata)
-
-
-def test_a_model_without_a_vocabulary_has_no_mask_token():
-    with pytest.raises(UserError, match="no vocabulary"):
-        choose_mask_token(None, {})
-
-
-def test_smollm2_gets_its_first_untrained_token(smollm2_path):
-    token, why = choose_mask_token(None, read_gguf(smollm2_path).metadata)
-    assert token == 7
-    assert "<gh_stars>" in why
-
-
-@pytest.mark.parametrize("kind, expected", [("bpe", 3), ("spm", 3)])
-def test_tiny_models_get_a_reserved_token_that_text_does_not_contain(tiny_model, kind, expected):
-    path = tiny_model(tokenizer=kind)
-    token, _ = choose_mask_token(None, read_gguf(path).metadata)
-    assert token == expected
-    tokenizer = Tokenizer.from_gguf(path)
-    assert token not in tokenizer.encode(tokenizer.token_text(token))
