@@ -23,7 +23,8 @@ from typing import Any
 
 import gguf
 import numpy as np
-from make_tiny_gguf import TENSOR_TYPES, _add_metadata, bpe_vocabulary, quantise
+from make_tiny_gguf import TENSOR_TYPES, _add_metadata, quantise
+from tiny_vocabularies import bpe_vocabulary
 from numpy.typing import NDArray
 from tool_errors import run_tool
 

@@ -172,7 +172,7 @@ def _compile(source: str) -> Any:
     class Generation(Extension):
         """The tag that marks what the assistant writes; what stands inside is written as it is."""
 
-        tags = {"generation"}
+        tags = frozenset(["generation"])
 
         def parse(self, parser: Any) -> nodes.Node:
             line = next(parser.stream).lineno

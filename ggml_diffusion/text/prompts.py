@@ -43,8 +43,11 @@ class TextEncoder(Protocol):
     def encode(
         self, text: str, *, special: bool = False, continued: bool = False, mark: str | None = None
     ) -> NDArray[np.int32]:
-        """The tokens (n,) of a text; with `special` the names of control tokens stand for these, but for those
-        with `mark` inside; `continued`: it goes on where other text ended."""
+        """The tokens (n,) of a text.
+
+        With `special` the names of control tokens stand for these, but not where `mark` stands inside. A text
+        that is `continued` goes on where other text ended.
+        """
 
     def is_text(self, token: int) -> bool:
         """Whether what stands behind a token goes on with a text."""
@@ -123,7 +126,8 @@ class Chat:
         """All but the last message with what opens it, and the last one up to the token that ends it.
 
         Raises:
-            UserError: the template refuses the messages, or writes the first ones differently before the last.
+            UserError: the template refuses the messages, or writes those before the answer differently once
+                the answer is there.
 
         """
         mark, marked = self._marked(messages)
@@ -141,7 +145,7 @@ class Chat:
         return Example(with_start(head, self._tokenizer), response)
 
     def _marked(self, messages: Sequence[Mapping[str, Any]]) -> tuple[str | None, list[Any]]:
-        """The messages with a mark inside the names of control tokens; no mark where there is no such name."""
+        """The messages with a mark inside the names of control tokens; None where there is no such name."""
         names = self._names
         if names is None or not any(names.search(text) for text in _strings(messages)):
             return None, list(messages)

@@ -68,8 +68,8 @@ def token_id(metadata: Mapping[str, Any], role: str) -> int | None:
     """
     n_tokens = len(metadata.get("tokenizer.ggml.tokens", ()))
     named = metadata.get(f"tokenizer.ggml.{role}_token_id")
-    if _is_id(named) and 0 <= named < n_tokens:
-        return int(named)
+    if isinstance(named, int) and not isinstance(named, bool) and 0 <= named < n_tokens:
+        return named
     default = _SENTENCEPIECE_IDS.get(role) if metadata.get("tokenizer.ggml.model") == "llama" else None
     return default if default is not None and default < n_tokens else None
 
@@ -195,7 +195,3 @@ def _role_ids(metadata: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
 def _in_template(name: str, metadata: Mapping[str, Any]) -> bool:
     template = metadata.get("tokenizer.chat_template")
     return isinstance(template, str) and name in template
-
-
-def _is_id(value: object) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)

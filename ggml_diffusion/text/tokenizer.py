@@ -23,7 +23,7 @@ import llama_cpp
 import numpy as np
 from numpy.typing import NDArray
 
-from ggml_diffusion.errors import UserError, one_line, quoted
+from ggml_diffusion.errors import UserError, one_line
 from ggml_diffusion.formats.model_file import TOKENIZERS_WITHOUT_VOCABULARY, check_tokenizer, read_gguf
 from ggml_diffusion.text.chat_template import ChatTemplate
 from ggml_diffusion.text.special_tokens import special_ids, token_id
