@@ -5,6 +5,7 @@ llama.cpp gives such a text, with the names of control tokens read as these.
 """
 
 import json
+from functools import cache
 
 import llama_cpp
 import numpy as np
@@ -109,9 +110,13 @@ def tokenizer(path) -> Tokenizer:
     return Tokenizer.from_gguf(path)
 
 
+@cache
+def llama_of(path) -> llama_cpp.Llama:
+    return llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
+
+
 def tokens_of_llama_cpp(path, text: str, *, add_bos: bool = False, special: bool = True) -> list[int]:
-    model = llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
-    return model.tokenize(text.encode(), add_bos=add_bos, special=special)
+    return llama_of(path).tokenize(text.encode(), add_bos=add_bos, special=special)
 
 
 def read(tokenizer, *turns):
@@ -172,7 +177,8 @@ def test_documents_and_prompts_begin_as_the_base_wants_it(family, path, tokenize
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
     loader = TextDataLoader(file, tokenizer, 256, 1)
     expected = [
-        [*tokens_of_llama_cpp(path, text, add_bos=True, special=False), tokenizer.eos_id] for text in documents
+        [*tokens_of_llama_cpp(path, text, add_bos=True, special=False), tokenizer.eos_id]
+        for text in documents
     ]
     assert [expected[0][0]] == start or not start
     assert loader.sequences[0].tolist() == expected[0] + expected[1]

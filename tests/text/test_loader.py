@@ -45,6 +45,32 @@ def test_a_vocabulary_without_an_end_of_text_adds_none(tmp_path):
     assert [batch.document_ids.tolist() for batch in loader] == [[[0, 0]], [[0, 0]]]
 
 
+def test_each_document_begins_with_the_token_that_the_base_wants(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "_BLOCK_CHARS", 4)
+
+    class Starting(ByteTokenizer):
+        start_id = 500
+
+    path = write_jsonl(tmp_path / "a.jsonl", "one\ntwo\nsix", "", "x")
+    loader = TextDataLoader(path, Starting(), 64, 1)
+    one, x = tokens_of("one\ntwo\nsix"), tokens_of("x")
+    assert loader.sequences[0].tolist() == [500, *one, 500, *x]
+    assert (loader.n_documents, loader.n_skipped) == (3, 1)
+    assert loader.batch_at(0).document_ids[0, : len(one) + 2].tolist() == [0] * (len(one) + 1) + [1]
+
+
+@pytest.mark.parametrize("kind", ["bpe", "spm"])
+def test_blocks_of_either_vocabulary_have_the_tokens_of_the_whole_text(
+    tiny_model, tmp_path, monkeypatch, kind
+):
+    text = "".join(f"the sand {n}\nand the sea\n" for n in range(100))
+    (tmp_path / "a.txt").write_text(text)
+    tokenizer = Tokenizer.from_gguf(tiny_model(tokenizer=kind))
+    monkeypatch.setattr(data, "_BLOCK_CHARS", 60)
+    loader = TextDataLoader(tmp_path / "a.txt", tokenizer, 1 << 14, 1)
+    assert loader.sequences[0].tolist() == [*tokenizer.encode(text).tolist(), tokenizer.eos_id]
+
+
 def test_documents_are_numbered_from_0_in_each_sequence(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", "abcdefghij", "k", "lm")  # 10 + 1, 1 + 1, 2 + 1 tokens: 16
     loader = loader_of(path, T=8, B=8)

@@ -3,9 +3,12 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
+import llama_cpp
 import numpy as np
 import pytest
+from gguf_changes import with_vocabulary_keys
 
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.text.tokenizer import Tokenizer
@@ -47,8 +50,6 @@ def test_neither_bos_nor_end_of_text_is_added(tokenizer):
 
 
 def test_the_same_text_has_the_tokens_that_llama_cpp_python_gives_it(smollm2_path):
-    import llama_cpp
-
     theirs = llama_cpp.Llama(str(smollm2_path), vocab_only=True, verbose=False)
     text = "".join(TEXTS)
     assert Tokenizer.from_gguf(smollm2_path).encode(text).tolist() == theirs.tokenize(
@@ -123,3 +124,91 @@ def test_nothing_is_written_to_stdout_or_stderr(tiny_model):
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
     )
     assert (run.stdout, run.stderr) == (b"", b"")
+
+
+# -- text that goes on -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def spm(tiny_model) -> Tokenizer:
+    return Tokenizer.from_gguf(tiny_model(tokenizer="spm", V=512))
+
+
+def names(tokenizer, tokens) -> list[str]:
+    return [tokenizer.token_text(int(token)) for token in tokens]
+
+
+@pytest.mark.parametrize(
+    "text, pieces",
+    [
+        (" and the sea", [" and", " the", " s", "e", "a"]),
+        ("nd", ["nd"]),
+        ("and", ["a", "nd"]),
+        ("  on", [" ", " ", "on"]),
+        ("\n on", ["\n", " ", "on"]),
+        ("\x01on", ["\x01", "on"]),
+        ("", []),
+    ],
+)
+def test_sentencepiece_puts_no_blank_in_front_of_text_that_goes_on(spm, text, pieces):
+    tokens = spm.encode(text, continued=True)
+    assert names(spm, tokens) == pieces
+    assert spm.decode(tokens, continued=True) == text
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_that_goes_on_comes_back_from_its_tokens(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text, continued=True), continued=True) == text
+
+
+def test_text_cut_between_words_has_the_tokens_of_the_whole(tokenizer):
+    words = ["The", " cat", " sat", " on", " the", "  other", "\nand", " the", " thing."]
+    whole = tokenizer.encode("".join(words)).tolist()
+    for cut in range(1, len(words)):
+        front, back = "".join(words[:cut]), "".join(words[cut:])
+        assert [*tokenizer.encode(front), *tokenizer.encode(back, continued=True)] == whole
+
+
+def test_what_stands_behind_a_control_token_starts_anew(spm):
+    the = spm.encode("the", special=True)
+    assert spm.encode("</s>the", special=True).tolist() == [spm.eos_id, *the]
+    assert not spm.is_text(spm.eos_id) and spm.is_text(int(the[0]))
+
+
+# -- what a file says about its vocabulary ---------------------------------------------------------
+
+
+def changed(tiny_model, tmp_path, keys, **options) -> Path:
+    """The tiny model with keys of its vocabulary changed; None takes one away."""
+    return with_vocabulary_keys(tiny_model(**options), tmp_path / "changed.gguf", keys)
+
+
+def test_a_vocabulary_without_a_pre_tokenizer_is_warned_of(tiny_model, tmp_path):
+    (warning,) = Tokenizer.from_gguf(changed(tiny_model, tmp_path, {"pre": None})).warnings
+    assert "names no pre-tokenizer" in warning and "\n" not in warning
+    for kind in ("bpe", "spm"):
+        assert Tokenizer.from_gguf(tiny_model(tokenizer=kind)).warnings == ()
+
+
+@pytest.mark.parametrize("template", ["", " \n"])
+def test_an_empty_chat_template_is_none(tiny_model, tmp_path, template):
+    path = changed(tiny_model, tmp_path, {"chat_template": template})
+    assert Tokenizer.from_gguf(path).open_chat_template() is None
+
+
+@pytest.mark.parametrize("kind, key, start", [("bpe", True, 1), ("bpe", None, None), ("bpe", False, None),
+                                              ("spm", True, 1), ("spm", None, 1), ("spm", False, None)])  # fmt: skip
+def test_the_token_in_front_of_a_text_is_the_one_that_llama_cpp_adds(tiny_model, tmp_path, kind, key, start):
+    """Where the file does not say it, SentencePiece has it and byte-level BPE has not."""
+    path = changed(tiny_model, tmp_path, {"add_bos_token": key}, tokenizer=kind)
+    assert Tokenizer.from_gguf(path).start_id == start
+    theirs = llama_cpp.Llama(str(path), vocab_only=True, verbose=False).tokenize(b"the", add_bos=True)
+    assert (theirs[0] == 1) == (start == 1)
+
+
+def test_ids_outside_of_the_vocabulary_are_none_and_the_model_loads(tiny_model, tmp_path):
+    no_token = dict.fromkeys(("padding_token_id", "eos_token_id", "bos_token_id"), 2**32 - 1)
+    path = changed(tiny_model, tmp_path, {**no_token, "add_bos_token": True})
+    tokenizer = Tokenizer.from_gguf(path)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.start_id) == (None, None, None)
+    assert tokenizer.decode(tokenizer.encode("the sand")) == "the sand"
