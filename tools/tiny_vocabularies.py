@@ -1,12 +1,12 @@
 """Tiny vocabularies for the models of make_tiny_gguf.py: plain ones, and one of the shape of each family.
 
-They really tokenise and round-trip English. A family has the names and types of its control tokens, its keys,
-and a chat template of the shape that its files have, in few lines.
+They really tokenise and round-trip English. A family has the names and types of its control tokens, its
+keys, and a chat template of the shape that its files have, in few lines.
 
-It does not copy any family's pieces or merges: all have those of English words in `BPE_MERGES` or `SPM_PIECES`.
+It does not copy any family's pieces or merges: all have the few of `BPE_MERGES` or `SPM_PIECES`.
 
-Sources: llama.cpp `src/llama-vocab.cpp` for what a vocabulary must hold, `conversion/*.py` for the type that a
-family's tokens get.
+Sources: llama.cpp `src/llama-vocab.cpp` for what a vocabulary must hold, `conversion/*.py` for the type that
+a family's tokens get.
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ class Family:
 _QWEN25 = """{%- if messages[0].role == 'system' %}{% set system = messages[0].content %}
 {%- else %}{% set system = 'You help.' %}{% endif %}
 {{- '<|im_start|>system\\n' + system }}
-{%- if tools %}{{ '\\n<tools>' }}{% for tool in tools %}{{ tool | tojson }}{% endfor %}{{ '</tools>' }}{% endif %}
+{%- if tools %}{{ '\\n<tools>' }}
+{%- for tool in tools %}{{ tool | tojson }}{% endfor %}{{ '</tools>' }}
+{%- endif %}
 {{- '<|im_end|>\\n' }}
 {%- for m in messages %}{% if m.role != 'system' %}
 {{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}
@@ -79,7 +81,9 @@ _QWEN3 = """{%- set ns = namespace(last=-1) %}
 {%- set thoughts = content.split('</think>')[0].split('<think>')[-1].strip('\\n') %}
 {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
 {%- endif %}
-{%- if loop.index0 > ns.last %}{% set content = '<think>\\n' + thoughts + '\\n</think>\\n\\n' + content %}{% endif %}
+{%- if loop.index0 > ns.last %}
+{%- set content = '<think>\\n' + thoughts + '\\n</think>\\n\\n' + content %}
+{%- endif %}
 {%- endif %}
 {{- '<|im_start|>' + m.role + '\\n' + content + '<|im_end|>\\n' }}
 {%- endfor %}
@@ -94,8 +98,8 @@ _GEMMA = """{{ bos_token }}
 {%- if (m.role == 'user') != (loop.index0 % 2 == 0) %}
 {{- raise_exception('Roles must alternate user/assistant/user/assistant') }}
 {%- endif %}
-{{- '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\\n' + (system if loop.first else '') }}
-{{- m.content | trim + '<end_of_turn>\\n' }}
+{{- '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\\n' }}
+{{- (system if loop.first else '') + m.content | trim }}{{ '<end_of_turn>\\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"""
 _PHI3 = (
@@ -103,7 +107,8 @@ _PHI3 = (
     "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% else %}{{ eos_token }}{% endif %}"
 )
 _PHI4 = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '<|im_sep|>' + m.content + '<|im_end|>' }}{% endfor %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '<|im_sep|>' + m.content + '<|im_end|>' }}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_sep|>' }}{% endif %}"
 )
 _GRANITE = """{%- if messages[0].role != 'system' %}
@@ -263,7 +268,8 @@ def spm_vocabulary(V: int, reserved: int) -> Vocabulary:
 
 def family_vocabulary(family: Family, V: int) -> Vocabulary:
     """The vocabulary of a family: its control and user-defined tokens first, then text, UNUSED up to V."""
-    names, scores = list(family.control), []
+    names = list(family.control)
+    scores: list[float] = []
     if family.model == "gpt2":
         tokens, types = _bpe_tokens(names, family.user_defined)
     else:

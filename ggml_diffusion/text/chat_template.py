@@ -172,7 +172,7 @@ def _compile(source: str) -> Any:
     class Generation(Extension):
         """The tag that marks what the assistant writes; what stands inside is written as it is."""
 
-        tags = frozenset(["generation"])
+        tags = {"generation"}  # noqa: RUF012 -- as the base class has it
 
         def parse(self, parser: Any) -> nodes.Node:
             line = next(parser.stream).lineno

@@ -1,4 +1,4 @@
-"""Each family's vocabulary and chat template: prompts, answers and their ends, BOS, control tokens, mask token.
+"""Each family's vocabulary and chat template: prompts, answers and their ends, BOS, control and mask tokens.
 
 The texts are written out by hand, as the families document their formats; their tokens are those that
 llama.cpp gives such a text, with the names of control tokens read as these.
@@ -45,7 +45,8 @@ EXPECTED = {
         "<unused0>",
     ),
     "phi3": (
-        "<|user|>\nin the sand<|end|>\n<|assistant|>\non the sea<|end|>\n<|user|>\nand?<|end|>\n<|assistant|>\n",
+        "<|user|>\nin the sand<|end|>\n<|assistant|>\non the sea<|end|>\n"
+        "<|user|>\nand?<|end|>\n<|assistant|>\n",
         " So it is. <|end|><|endoftext|>",
         "<|placeholder1|>",
     ),
@@ -64,7 +65,8 @@ EXPECTED = {
     ),
     "smollm3": (
         "<|im_start|>system\nToday: 26 July 2024<|im_end|>\n<|im_start|>user\nin the sand<|im_end|>\n"
-        "<|im_start|>assistant\non the sea<|im_end|>\n<|im_start|>user\nand?<|im_end|>\n<|im_start|>assistant\n",
+        "<|im_start|>assistant\non the sea<|im_end|>\n"
+        "<|im_start|>user\nand?<|im_end|>\n<|im_start|>assistant\n",
         " So it is. <|im_end|>",
         "<|reserved_special_token_0|>",
     ),

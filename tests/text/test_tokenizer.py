@@ -196,8 +196,17 @@ def test_an_empty_chat_template_is_none(tiny_model, tmp_path, template):
     assert Tokenizer.from_gguf(path).open_chat_template() is None
 
 
-@pytest.mark.parametrize("kind, key, start", [("bpe", True, 1), ("bpe", None, None), ("bpe", False, None),
-                                              ("spm", True, 1), ("spm", None, 1), ("spm", False, None)])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, key, start",
+    [
+        ("bpe", True, 1),
+        ("bpe", None, None),
+        ("bpe", False, None),
+        ("spm", True, 1),
+        ("spm", None, 1),
+        ("spm", False, None),
+    ],
+)
 def test_the_token_in_front_of_a_text_is_the_one_that_llama_cpp_adds(tiny_model, tmp_path, kind, key, start):
     """Where the file does not say it, SentencePiece has it and byte-level BPE has not."""
     path = changed(tiny_model, tmp_path, {"add_bos_token": key}, tokenizer=kind)
