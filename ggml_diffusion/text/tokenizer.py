@@ -24,7 +24,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ggml_diffusion.errors import UserError, one_line
-from ggml_diffusion.formats.model_file import TOKENIZERS_WITHOUT_VOCABULARY, check_tokenizer, read_gguf
+from ggml_diffusion.formats.model_file import (
+    BPE_TOKENIZERS,
+    TOKENIZERS_WITHOUT_VOCABULARY,
+    check_tokenizer,
+    read_gguf,
+)
 from ggml_diffusion.text.chat_template import ChatTemplate
 from ggml_diffusion.text.special_tokens import special_ids, token_id
 
@@ -279,7 +284,7 @@ class Tokenizer:
 
 def _warnings(metadata: Mapping[str, Any]) -> tuple[str, ...]:
     """What llama.cpp warns of when it reads a vocabulary, as far as it changes the tokens of a text."""
-    if metadata["tokenizer.ggml.model"] == "gpt2" and not metadata.get("tokenizer.ggml.pre"):
+    if metadata["tokenizer.ggml.model"] in BPE_TOKENIZERS and not metadata.get("tokenizer.ggml.pre"):
         return (
             "the model names no pre-tokenizer, so text is cut as llama.cpp does by default, which may not be "
             "how the model was trained: a newer GGUF of it has the key 'tokenizer.ggml.pre'",
