@@ -34,7 +34,7 @@ from ggml_diffusion.formats.gguf_reader import MetadataValue, StringArray, Tenso
 from ggml_diffusion.formats.tensor_types import SUPPORTED_TYPES
 
 TOKENIZERS_WITHOUT_VOCABULARY = ("none", "no_vocab")
-BPE_TOKENIZERS = ("gpt2", "hybriddna", "whitespace")  # byte-level; what comes before its merges differs
+BPE_TOKENIZERS = ("gpt2", "hybriddna")  # byte-level; the second cuts DNA into words of six letters first
 SUPPORTED_TOKENIZERS = (*BPE_TOKENIZERS, "llama", *TOKENIZERS_WITHOUT_VOCABULARY)  # "llama": SentencePiece
 # Kinds that llama.cpp reads as well, and why none of them is given text.
 _REFUSED_TOKENIZERS = {
@@ -43,6 +43,7 @@ _REFUSED_TOKENIZERS = {
     "plamo2": "only PLaMo has it",
     "rwkv": "llama.cpp does not come to an end with a byte that it has no token for",
     "t5": "llama.cpp aborts where its map of characters is damaged",
+    "whitespace": "it does not keep blanks, so a text does not come back from its tokens",
     "test": "it makes numbers of texts, and no texts of numbers",
 }
 # Roles of tokens that llama.cpp reads, from keys tokenizer.ggml.ROLE_token_id; it ignores other such keys.
@@ -402,6 +403,8 @@ def check_tokenizer(model: ModelFile) -> None:
         _check_token_array(model, f"tokenizer.ggml.{key}", types, len(tokens))
     if kind in BPE_TOKENIZERS:
         _strings(model, "tokenizer.ggml.merges")
+        if model.metadata.get("tokenizer.ggml.pre") == "whitespace":
+            model.fail("pre-tokenizer 'whitespace' is not supported: llama.cpp aborts at the first blank")
     else:
         missing = [byte for byte in range(256) if not {b"<0x%02X>" % byte, bytes([byte])} & texts]
         if missing:

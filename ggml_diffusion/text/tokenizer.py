@@ -43,12 +43,13 @@ _ERROR_LEVEL = 4  # GGML_LOG_LEVEL_ERROR
 _ANCHORS = tuple(chr(code) for code in range(1, 9))
 _BLANKS = " \t\n\v\f\r"  # isspace of C
 
-_last_errors: list[str] = []
+_errors: list[str] = []
 
 
 def _keep_error(level: int, text: bytes, user_data: object) -> None:
     if level == _ERROR_LEVEL:
-        _last_errors[:] = [text.decode(errors="replace")]
+        _errors.append(text.decode(errors="replace"))
+        del _errors[1:]  # the first one names the fault, the others what failed through it
 
 
 _log_callback = llama_cpp.llama_log_callback(_keep_error)  # llama.cpp keeps a bare pointer to it
@@ -106,10 +107,10 @@ class Tokenizer:
         llama_cpp.llama_backend_init()
         parameters = llama_cpp.llama_model_default_params()
         parameters.vocab_only = True
-        _last_errors.clear()
+        _errors.clear()
         model = llama_cpp.llama_model_load_from_file(str(file.path).encode(), parameters)
         if not model:
-            file.fail(f"llama.cpp cannot load its vocabulary: {one_line(' '.join(_last_errors))}")
+            file.fail(f"llama.cpp cannot load its vocabulary: {one_line(' '.join(_errors))}")
         return cls(model, file.metadata)
 
     def close(self) -> None:

@@ -245,6 +245,10 @@ MODEL_FAULTS: dict[str, tuple[Gguf, str]] = {
         with_key("tokenizer.ggml.model", scalar(STRING, "rwkv")),
         "tokenizer 'rwkv' is not supported: llama.cpp does not come to an end",
     ),
+    "a pre-tokenizer that is not safe": (
+        with_key("tokenizer.ggml.pre", scalar(STRING, "whitespace")),
+        "pre-tokenizer 'whitespace' is not supported: llama.cpp aborts",
+    ),
     "no kind of tokenizer": (tiny_llama().drop("tokenizer.ggml.model"), "'tokenizer.ggml.model' is missing"),
     "no merges": (tiny_llama().drop("tokenizer.ggml.merges"), "'tokenizer.ggml.merges' is missing"),
     "sentencepiece without bytes": (

@@ -215,6 +215,41 @@ def test_the_token_in_front_of_a_text_is_the_one_that_llama_cpp_adds(tiny_model,
     assert (theirs[0] == 1) == (start == 1)
 
 
+PRE_TOKENIZERS = (
+    *("default", "gpt-2", "llama-bpe", "smaug-bpe", "qwen2", "qwen35", "gpt-4o", "dbrx", "refact", "tekken"),
+    *("smollm", "starcoder", "stablelm2", "olmo", "deepseek-llm", "falcon3", "phi-2", "pixtral", "command-r"),
+)
+
+
+@pytest.mark.parametrize("pre", PRE_TOKENIZERS)
+def test_text_comes_back_whatever_the_pre_tokenizer(tiny_model, tmp_path, pre):
+    tokenizer = Tokenizer.from_gguf(changed(tiny_model, tmp_path, {"pre": pre}))
+    for text in TEXTS:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_a_vocabulary_with_dna_is_read_as_byte_level_bpe(tiny_model, tmp_path):
+    tokenizer = Tokenizer.from_gguf(changed(tiny_model, tmp_path, {"model": "hybriddna"}))
+    plain = Tokenizer.from_gguf(tiny_model())
+    assert tokenizer.encode("the sand").tolist() == plain.encode("the sand").tolist()
+
+
+@pytest.mark.parametrize("kind", ["bert", "gemma4", "plamo2", "rwkv", "t5", "whitespace", "test", "tiktoken"])
+def test_a_kind_of_vocabulary_that_is_not_safe_is_refused_in_one_line(tiny_model, tmp_path, kind):
+    path = changed(tiny_model, tmp_path, {"model": kind})
+    with pytest.raises(
+        UserError, match=rf"changed\.gguf: tokenizer '{kind}' is not supported[:;] "
+    ) as refusal:
+        Tokenizer.from_gguf(path)
+    assert str(refusal.value).isprintable()
+
+
+def test_an_unknown_pre_tokenizer_is_refused_with_the_words_of_llama_cpp(tiny_model, tmp_path):
+    path = changed(tiny_model, tmp_path, {"pre": "unheard of"})
+    with pytest.raises(UserError, match="cannot load its vocabulary: .*unknown pre-tokenizer type"):
+        Tokenizer.from_gguf(path)
+
+
 def test_ids_outside_of_the_vocabulary_are_none_and_the_model_loads(tiny_model, tmp_path):
     no_token = dict.fromkeys(("padding_token_id", "eos_token_id", "bos_token_id"), 2**32 - 1)
     path = changed(tiny_model, tmp_path, {**no_token, "add_bos_token": True})
