@@ -8,7 +8,6 @@ import json
 from functools import cache
 
 import llama_cpp
-import numpy as np
 import pytest
 from tiny_vocabularies import FAMILIES
 
@@ -213,8 +212,3 @@ def test_qwen3_keeps_the_thoughts_of_the_last_answer_only(tiny_model):
     )
     assert "hm" not in tokenizer.decode(example.prompt)
     assert tokenizer.decode(example.response) == thought + "b"
-
-
-def test_the_same_messages_have_the_same_tokens_in_every_process(family, tokenizer):
-    one, two = (read(tokenizer, *TALK) for _ in range(2))
-    assert np.array_equal(one.prompt, two.prompt) and np.array_equal(one.response, two.response)

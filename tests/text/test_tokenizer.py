@@ -246,7 +246,7 @@ def test_a_kind_of_vocabulary_that_is_not_safe_is_refused_in_one_line(tiny_model
 
 def test_an_unknown_pre_tokenizer_is_refused_with_the_words_of_llama_cpp(tiny_model, tmp_path):
     path = changed(tiny_model, tmp_path, {"pre": "unheard of"})
-    with pytest.raises(UserError, match="cannot load its vocabulary: .*unknown pre-tokenizer type"):
+    with pytest.raises(UserError, match=r"cannot load its vocabulary: .*unknown pre-tokenizer type"):
         Tokenizer.from_gguf(path)
 
 
