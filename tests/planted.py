@@ -64,6 +64,7 @@ class NoVocabulary:
 
     bos_id = None
     eos_id = 1
+    start_id = None
 
     def n_bytes(self, token: int) -> int:
         return 0 if token == self.eos_id else 2

@@ -21,9 +21,15 @@ class ByteTokenizer:
     """One token a byte, shifted up by one to leave 0 for the end of a text."""
 
     eos_id: int | None = EOS
+    start_id: int | None = None
 
-    def encode(self, text: str) -> np.ndarray:
+    def encode(
+        self, text: str, *, special: bool = False, continued: bool = False, mark: str | None = None
+    ) -> np.ndarray:
         return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int32) + 1
+
+    def is_text(self, token: int) -> bool:
+        return token not in (self.eos_id, self.start_id)
 
 
 def tokens_of(*texts: str) -> list[int]:

@@ -23,8 +23,9 @@ from typing import Any
 
 import gguf
 import numpy as np
-from make_tiny_gguf import TENSOR_TYPES, _add_metadata, bpe_vocabulary, quantise
+from make_tiny_gguf import TENSOR_TYPES, _add_metadata, quantise
 from numpy.typing import NDArray
+from tiny_vocabularies import bpe_vocabulary
 from tool_errors import run_tool
 
 SHAPE_7B = {"L": 32, "C": 4096, "H": 32, "G": 32, "F": 11008, "V": 32000}

@@ -1,13 +1,13 @@
 """Write a tiny random GGUF of any dense architecture, one that llama.cpp loads: the models of the test suite.
 
 The network is neither dead nor chaotic (tiny_architectures.py), so that a KL divergence between two
-implementations says something. The vocabulary really tokenises and round-trips English. Weights are random: Q
-and K rows are taken to be in GGUF's order already.
+implementations says something. The vocabulary (tiny_vocabularies.py) really tokenises English. Weights are
+random: Q and K rows are taken to be in GGUF's order already.
 
 It does not train anything, and it does not check that the result is supported: a test may ask for odd files.
 
 Sources: gguf-py's GGUFWriter for the container, ggml's public `ggml_quantize_chunk` for every tensor type
-(gguf-py cannot quantise K types), llama.cpp `src/llama-vocab.cpp` for what a vocabulary must hold.
+(gguf-py cannot quantise K types).
 
 usage: make_tiny_gguf.py OUT.gguf [--arch gemma3] [--type Q4_0] [--tokenizer spm] [--L 2] [--C 64] ...
        [--tied] [--rope-freqs] [--fused-qkv] [--biases attn_q,attn_k] [--keys '{"rope.scaling.type": "yarn"}']
@@ -21,7 +21,6 @@ import importlib.util
 import json
 import sys
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ import numpy as np
 from gguf.gguf_writer import GGUFValue
 from numpy.typing import NDArray
 from tiny_architectures import ARCHITECTURES, Shape, random_weights, rope_factors
+from tiny_vocabularies import TOKENIZERS, Vocabulary, make_vocabulary
 
 from ggml_diffusion.formats.tensor_types import SUPPORTED_TYPES
 
@@ -87,69 +87,9 @@ def quantise(array: FloatArray, type_name: str) -> NDArray[np.uint8]:
     return result
 
 
-@dataclass(frozen=True)
-class Vocabulary:
-    """What a GGUF's `tokenizer.ggml.*` keys hold; `merges` for byte-level BPE, `scores` for SentencePiece."""
-
-    model: str
-    tokens: list[str]
-    types: list[int]
-    bos: int
-    eos: int
-    unknown: int
-    merges: list[str]
-    scores: list[float]
-
-
-def _byte_characters() -> list[str]:
-    """The printable character that byte-level BPE (GPT-2) writes for each of the 256 bytes."""
-    printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(256, 512))
-    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
-
-
-BPE_MERGES = ("Ġ t", "h e", "Ġ a", "i n", "Ġt he", "r e", "o n", "n d", "Ġa nd", "in g", "Ġ s", "Ġ o", "Ġo f")
-SPM_PIECES = ("▁t", "he", "▁a", "in", "▁the", "re", "on", "nd", "▁and", "ing", "▁s", "▁o", "▁of")
-
-
-def bpe_vocabulary(V: int, reserved: int) -> Vocabulary:
-    """Byte-level BPE: unk, bos, eos, `reserved` control tokens, 256 bytes, a few merges, UNUSED up to V."""
-    control = ["<|unk|>", "<|bos|>", "<|eos|>", *(f"<|reserved_{i}|>" for i in range(reserved))]
-    normal = [*_byte_characters(), *(merge.replace(" ", "") for merge in BPE_MERGES)]
-    tokens = control + normal
-    types = [int(gguf.TokenType.CONTROL)] * len(control) + [int(gguf.TokenType.NORMAL)] * len(normal)
-    return _padded(Vocabulary("gpt2", tokens, types, 1, 2, 0, list(BPE_MERGES), []), V)
-
-
-def spm_vocabulary(V: int, reserved: int) -> Vocabulary:
-    """SentencePiece with byte fallback, as Llama 2: unk, bos, eos, 256 bytes, ASCII, a few pieces, UNUSED."""
-    control = ["<s>", "</s>", *(f"<reserved_{i}>" for i in range(reserved))]
-    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
-    pieces = ["▁", *(chr(c) for c in range(ord("!"), ord("~") + 1)), *SPM_PIECES]
-    kind = gguf.TokenType
-    types = [kind.UNKNOWN, *[kind.CONTROL] * len(control), *[kind.BYTE] * 256, *[kind.NORMAL] * len(pieces)]
-    tokens = ["<unk>", *control, *byte_tokens, *pieces]
-    # a pair merges into the piece of the highest score, so earlier pieces of SPM_PIECES merge first
-    scores = [-float(max(0, i - len(tokens) + len(SPM_PIECES))) for i in range(len(tokens))]
-    return _padded(Vocabulary("llama", tokens, [int(t) for t in types], 1, 2, 0, [], scores), V)
-
-
-def _padded(vocabulary: Vocabulary, V: int) -> Vocabulary:
-    padding = V - len(vocabulary.tokens)
-    if padding < 0:
-        raise ValueError(
-            f"this vocabulary has {len(vocabulary.tokens)} tokens: V must not be smaller than that"
-        )
-    vocabulary.tokens.extend(f"<unused_{i}>" for i in range(padding))
-    vocabulary.types.extend([int(gguf.TokenType.UNUSED)] * padding)
-    if vocabulary.scores:
-        vocabulary.scores.extend([-1000.0] * padding)
-    return vocabulary
-
-
 def _add_metadata(writer: gguf.GGUFWriter, vocabulary: Vocabulary, **h: Any) -> None:
     # no digits: in a file whose name has "phi3" llama.cpp looks for tokens of Phi's own vocabulary
-    writer.add_name("tiny random " + writer.arch.rstrip("0123456789"))
+    writer.add_name(vocabulary.name or "tiny random " + writer.arch.rstrip("0123456789"))
     writer.add_block_count(h["L"])
     writer.add_context_length(h["context"])
     writer.add_embedding_length(h["C"])
@@ -163,18 +103,21 @@ def _add_metadata(writer: gguf.GGUFWriter, vocabulary: Vocabulary, **h: Any) -> 
     writer.add_layer_norm_rms_eps(h["eps"])
     writer.add_vocab_size(h["V"])
     writer.add_tokenizer_model(vocabulary.model)
+    writer.add_tokenizer_pre(vocabulary.pre)
     if vocabulary.merges:
-        writer.add_tokenizer_pre("gpt-2")
         writer.add_token_merges(vocabulary.merges)
     else:
-        writer.add_tokenizer_pre("default")
         writer.add_token_scores(vocabulary.scores)
     writer.add_token_list(vocabulary.tokens)
     writer.add_token_types(vocabulary.types)
-    writer.add_bos_token_id(vocabulary.bos)
-    writer.add_eos_token_id(vocabulary.eos)
-    writer.add_unk_token_id(vocabulary.unknown)
-    writer.add_add_bos_token(False)
+    for role, token in vocabulary.ids.items():
+        writer.add_uint32(f"tokenizer.ggml.{role}_token_id", token)
+    if vocabulary.add_bos is not None:
+        writer.add_add_bos_token(vocabulary.add_bos)
+    if vocabulary.add_space_prefix is not None:
+        writer.add_add_space_prefix(vocabulary.add_space_prefix)
+    if vocabulary.chat_template is not None:
+        writer.add_chat_template(vocabulary.chat_template)
 
 
 def _set_key(writer: gguf.GGUFWriter, name: str, value: Any) -> None:
@@ -228,7 +171,8 @@ def make_tiny_gguf(
     rope_freqs: with frequency factors, as Llama 3.1; long and short ones come with the scaling "longrope".
     keys: keys without the architecture's prefix, for example {"attention.sliding_window": 16}, over those of
     the entry; None takes one away.
-    tokenizer: "bpe" (byte-level, as GPT-2) or "spm" (as Llama 2), with some `reserved` control tokens.
+    tokenizer: "bpe" (byte-level, as GPT-2) or "spm" (as Llama 2), with some `reserved` control tokens, or one
+    of tiny_vocabularies.FAMILIES.
     tensors_a_part: write files NAME-00001-of-0000N.gguf with so many tensors each; 0: one file.
     The same arguments give the same bytes. ValueError: a size that the type or the vocabulary cannot have.
     """
@@ -263,7 +207,7 @@ def make_tiny_gguf(
 
     writer = gguf.GGUFWriter(str(path), arch, split_max_tensors=tensors_a_part)
     sizes = {name: getattr(shape, name) for name in "LCFHGDV"}
-    vocabulary = {"bpe": bpe_vocabulary, "spm": spm_vocabulary}[tokenizer](V, reserved)
+    vocabulary = make_vocabulary(tokenizer, V, reserved)
     _add_metadata(writer, vocabulary, context=context, rope_base=rope_base or 10000.0, eps=eps, **sizes)
     for name, value in changed.items():
         _set_key(writer, f"{arch}.{name}", value)
@@ -295,7 +239,7 @@ def main() -> None:
     parser.add_argument("path", type=Path)
     parser.add_argument("--arch", choices=ARCHITECTURES, default="llama")
     parser.add_argument("--type", choices=TENSOR_TYPES, default="F32")
-    parser.add_argument("--tokenizer", choices=("bpe", "spm"), default="bpe")
+    parser.add_argument("--tokenizer", choices=TOKENIZERS, default="bpe")
     for name, default in {
         "seed": 0,
         "C": 64,

@@ -230,5 +230,5 @@ def masked_text(tokens: NDArray[np.int32], tokenizer: Tokenizer, mask_token_id: 
         if is_mask[run[0]]:
             text.append(MASK_SYMBOL * len(run), style="dim")
         else:
-            text.append(printable(tokenizer.decode(tokens[run])))
+            text.append(printable(tokenizer.decode(tokens[run], continued=bool(run[0]))))
     return text

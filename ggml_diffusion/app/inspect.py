@@ -25,7 +25,7 @@ from ggml_diffusion.formats.gguf_reader import StringArray
 from ggml_diffusion.formats.lora import TargetModule, lora_ranks
 from ggml_diffusion.formats.model_file import ModelFile, check_model, check_tokenizer, read_gguf
 from ggml_diffusion.formats.tensor_types import TENSOR_TYPES
-from ggml_diffusion.text.tokenizer import choose_mask_token
+from ggml_diffusion.text.special_tokens import choose_mask_token, token_id
 
 Rows = tuple[tuple[str, str], ...]
 
@@ -162,8 +162,10 @@ def _tokenizer_rows(file: ModelFile) -> Iterator[tuple[str, str]]:
     yield "tokens", f"{len(tokens):,}"
     for key, value in file.metadata.items():
         if key.startswith("tokenizer.ggml.") and key.endswith("_token_id") and isinstance(value, int):
-            text = quoted(tokens[value]) if 0 <= value < len(tokens) else "outside of the vocabulary"
-            yield key.removeprefix("tokenizer.ggml.").removesuffix("_token_id"), f"{value}  {text}"
+            role = key.removeprefix("tokenizer.ggml.").removesuffix("_token_id")
+            token = token_id(file.metadata, role)
+            outside = f"none: {value} is outside of the vocabulary"
+            yield role, f"{token}  {quoted(tokens[token])}" if token == value else outside
     try:
         check_tokenizer(file)
         token, reason = choose_mask_token(None, file.metadata)

@@ -107,7 +107,8 @@ def cut_prompts(
     for tokens, n_tokens, documents in zip(
         held_out.tokens, held_out.lengths, held_out.document_ids, strict=True
     ):
-        for text in document_parts(tokens[:n_tokens], documents[:n_tokens]):
+        for part in document_parts(tokens[:n_tokens], documents[:n_tokens]):
+            text = part[1:] if start and part[0] == start[0] else part  # that stands in the prompt already
             if len(text) >= prompt_length + length and not (text == mask_token_id).any():
                 prompts.append(np.array([*start, *text[:prompt_length]], dtype=np.int32))
                 truths.append(text[prompt_length : prompt_length + length])

@@ -35,7 +35,23 @@ from ggml_diffusion.formats.tensor_names import TOKEN_EMBEDDING
 from ggml_diffusion.formats.tensor_types import SUPPORTED_TYPES
 
 TOKENIZERS_WITHOUT_VOCABULARY = ("none", "no_vocab")
-SUPPORTED_TOKENIZERS = ("gpt2", "llama", *TOKENIZERS_WITHOUT_VOCABULARY)  # byte-level BPE, SentencePiece
+BPE_TOKENIZERS = ("gpt2", "hybriddna")  # byte-level; the second cuts DNA into words of six letters first
+SUPPORTED_TOKENIZERS = (*BPE_TOKENIZERS, "llama", *TOKENIZERS_WITHOUT_VOCABULARY)  # "llama": SentencePiece
+# Kinds that llama.cpp reads as well, and why none of them is given text.
+_REFUSED_TOKENIZERS = {
+    "bert": "it does not keep case and blanks, so a text does not come back from its tokens",
+    "gemma4": "only Gemma 4 has it",
+    "plamo2": "only PLaMo has it",
+    "rwkv": "llama.cpp does not come to an end with a byte that it has no token for",
+    "t5": "llama.cpp aborts where its map of characters is damaged",
+    "whitespace": "it does not keep blanks, so a text does not come back from its tokens",
+    "test": "it makes numbers of texts, and no texts of numbers",
+}
+# Roles of tokens that llama.cpp reads, from keys tokenizer.ggml.ROLE_token_id; it ignores other such keys.
+_TOKEN_ROLES = (
+    *("bos", "eos", "eot", "eom", "unknown", "seperator", "padding", "mask", "prefix", "suffix", "middle"),
+    *("fim_pre", "fim_suf", "fim_mid", "fim_pad", "fim_rep", "fim_sep"),
+)
 MAX_LAYERS = 512  # llama.cpp's own limit; it aborts beyond
 
 _T = TypeVar("_T", bool, int, float, str)
@@ -364,19 +380,20 @@ def _check_tensors(model: ModelFile) -> None:
 def check_tokenizer(model: ModelFile) -> None:
     """Refuse a vocabulary that contradicts itself or the model; on some such files llama.cpp aborts.
 
-    A file without any vocabulary passes: it can be computed with, but not be given text.
+    A file without any vocabulary passes: it can be computed with, but not be given text. What llama.cpp does
+    not read is not judged: an id outside of the vocabulary (it names no token), a `vocab_size` beside a
+    vocabulary, entries past its end.
 
     Raises:
-        UserError: an unsupported kind of tokenizer, arrays of different lengths or wrong types, a token that
+        UserError: an unsupported kind of tokenizer, arrays that are too short or of wrong types, a token that
             occurs twice, or another size than the embedding's.
 
     """
-    vocab_size = model.optional(f"{model.arch}.vocab_size", model.V)
-    if vocab_size != model.V:
-        model.fail(f"key '{model.arch}.vocab_size' is {vocab_size}, but the embedding has {model.V} rows")
     if "tokenizer.ggml.model" not in model.metadata and "tokenizer.ggml.tokens" not in model.metadata:
         return
     kind = model.require("tokenizer.ggml.model", str)
+    if kind in _REFUSED_TOKENIZERS:
+        model.fail(f"tokenizer {quoted(kind)} is not supported: {_REFUSED_TOKENIZERS[kind]}")
     if kind not in SUPPORTED_TOKENIZERS:
         model.fail(f"tokenizer {quoted(kind)} is not supported; supported: {', '.join(SUPPORTED_TOKENIZERS)}")
     if kind in TOKENIZERS_WITHOUT_VOCABULARY:
@@ -388,17 +405,21 @@ def check_tokenizer(model: ModelFile) -> None:
     texts = {text or b"[EMPTY_%d]" % index for index, text in enumerate(tokens.iter_raw())}
     if len(texts) != len(tokens):
         model.fail("its vocabulary holds the same token twice")
-    for key, types in (("scores", ("arr[f32]",)), ("token_type", ("arr[i32]",))):
+    for key, types in (("scores", ("arr[f32]", "arr[i32]")), ("token_type", ("arr[i32]",))):
         _check_token_array(model, f"tokenizer.ggml.{key}", types, len(tokens))
-    if kind == "gpt2":
+    if kind in BPE_TOKENIZERS:
         _strings(model, "tokenizer.ggml.merges")
+        if model.metadata.get("tokenizer.ggml.pre") == "whitespace":
+            model.fail("pre-tokenizer 'whitespace' is not supported: llama.cpp aborts at the first blank")
     else:
         missing = [byte for byte in range(256) if not {b"<0x%02X>" % byte, bytes([byte])} & texts]
         if missing:
             model.fail(f"its SentencePiece vocabulary has no token for byte 0x{missing[0]:02X}")
-    for key in model.metadata:
-        if key.startswith("tokenizer.ggml.") and key.endswith("_token_id"):
-            model.require(key, int)  # one that is outside of the vocabulary is none, as in llama.cpp
+        if not np.isfinite(np.asarray(model.metadata.get("tokenizer.ggml.scores", 0.0))).all():
+            model.fail("key 'tokenizer.ggml.scores' holds NaN or infinite values")
+    for key in (f"tokenizer.ggml.{role}_token_id" for role in _TOKEN_ROLES):
+        if model.key_types.get(key, "u32") != "u32":
+            model.fail(f"key {quoted(key)} is of type {model.key_types[key]}, expected u32")
 
 
 def _strings(model: ModelFile, key: str) -> StringArray:
@@ -411,16 +432,14 @@ def _strings(model: ModelFile, key: str) -> StringArray:
 
 
 def _check_token_array(model: ModelFile, key: str, types: tuple[str, ...], n_tokens: int) -> None:
-    """A key that holds one number a token, if it is there at all."""
+    """A key that holds at least one number a token, if it is there at all."""
     if key not in model.metadata:
         return
     value = model.metadata[key]
     if model.key_types[key] not in types or not isinstance(value, np.ndarray):
         model.fail(f"key '{key}' is of type {model.key_types[key]}, expected {types[0]}")
-    if len(value) != n_tokens:
+    if len(value) < n_tokens:
         model.fail(f"key '{key}' has {len(value)} entries for {n_tokens} tokens")
-    if not np.isfinite(value.astype(np.float32)).all():
-        model.fail(f"key '{key}' holds NaN or infinite values")
 
 
 def file_sha256(path: str | Path) -> str:

@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 
 from ggml_diffusion.engine.interface import Batch, Engine
 from ggml_diffusion.engine.open import open_engine
-from ggml_diffusion.errors import UserError
+from ggml_diffusion.errors import UserError, quoted
 from ggml_diffusion.formats.adapter_file import DiffusionCheckpoint
 from ggml_diffusion.formats.lora import LoraAdapter
 from ggml_diffusion.formats.model_file import read_model
 from ggml_diffusion.generation.denoise import DEFAULT_BLOCK_LENGTH, DenoisingStep, GenerationConfig, denoise
 from ggml_diffusion.generation.reading import ReadingRule
 from ggml_diffusion.objective.output_rows import rows_of_positions
+from ggml_diffusion.text.prompts import Chat, with_start
 from ggml_diffusion.text.tokenizer import Tokenizer
 
 
@@ -132,23 +133,31 @@ class DiffusionModel:
                 for conversions that were trained on messages.
 
         Returns:
-            The text of the hole, up to the first end-of-text.
+            The text of the hole, up to the first end-of-text, or with `chat` to the end of the answer.
 
         Raises:
-            UserError: prompt, hole and suffix together are longer than the model's context, or the model has
-                no chat template that could be used.
+            UserError: prompt, hole and suffix together are longer than the model's context, the prompt or the
+                suffix contains the mask token, or the model has no chat template that could be used.
 
         """
         config = config or GenerationConfig()
         before = self._chat_tokens(prompt) if chat else self._start_tokens(prompt)
-        after = self.tokenizer.encode(suffix)
+        after = self.tokenizer.encode(suffix, continued=True)
+        if self.mask_token_id in before or self.mask_token_id in after:
+            name = quoted(self.tokenizer.token_text(self.mask_token_id))
+            raise UserError(f"the prompt or the suffix contains the mask token, {name}: leave that out")
         hole = np.full(config.length, self.mask_token_id, dtype=np.int32)
         end_of_text = self.tokenizer.eos_id
         filled = self._denoise(np.concatenate([before, hole, after]), config, on_step, end_of_text)
         written = filled[len(before) : len(before) + config.length]
-        if end_of_text is not None and (written == end_of_text).any():
-            written = written[: int(np.argmax(written == end_of_text))]
-        return self.tokenizer.decode(written)
+        ends = set() if end_of_text is None else {end_of_text}
+        if chat:
+            ends |= self.tokenizer.end_ids
+        is_end = np.isin(written, list(ends))
+        if is_end.any():
+            written = written[: int(np.argmax(is_end))]
+        continued = len(before) > 0 and self.tokenizer.is_text(int(before[-1]))
+        return self.tokenizer.decode(written, continued=continued)
 
     def fill(
         self,
@@ -172,13 +181,15 @@ class DiffusionModel:
         template = self.tokenizer.open_chat_template()
         if template is None:
             raise UserError("this model has no chat template: give the prompt as it is")
-        with template:
-            text = template.render([{"role": "user", "content": prompt}], add_generation_prompt=True)
-        return self.tokenizer.encode(text, special=True)
+        with Chat(template, self.tokenizer) as chat:
+            return chat.opening([{"role": "user", "content": prompt}])
 
     def _start_tokens(self, prompt: str) -> NDArray[np.int32]:
-        """The prompt's tokens; an empty one gets the token that a shifted prediction needs to start from."""
-        tokens = self.tokenizer.encode(prompt)
+        """The prompt's tokens, behind the token that the base wants there.
+
+        An empty prompt gets the token that a shifted prediction needs to start from.
+        """
+        tokens = with_start(self.tokenizer.encode(prompt), self.tokenizer)
         if len(tokens) or self.rule.prediction == "aligned":
             return tokens
         start = self.tokenizer.bos_id if self.tokenizer.bos_id is not None else self.tokenizer.eos_id
@@ -205,7 +216,8 @@ class DiffusionModel:
             )
         if config.block_length is None:
             config = config.model_copy(update={"block_length": self.rule.block_size or DEFAULT_BLOCK_LENGTH})
-        n_not_masked = 1 if self.rule.prediction == "shifted" else 0
+        has_start = len(tokens) > 0 and tokens[0] == self.tokenizer.start_id
+        n_not_masked = 1 if self.rule.prediction == "shifted" or has_start else 0
         if self.rule.prompts:
             n_not_masked = int((tokens != self.mask_token_id).sum())
 

@@ -3,14 +3,17 @@
 A template is a program by an unknown author. It runs in jinja2's immutable sandbox, which keeps it from
 Python's internals, inside a process of its own, which can be ended when it takes too long or too much memory.
 The names that templates expect are those of the Hugging Face libraries: messages, add_generation_prompt,
-bos_token, eos_token, raise_exception, tojson, break and continue; but no clock, so that the same messages
-give the same text on every day.
+tools and documents (both None), bos_token, eos_token, unk_token, pad_token, raise_exception, tojson,
+strftime_now, break and continue, and generation, which marks an answer and changes no text. Only the clock
+stands still, so that the same messages give the same text on every day.
 
 Deliberately not here: which messages are a prompt (prompts.py), tokens (tokenizer.py).
-Source: jinja2's documentation of its sandbox, "Security Considerations".
+Sources: jinja2's documentation of its sandbox, "Security Considerations"; the documentation of chat templates
+of the transformers library, "Writing a chat template".
 """
 
 import contextlib
+import datetime
 import json
 import os
 import select
@@ -26,6 +29,7 @@ START_LIMIT_S = 60.0  # Python and jinja2 on a busy machine
 TIME_LIMIT_S = 10.0
 MEMORY_LIMIT_BYTES = 1 << 30
 _MAX_REPLY_BYTES = 64 << 20
+TODAY = (2024, 7, 26)  # for every template: the day that Llama 3's own takes where there is no clock
 
 # Isolated, so that nothing of the current folder is imported; the module path is the one of this process.
 _CHILD = (
@@ -37,16 +41,18 @@ _CHILD = (
 class ChatTemplate:
     """A template in its process, which starts with the first use; a context manager."""
 
-    def __init__(self, template: str, bos_token: str, eos_token: str) -> None:
+    def __init__(self, template: str, bos_token: str, eos_token: str, **other_tokens: str) -> None:
         """Keep a template.
 
         Args:
             template: jinja2 source, a GGUF's tokenizer.chat_template.
             bos_token: how the vocabulary writes it, "" if it has none.
             eos_token: the same for end-of-text.
+            other_tokens: the same for other tokens that templates may name, as unk_token and pad_token.
 
         """
-        self._setup = {"template": template, "bos_token": bos_token, "eos_token": eos_token}
+        names = {"bos_token": bos_token, "eos_token": eos_token, **other_tokens}
+        self._setup = {"template": template, "names": names}
         self._process: subprocess.Popen[bytes] | None = None
 
     def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
@@ -140,7 +146,7 @@ def _serve() -> None:
         request = json.loads(line)
         try:
             assert template is not None
-            text = template.render(bos_token=setup["bos_token"], eos_token=setup["eos_token"], **request)
+            text = template.render(tools=None, documents=None, **setup["names"], **request)
             reply = {"text": text}
         except Exception as error:
             reply = {"error": _reason(error)}
@@ -158,18 +164,42 @@ def _reason(error: Exception) -> str:
 
 def _compile(source: str) -> Any:
     """A jinja2 template in the sandbox; imported here, because only the child needs it."""
+    from jinja2 import nodes
     from jinja2.exceptions import TemplateError
+    from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """The tag that marks what the assistant writes; what stands inside is written as it is."""
+
+        tags = {"generation"}  # noqa: RUF012 -- as the base class has it
+
+        def parse(self, parser: Any) -> nodes.Node:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body, lineno=line)
 
     def raise_exception(message: object) -> NoReturn:
         raise TemplateError(str(message))
 
-    def to_json(value: Any, indent: int | None = None) -> str:  # jinja2's own writes HTML
-        return json.dumps(value, ensure_ascii=False, indent=indent)
+    def to_json(
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: Any = None,
+        sort_keys: bool = False,
+    ) -> str:  # jinja2's own writes HTML
+        return json.dumps(
+            value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+        )
+
+    def strftime_now(form: str) -> str:
+        return datetime.datetime(*TODAY).strftime(form)
 
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
     )
     environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = strftime_now
     environment.filters["tojson"] = to_json
     return environment.from_string(source)

@@ -1,9 +1,9 @@
 """Training text: from files to batches of token sequences.
 
-Documents are tokenised one by one, each followed by end-of-text, and laid end to end in one stream of int32;
-a sequence is a view of it. A long document continues in the next sequence, short ones share one, and every
-batch says which token belongs to which document, so that attention can stay inside. Part of the sequences is
-held out, the same ones whatever the seed is.
+Documents are tokenised one by one, each followed by end-of-text, and with BOS in front where the base wants
+it, and laid end to end in one stream of int32; a sequence is a view of it. A long document continues in the
+next sequence, short ones share one, and every batch says which token belongs to which document, so that
+attention can stay inside. Part of the sequences is held out, the same ones whatever the seed is.
 
 An example, a prompt with its response, is a sequence by itself: it is never cut in two, and its padding costs
 nothing. The prompt is never a target. All text comes first, then all examples.
@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.randomness import Stream, generator_of
 from ggml_diffusion.text.files import documents
-from ggml_diffusion.text.prompts import Example, ExampleReader, TextEncoder
+from ggml_diffusion.text.prompts import Example, ExampleReader, TextEncoder, with_start
 
 Split = Literal["train", "held_out", "all"]
 
@@ -171,8 +171,11 @@ class TextDataLoader:
                         self.n_too_long += 1
                     continue
                 start = len(stream)
-                for text in document:
-                    stream.frombytes(tokenizer.encode(text).astype(np.int32, copy=False).tobytes())
+                for number, text in enumerate(document):
+                    tokens = tokenizer.encode(text, continued=number > 0)
+                    if number == 0 and len(tokens):
+                        tokens = with_start(tokens, tokenizer)
+                    stream.frombytes(tokens.astype(np.int32, copy=False).tobytes())
                 if len(stream) == start:
                     self.n_skipped += 1
                     continue

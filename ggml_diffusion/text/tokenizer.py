@@ -1,10 +1,13 @@
-"""Text to tokens and back, by the vocabulary inside a GGUF, and the choice of the mask token.
+"""Text to tokens and back, by the vocabulary inside a GGUF.
 
 llama.cpp does the work, so that text is cut as the base model was trained to read it. It loads the vocabulary
 only, and says nothing on stderr.
 
-Deliberately not here: BOS and end-of-text around a text (loader.py, diffusion_model.py), what a chat template
-does (chat_template.py).
+SentencePiece writes a blank in front of a text, and llama.cpp another one behind every control token. Text
+that goes on where other text ended has none: `continued` says so.
+
+Deliberately not here: BOS and end-of-text around a text (prompts.py, loader.py), the mask token
+(special_tokens.py), what a chat template does (chat_template.py).
 Source: the C API of llama.cpp (llama.h), through llama-cpp-python.
 """
 
@@ -12,6 +15,7 @@ import ctypes
 import re
 import weakref
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,36 +23,34 @@ import llama_cpp
 import numpy as np
 from numpy.typing import NDArray
 
-from ggml_diffusion.errors import UserError, one_line, quoted
+from ggml_diffusion.errors import UserError, one_line
 from ggml_diffusion.formats.model_file import (
+    BPE_TOKENIZERS,
     TOKENIZERS_WITHOUT_VOCABULARY,
     ModelFile,
     check_tokenizer,
     read_gguf,
 )
 from ggml_diffusion.text.chat_template import ChatTemplate
+from ggml_diffusion.text.special_tokens import special_ids, token_id
 
-# Values of tokenizer.ggml.token_type.
-_CONTROL, _UNUSED, _BYTE = 3, 5, 6
 _NOT_TEXT = llama_cpp.LLAMA_TOKEN_ATTR_CONTROL | llama_cpp.LLAMA_TOKEN_ATTR_UNKNOWN
+# llama.cpp cuts a text at such tokens, and starts anew behind them.
+_CUTS_TEXT = _NOT_TEXT | llama_cpp.LLAMA_TOKEN_ATTR_USER_DEFINED
 _ERROR_LEVEL = 4  # GGML_LOG_LEVEL_ERROR
 
-# Control tokens that vocabularies keep in reserve, and no text of theirs contains: Llama 3
-# <|reserved_special_token_0|>, Gemma <unused0>, Mistral [control_8] and <SPECIAL_20>, DeepSeek
-# <|place_holder_no_0|>. SmolLM took its vocabulary from a code model and trained none of the ten markers from
-# <gh_stars> on.
-_RESERVED_NAME = re.compile(
-    r"reserved|unused|place.?holder|control_\d|special_\d"
-    r"|^<(gh_stars|issue_(start|comment|closed)|jupyter_(start|text|code|output|script)|empty_output)>$",
-    re.IGNORECASE,
-)
+# One of these stands in front of a text while it is tokenised as one that goes on: no piece contains it, so
+# that nothing merges with it.
+_ANCHORS = tuple(chr(code) for code in range(1, 9))
+_BLANKS = " \t\n\v\f\r"  # isspace of C
 
-_last_errors: list[str] = []
+_errors: list[str] = []
 
 
 def _keep_error(level: int, text: bytes, user_data: object) -> None:
     if level == _ERROR_LEVEL:
-        _last_errors[:] = [text.decode(errors="replace")]
+        _errors.append(text.decode(errors="replace"))
+        del _errors[1:]  # the first one names the fault, the others what failed through it
 
 
 _log_callback = llama_cpp.llama_log_callback(_keep_error)  # llama.cpp keeps a bare pointer to it
@@ -62,6 +64,9 @@ class Tokenizer:
         bos_id: the token that starts a text; None where the vocabulary has none of its own, but uses its
             end-of-text token for that.
         eos_id: the end-of-text token, None if there is none.
+        start_id: the token that the base was trained to see in front of every text, None if there is none; it
+            may be the end-of-text token.
+        warnings: what is in doubt about the vocabulary, a sentence each.
 
     """
 
@@ -75,8 +80,16 @@ class Tokenizer:
         )
         self.vocab_size: int = llama_cpp.llama_vocab_n_tokens(self._vocab)
         self.bos_id, self.eos_id = special_ids(metadata)
+        wants_start = llama_cpp.llama_vocab_get_add_bos(self._vocab)
+        self.start_id = token_id(metadata, "bos") if wants_start else None
+        self.warnings = _warnings(metadata)
         template = metadata.get("tokenizer.chat_template")
-        self._chat_template: str | None = template if isinstance(template, str) else None
+        # An empty template is none.
+        self._chat_template = template if isinstance(template, str) and template.strip() else None
+        self._names = {
+            f"{name}_token": token_id(metadata, role)
+            for name, role in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
+        }
 
     @classmethod
     def from_gguf(cls, path: str | Path) -> "Tokenizer":
@@ -105,10 +118,10 @@ class Tokenizer:
         llama_cpp.llama_backend_init()
         parameters = llama_cpp.llama_model_default_params()
         parameters.vocab_only = True
-        _last_errors.clear()
+        _errors.clear()
         model = llama_cpp.llama_model_load_from_file(str(file.path).encode(), parameters)
         if not model:
-            file.fail(f"llama.cpp cannot load its vocabulary: {one_line(' '.join(_last_errors))}")
+            file.fail(f"llama.cpp cannot load its vocabulary: {one_line(' '.join(_errors))}")
         return cls(model, file.metadata)
 
     def close(self) -> None:
@@ -119,35 +132,87 @@ class Tokenizer:
         """The chat template of the model's metadata, in a process of its own; None if there is none."""
         if self._chat_template is None:
             return None
-        bos, eos = ("" if token is None else self.token_text(token) for token in (self.bos_id, self.eos_id))
-        return ChatTemplate(self._chat_template, bos, eos)
+        names = {name: "" if token is None else self.token_text(token) for name, token in self._names.items()}
+        return ChatTemplate(self._chat_template, **names)
 
-    def encode(self, text: str, *, special: bool = False) -> NDArray[np.int32]:
+    @cached_property
+    def control_tokens(self) -> Mapping[str, int]:
+        """The tokens that no plain text contains, by name; those of one character are left out."""
+        hidden = (token for token in range(self.vocab_size) if self._is_hidden(token))
+        return {name: token for token in hidden if len(name := self.token_text(token)) > 1}
+
+    @cached_property
+    def end_ids(self) -> frozenset[int]:
+        """The tokens that end an answer: of the text, of a turn, of a message."""
+        return frozenset(
+            token
+            for token in self.control_tokens.values()
+            if llama_cpp.llama_vocab_is_eog(self._vocab, token)
+        )
+
+    def encode(
+        self, text: str, *, special: bool = False, continued: bool = False, mark: str | None = None
+    ) -> NDArray[np.int32]:
         """The tokens (n,) of a text: no BOS and no end-of-text.
 
         Args:
             text: any Unicode text.
             special: read the names of control tokens as these, as a chat template writes them; False reads
                 them as plain text.
+            continued: the text goes on where other text ended.
+            mark: with `special`, a character that stands inside the names that are plain text all the same;
+                it is taken out.
 
         Raises:
             UserError: the text holds half of a surrogate pair.
 
         """
+        if special and mark is not None and mark in text:
+            return self._encode_marked(text, mark, continued)
+        if not continued or not self._starts_with_space or not text:
+            return self._encode(text, special)
+        for anchor in _ANCHORS:
+            front, tokens = self._encode(anchor, special), self._encode(anchor + text, special)
+            if np.array_equal(front, tokens[: len(front)]):
+                return tokens[len(front) :]
+        return self._encode(text, special)
+
+    def _encode_marked(self, text: str, mark: str, continued: bool) -> NDArray[np.int32]:
+        """What llama.cpp does with control tokens in a text, but for the names with a mark inside."""
+        control = self.control_tokens
+        names = "|".join(re.escape(name) for name in sorted(control, key=len, reverse=True))
+        parts = re.split(f"({names})", text)
+        tokens = [np.empty(0, dtype=np.int32)]
+        for number, part in enumerate(parts):
+            if number % 2:
+                tokens.append(np.array([control[part]], dtype=np.int32))
+                continue
+            if number and self._attributes(control[parts[number - 1]]) & llama_cpp.LLAMA_TOKEN_ATTR_RSTRIP:
+                part = part.lstrip(_BLANKS)
+            if number + 1 < len(parts) and (
+                self._attributes(control[parts[number + 1]]) & llama_cpp.LLAMA_TOKEN_ATTR_LSTRIP
+            ):
+                part = part.rstrip(_BLANKS)
+            tokens.append(self.encode(part.replace(mark, ""), continued=continued and number == 0))
+        return np.concatenate(tokens)
+
+    def _encode(self, text: str, special: bool) -> NDArray[np.int32]:
         try:
             data = text.encode()
         except UnicodeEncodeError as error:
             raise UserError(
                 f"character {error.start + 1} of the text is half of a surrogate pair, not Unicode"
             ) from None
-        tokens = np.empty(len(data) + 2, dtype=np.int32)  # one a byte at most, and a space in front
+        tokens = np.empty(2 * len(data) + 2, dtype=np.int32)  # one a byte at most, and blanks in front
         place = tokens.ctypes.data_as(ctypes.POINTER(llama_cpp.llama_token))
         n_tokens = llama_cpp.llama_tokenize(self._vocab, data, len(data), place, len(tokens), False, special)
         if n_tokens < 0:
             raise RuntimeError(f"llama.cpp made {-n_tokens} tokens of {len(data)} bytes")
         return tokens[:n_tokens].copy()
 
-    def decode(self, ids: Iterable[int] | NDArray[np.int32], *, special: bool = False) -> str:
+    def decode(
+        self, ids: Iterable[int] | NDArray[np.int32], *, special: bool = False, continued: bool = False
+    ) -> str:
         """The text of tokens.
 
         Bytes that are no whole UTF-8 character, as where a character is spread over tokens that are not all
@@ -156,15 +221,25 @@ class Tokenizer:
         Args:
             ids: (n,), each in [0, V).
             special: write control tokens by name, instead of leaving them out.
+            continued: the text goes on where other text ended: it keeps its first blank.
 
         Raises:
             UserError: a token outside of the vocabulary.
 
         """
         pieces = [self._piece(int(token)) for token in ids if special or not self._is_hidden(int(token))]
-        if self._starts_with_space and pieces:  # SentencePiece put it there in `encode`
+        if self._starts_with_space and pieces and not continued:  # SentencePiece put it there in `encode`
             pieces[0] = pieces[0].removeprefix(b" ")
         return b"".join(pieces).decode(errors="replace")
+
+    def is_text(self, token: int) -> bool:
+        """Whether what stands behind a token goes on with a text: it is no control or added token.
+
+        Raises:
+            UserError: a token outside of the vocabulary.
+
+        """
+        return not self._attributes(token) & _CUTS_TEXT
 
     def token_text(self, token: int) -> str:
         """What one token stands for by itself, a control token by its name.
@@ -199,9 +274,12 @@ class Tokenizer:
         if not 0 <= token < self.vocab_size:
             raise UserError(f"token {token} is outside of the vocabulary of {self.vocab_size} tokens")
 
-    def _is_hidden(self, token: int) -> bool:
+    def _attributes(self, token: int) -> int:
         self._check(token)
-        return bool(llama_cpp.llama_vocab_get_attr(self._vocab, token) & _NOT_TEXT)
+        return int(llama_cpp.llama_vocab_get_attr(self._vocab, token))
+
+    def _is_hidden(self, token: int) -> bool:
+        return bool(self._attributes(token) & _NOT_TEXT)
 
     def _piece(self, token: int) -> bytes:
         """The bytes of a token, kept for the next time."""
@@ -216,53 +294,11 @@ class Tokenizer:
         return self._pieces[token]
 
 
-def special_ids(metadata: Mapping[str, Any]) -> tuple[int | None, int | None]:
-    """The ids of BOS and end-of-text by a GGUF's metadata, None where there is none.
-
-    A token that is both counts as end-of-text alone: BOS is never masked, and the model would not learn to
-    end.
-    """
-    bos_id = metadata.get("tokenizer.ggml.bos_token_id")
-    eos_id = metadata.get("tokenizer.ggml.eos_token_id")
-    return (None if bos_id == eos_id else bos_id), eos_id
-
-
-def choose_mask_token(requested: int | None, metadata: Mapping[str, Any]) -> tuple[int, str]:
-    """The token that stands for a masked place, and in a few words why it is that one.
-
-    In this order: the one that is asked for; the vocabulary's own mask token; a control token kept in
-    reserve; an unused token; the unknown token, where bytes make sure that no text needs it (Llama 2).
-
-    Args:
-        requested: the config's `mask_token_id`.
-        metadata: of the model's GGUF.
-
-    Raises:
-        UserError: no vocabulary, `requested` lies outside of it, or it has no such token.
-
-    """
-    tokens = metadata.get("tokenizer.ggml.tokens")
-    if tokens is None:
-        raise UserError("the model holds no vocabulary to choose a mask token from")
-    if requested is not None:
-        if not 0 <= requested < len(tokens):
-            raise UserError(f"mask_token_id {requested} is outside of the vocabulary of {len(tokens)} tokens")
-        return requested, "set in the config"
-    own: int | None = metadata.get("tokenizer.ggml.mask_token_id")
-    if own is not None:
-        return own, "the vocabulary's own mask token"
-    types = np.asarray(metadata.get("tokenizer.ggml.token_type", ()))
-    in_use = [value for key, value in metadata.items() if re.fullmatch(r"tokenizer\.ggml\.\w+_token_id", key)]
-    for token in np.flatnonzero(types == _CONTROL).tolist():
-        if token not in in_use and _RESERVED_NAME.search(tokens[token]):
-            return token, f"the reserved control token {quoted(tokens[token])}"
-    for token in np.flatnonzero(types == _UNUSED).tolist():
-        if token not in in_use:
-            return token, f"the unused token {quoted(tokens[token])}"
-    unknown: int | None = metadata.get("tokenizer.ggml.unknown_token_id")
-    if unknown is not None and np.count_nonzero(types == _BYTE) == 256:
-        return unknown, f"the unknown token {quoted(tokens[unknown])}, which no text needs"
-    raise UserError(
-        "this vocabulary has no reserved, unused or unknown token to stand for a mask: set mask_token_id to "
-        "one that your text does not contain"
-    )
+def _warnings(metadata: Mapping[str, Any]) -> tuple[str, ...]:
+    """What llama.cpp warns of when it reads a vocabulary, as far as it changes the tokens of a text."""
+    if metadata["tokenizer.ggml.model"] in BPE_TOKENIZERS and not metadata.get("tokenizer.ggml.pre"):
+        return (
+            "the model names no pre-tokenizer, so text is cut as llama.cpp does by default, which may not be "
+            "how the model was trained: a newer GGUF of it has the key 'tokenizer.ggml.pre'",
+        )
+    return ()

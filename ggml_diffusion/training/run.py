@@ -134,6 +134,8 @@ def run_conversion(
         if sentence is not None:
             listener.note(sentence)
         tokenizer = Tokenizer.from_file(base)
+        for warning in tokenizer.warnings:
+            listener.warn(warning)
         data = _training_data(config, tokenizer, base, listener)
         held_out = _held_out(data, evaluate_on)
         hardware = config.hardware

@@ -53,7 +53,7 @@ from ggml_diffusion.objective.output_rows import to_output_rows
 from ggml_diffusion.objective.time_embedding import TimeEmbedding
 from ggml_diffusion.randomness import Stream, generator_of
 from ggml_diffusion.text.loader import TokenBatch
-from ggml_diffusion.text.tokenizer import choose_mask_token
+from ggml_diffusion.text.special_tokens import choose_mask_token, special_ids
 from ggml_diffusion.training.checkpoint import TrainingState
 from ggml_diffusion.training.metrics import TrainMetrics
 from ggml_diffusion.training.noisy_batch import NoisyBatch, block_size_of_step, draw_noise
@@ -99,9 +99,7 @@ class ConversionTrainer:
         self.config = config
         vocabulary = model.file.metadata
         self.mask_token_id, self.mask_token_reason = choose_mask_token(config.qlora.mask_token_id, vocabulary)
-        # Some vocabularies start a text with their end-of-text token; that one is a target like any other.
-        bos_id, eos_id = (vocabulary.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos"))
-        self._bos_id = bos_id if isinstance(bos_id, int) and bos_id != eos_id else None
+        self._bos_id, _ = special_ids(vocabulary)
         self.int8: Int8 = "none"
         self.step_count = 0
         self.tokens_seen = 0

@@ -99,15 +99,16 @@ def test_a_text_cannot_send_commands_to_the_terminal():
 
 
 class Letters:
-    """A tokenizer whose tokens are the letters of the alphabet."""
+    """A tokenizer whose tokens are the letters of the alphabet; a text that starts anew is capital."""
 
-    def decode(self, tokens):
-        return "".join(chr(ord("a") + int(token)) for token in tokens)
+    def decode(self, tokens, *, continued):
+        text = "".join(chr(ord("a") + int(token)) for token in tokens)
+        return text if continued else text.upper()
 
 
 @pytest.mark.parametrize(
     ("tokens", "text"),
-    [([0, 99, 99, 1, 2], "a░░bc"), ([99], "░"), ([1], "b"), ([], ""), ([99, 0, 99], "░a░")],
+    [([0, 99, 99, 1, 2], "A░░bc"), ([99], "░"), ([1], "B"), ([], ""), ([99, 0, 99], "░a░")],
 )
 def test_masks_are_blocks_between_the_words(tokens, text):
     assert masked_text(np.array(tokens, dtype=np.int32), Letters(), 99).plain == text
@@ -119,8 +120,8 @@ def test_the_live_view_shows_each_step():
     with DenoisingDisplay(console, Letters(), 99) as display:
         display.step(DenoisingStep(1, 2, np.array([0, 99, 99], dtype=np.int32)))
         display.step(DenoisingStep(2, 2, np.array([0, 1, 2], dtype=np.int32)))
-    assert "a░░" in out.getvalue()
-    assert "abc" in out.getvalue()
+    assert "A░░" in out.getvalue()
+    assert "ABC" in out.getvalue()
     assert "step 2/2" in out.getvalue()
 
 

@@ -99,7 +99,7 @@ def test_hostile_text_in_a_file_is_shown_as_text(model_path: Path):
     model_path.write_bytes(file.build())
     description = describe_file(model_path)
     said = rows(description)
-    assert said["Tokenizer"]["eos"] == "99  outside of the vocabulary"
+    assert said["Tokenizer"]["eos"] == "none: 99 is outside of the vocabulary"
     console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(description)
     assert "[bold]x[/bold] ?[2J" in console.export_text()

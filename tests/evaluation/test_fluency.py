@@ -73,6 +73,12 @@ def test_without_a_prompt_texts_start_from_the_token_that_starts_a_text():
     assert truths[0].tolist() == [5, 6]
 
 
+def test_a_text_that_begins_with_the_starting_token_does_not_get_it_twice():
+    prompts, truths = cut_prompts(batch_of([[NoVocabulary.eos_id, 5, 6]]), NoVocabulary(), MASK, 5, 0, 2)
+    assert prompts[0].tolist() == [NoVocabulary.eos_id]
+    assert truths[0].tolist() == [5, 6]
+
+
 def test_texts_that_are_too_short_are_refused_in_one_line():
     with pytest.raises(UserError, match="no held-out text has 3 tokens of prompt and 9"):
         cut_prompts(batch_of([[1, 2, 3, 4]]), NoVocabulary(), MASK, 5, 3, 9)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+import llama_cpp
 import numpy as np
 import pytest
 from conversions import refused
@@ -127,6 +128,26 @@ def test_the_sha256_of_a_file_is_that_of_its_bytes(path: Path):
     assert file_sha256(write_gguf(path, content)) == hashlib.sha256(content).hexdigest()
 
 
+def sentencepiece(scores: list[object], type_id: int = F32) -> Gguf:
+    """A model with a SentencePiece vocabulary: 32 padding tokens and 256 bytes."""
+    file = tiny_llama().drop("tokenizer.ggml.merges")
+    n_tokens, width = len(scores), SIZES["C"]
+    names = [
+        *(f"<{number}>" for number in range(n_tokens - 256)),
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+    ]
+    for key, value in {
+        "model": scalar(STRING, "llama"),
+        "tokens": array(STRING, [*names]),
+        "token_type": array(I32, [5] * (n_tokens - 256) + [6] * 256),
+        "scores": array(type_id, scores),
+    }.items():
+        file.set(f"tokenizer.ggml.{key}", value)
+    for name in ("token_embd.weight", "output.weight"):
+        file.tensor(name).dims, file.tensor(name).data = (width, n_tokens), bytes(4 * width * n_tokens)
+    return file
+
+
 MODEL_FAULTS: dict[str, tuple[Gguf, str]] = {
     "an adapter": (with_key("general.type", scalar(STRING, "adapter")), "holds an 'adapter', not a model"),
     "no architecture": (tiny_llama().drop("general.architecture"), "'general.architecture' is missing"),
@@ -228,7 +249,6 @@ MODEL_FAULTS: dict[str, tuple[Gguf, str]] = {
         with_tensor("blk.0.ffn_norm.weight", type_id=1, data=bytes(64)),
         "only F32 is supported for vectors",
     ),
-    "another vocabulary size": (with_key("llama.vocab_size", scalar(U32, 13)), "the embedding has 12 rows"),
     "too few tokens": (
         with_key("tokenizer.ggml.tokens", array(STRING, ["a"])),
         "its vocabulary has 1 tokens, but the token embedding has 12 rows",
@@ -239,7 +259,18 @@ MODEL_FAULTS: dict[str, tuple[Gguf, str]] = {
         with_key("tokenizer.ggml.tokens", array(STRING, [*"abcdefghij", "[EMPTY_11]", ""])),
         "the same token twice",
     ),
-    "another tokenizer": (with_key("tokenizer.ggml.model", scalar(STRING, "rwkv")), "tokenizer 'rwkv'"),
+    "another tokenizer": (
+        with_key("tokenizer.ggml.model", scalar(STRING, "tiktoken")),
+        "tokenizer 'tiktoken'",
+    ),
+    "a tokenizer that is not safe": (
+        with_key("tokenizer.ggml.model", scalar(STRING, "rwkv")),
+        "tokenizer 'rwkv' is not supported: llama.cpp does not come to an end",
+    ),
+    "a pre-tokenizer that is not safe": (
+        with_key("tokenizer.ggml.pre", scalar(STRING, "whitespace")),
+        "pre-tokenizer 'whitespace' is not supported: llama.cpp aborts",
+    ),
     "no kind of tokenizer": (tiny_llama().drop("tokenizer.ggml.model"), "'tokenizer.ggml.model' is missing"),
     "no merges": (tiny_llama().drop("tokenizer.ggml.merges"), "'tokenizer.ggml.merges' is missing"),
     "sentencepiece without bytes": (
@@ -251,9 +282,10 @@ MODEL_FAULTS: dict[str, tuple[Gguf, str]] = {
         "'tokenizer.ggml.token_type' has 1 entries for 12 tokens",
     ),
     "token types as fractions": (with_key("tokenizer.ggml.token_type", array(F32, [1.0] * 12)), "arr[f32]"),
-    "scores of NaN": (
-        with_key("tokenizer.ggml.scores", array(F32, [float("nan")] * 12)),
-        "'tokenizer.ggml.scores' holds NaN",
+    "scores of NaN": (sentencepiece([float("nan")] * 288), "'tokenizer.ggml.scores' holds NaN"),
+    "an id of another type": (
+        with_key("tokenizer.ggml.eos_token_id", scalar(I32, 1)),
+        "'tokenizer.ggml.eos_token_id' is of type i32, expected u32",
     ),
 }
 
@@ -267,6 +299,24 @@ def test_a_model_that_cannot_be_computed_is_refused_in_one_line(path: Path, name
 @pytest.mark.parametrize("name", MODEL_FAULTS)
 def test_a_model_that_cannot_be_computed_can_still_be_looked_into(path: Path, name: str):
     assert read_gguf(write_gguf(path, MODEL_FAULTS[name][0])).tensors
+
+
+TOLERATED: dict[str, Gguf] = {
+    "another vocabulary size": with_key("llama.vocab_size", scalar(U32, 13)),
+    "scores of a kind that has none": with_key("tokenizer.ggml.scores", array(F32, [float("nan")] * 12)),
+    "scores as whole numbers": sentencepiece([-1] * 288, I32),
+    "more types than tokens": with_key("tokenizer.ggml.token_type", array(I32, [1] * 10 + [3, 5, 1])),
+    "an end token past the vocabulary": with_key("tokenizer.ggml.eos_token_id", scalar(U32, 12)),
+    "a mask token past the vocabulary": with_key("tokenizer.ggml.mask_token_id", scalar(U32, 2**32 - 1)),
+    "an id that nobody reads": with_key("tokenizer.ggml.cls_token_id", scalar(STRING, "a")),
+}
+
+
+@pytest.mark.parametrize("name", TOLERATED)
+def test_what_llama_cpp_does_not_read_of_a_vocabulary_is_not_judged(path: Path, name: str):
+    write_gguf(path, TOLERATED[name])
+    assert read_model(path).V
+    assert llama_cpp.Llama(str(path), vocab_only=True, verbose=False).n_vocab() == read_model(path).V
 
 
 def test_a_model_without_a_vocabulary_can_be_computed(path: Path):

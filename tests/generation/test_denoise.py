@@ -289,7 +289,7 @@ def engine(tiny_model):
         yield opened
 
 
-def converted(engine, prediction="shifted", causal_ratio=0.25, trained=True, time_offset=None):
+def converted(engine, prediction="shifted", causal_ratio=0.25, trained=True, time_offset=None, mask=MASK):
     """A conversion with random numbers in it, or with none: then it is the base itself."""
     rng = np.random.default_rng(3)
     pair = {
@@ -299,7 +299,7 @@ def converted(engine, prediction="shifted", causal_ratio=0.25, trained=True, tim
     adapter = LoraAdapter(
         4.0,
         pair if trained else {},
-        MASK,
+        mask,
         rng.normal(size=32).astype(np.float32) if trained else None,
     )
     return DiffusionModel(
@@ -467,6 +467,62 @@ def test_text_ends_at_the_first_end_of_text(engine):
     # with a suffix the hole is cut and the suffix is not part of the result
     model.script = [30, *words, end, *words, end, 0, 0, 0]
     assert model.generate("x", GenerationConfig(length=length), suffix="zz") == "the and of"
+
+
+UNUSED = 5  # Gemma's <unused0> in the tiny vocabulary
+
+
+@pytest.fixture(scope="module")
+def spm_engine(tiny_model):
+    with Q4Model.from_gguf(tiny_model(L=1, C=32, H=2, G=1, F=32, tokenizer="spm"), 1) as opened:
+        yield opened
+
+
+@pytest.mark.parametrize("prompt, text", [("the sand", " and on"), ("", "and on")])
+def test_text_that_follows_text_keeps_its_blank_and_a_suffix_gets_none(spm_engine, prompt, text):
+    model = converted(spm_engine)
+    model.__class__ = Scripted
+    n_before = max(1, len(model.tokenizer.encode(prompt)))
+    words, suffix = model.tokenizer.encode("and on"), model.tokenizer.encode("in", continued=True)
+    model.script = [0] * n_before + [*words, 0, 0]
+    last = []
+    written = model.generate(prompt, GenerationConfig(length=len(words)), last.append, suffix="in")
+    assert written == text
+    assert last[-1].tokens.tolist()[n_before + len(words) :] == suffix.tolist()
+    assert len(suffix) == 1  # "in", not a blank and "in"
+
+
+@pytest.mark.parametrize("prediction", ["shifted", "aligned"])
+@pytest.mark.parametrize("prompt", ["", "the sand"])
+def test_a_prompt_begins_with_bos_where_the_base_wants_it(tiny_model, prediction, prompt):
+    path = tiny_model(L=1, C=32, H=2, G=1, F=32, V=512, tokenizer="gemma3")
+    with Q4Model.from_gguf(path, 1) as opened:
+        model = converted(opened, prediction, mask=UNUSED)
+        last = []
+        model.generate(prompt, GenerationConfig(length=2, steps=1), last.append)
+    expected = [model.tokenizer.bos_id, *model.tokenizer.encode(prompt)]
+    assert last[-1].tokens.tolist()[:-2] == expected
+
+
+def test_an_answer_ends_where_its_turn_ends_but_other_text_does_not(tiny_model):
+    with Q4Model.from_gguf(tiny_model(L=1, C=32, H=2, G=1, F=32, V=512, tokenizer="gemma3"), 1) as opened:
+        model = converted(opened, mask=UNUSED)
+        model.__class__ = Scripted
+        (turn_end,) = model.tokenizer.end_ids - {model.tokenizer.eos_id}
+        words = [*model.tokenizer.encode("on"), turn_end, *model.tokenizer.encode("in")]
+        chat_length = len(model._chat_tokens("the"))
+        texts = {}
+        for chat, n_before in ((True, chat_length), (False, len(model._start_tokens("the")))):
+            model.script = [0] * n_before + words
+            texts[chat] = model.generate("the", GenerationConfig(length=len(words)), chat=chat)
+    assert texts == {True: "on", False: "onin"}
+
+
+def test_a_prompt_that_contains_the_mask_token_is_refused(engine, monkeypatch):
+    model = converted(engine)
+    monkeypatch.setattr(model.tokenizer, "encode", lambda text, **_: np.array([30, MASK, 31], dtype=np.int32))
+    with pytest.raises(UserError, match=r"contains the mask token, '<\|reserved_\d\|>': leave that out"):
+        model.generate("x", GenerationConfig(length=2))
 
 
 def test_more_tokens_than_the_context_are_refused(tiny_model):

@@ -11,7 +11,7 @@ TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hel
 
 
 def render(source: str, messages=TALK, add_generation_prompt=False) -> str:
-    with ChatTemplate(source, "<s>", "</s>") as template:
+    with ChatTemplate(source, "<s>", "</s>", unk_token="<unk>") as template:
         return template.render(messages, add_generation_prompt=add_generation_prompt)
 
 
@@ -30,7 +30,18 @@ def test_messages_become_the_text_of_the_template():
         ("{{ messages[1] | tojson }}", '{"role": "assistant", "content": "Hello <you> & é"}'),
         ("{% for m in messages %}{{ m.role }}{% break %}{% endfor %}", "user"),
         ("  {% if true %}\nx\n  {% endif %}\ny", "x\ny"),
-        ("{% if strftime_now is defined %}a clock{% else %}no clock{% endif %}", "no clock"),
+        ("{{ strftime_now('%d %b %Y') }}", "26 Jul 2024"),
+        ("{% if tools is none and documents is none %}none{% endif %}", "none"),
+        ("{{ unk_token }}", "<unk>"),
+        ("{% if never_given is defined %}x{% else %}y{% endif %}", "y"),
+        ("{{ {'b': 1, 'a': 'é'} | tojson(sort_keys=true) }}", '{"a": "é", "b": 1}'),
+        ("{{ [1, 2] | tojson(separators=(',', ':')) }}", "[1,2]"),
+        ("{{ {'a': 'é'} | tojson(indent=2, ensure_ascii=true) }}", '{\n  "a": "\\u00e9"\n}'),
+        (
+            "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+            "{% endgeneration %}{% else %}{% continue %}{% endif %}{% endfor %}",
+            "Hello <you> & é",
+        ),
     ],
 )
 def test_templates_find_the_names_and_the_white_space_rules_that_they_expect(source, text):

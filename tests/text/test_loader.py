@@ -45,6 +45,32 @@ def test_a_vocabulary_without_an_end_of_text_adds_none(tmp_path):
     assert [batch.document_ids.tolist() for batch in loader] == [[[0, 0]], [[0, 0]]]
 
 
+def test_each_document_begins_with_the_token_that_the_base_wants(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_BLOCK_CHARS", 4)
+
+    class Starting(ByteTokenizer):
+        start_id = 500
+
+    path = write_jsonl(tmp_path / "a.jsonl", "one\ntwo\nsix", "", "x")
+    loader = TextDataLoader(path, Starting(), 64, 1)
+    one, x = tokens_of("one\ntwo\nsix"), tokens_of("x")
+    assert loader.sequences[0].tolist() == [500, *one, 500, *x]
+    assert (loader.n_documents, loader.n_skipped) == (3, 1)
+    assert loader.batch_at(0).document_ids[0, : len(one) + 2].tolist() == [0] * (len(one) + 1) + [1]
+
+
+@pytest.mark.parametrize("kind", ["bpe", "spm"])
+def test_blocks_of_either_vocabulary_have_the_tokens_of_the_whole_text(
+    tiny_model, tmp_path, monkeypatch, kind
+):
+    text = "".join(f"the sand {n}\nand the sea\n" for n in range(100))
+    (tmp_path / "a.txt").write_text(text)
+    tokenizer = Tokenizer.from_gguf(tiny_model(tokenizer=kind))
+    monkeypatch.setattr(files, "_BLOCK_CHARS", 60)
+    loader = TextDataLoader(tmp_path / "a.txt", tokenizer, 1 << 14, 1)
+    assert loader.sequences[0].tolist() == [*tokenizer.encode(text).tolist(), tokenizer.eos_id]
+
+
 def test_documents_are_numbered_from_0_in_each_sequence(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", "abcdefghij", "k", "lm")  # 10 + 1, 1 + 1, 2 + 1 tokens: 16
     loader = loader_of(path, T=8, B=8)
@@ -210,10 +236,12 @@ def test_json_lines_may_have_other_keys_and_empty_lines_and_no_line_feed_at_the_
 def test_a_long_document_is_tokenised_in_blocks_and_stays_one_document(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "_BLOCK_CHARS", 50)
     blocks: list[str] = []
+    continued: list[object] = []
 
     class Recorder(ByteTokenizer):
-        def encode(self, text: str) -> np.ndarray:
+        def encode(self, text: str, **options: object) -> np.ndarray:
             blocks.append(text)
+            continued.append(options["continued"])
             return super().encode(text)
 
     text = "".join(f"line {n}\n" + ("\n    indented\n" if n % 3 == 0 else "") for n in range(100))
@@ -221,6 +249,7 @@ def test_a_long_document_is_tokenised_in_blocks_and_stays_one_document(tmp_path,
     loader = TextDataLoader(tmp_path / "a.txt", Recorder(), 8, 1)
     assert "".join(blocks) == text
     assert len(blocks) > 10
+    assert continued == [False] + [True] * (len(blocks) - 1)
     assert all(not block[0].isspace() for block in blocks)
     assert all(block[-1] == "\n" and not block[-2].isspace() for block in blocks[:-1])
     assert [token for sequence in loader.sequences for token in sequence] == tokens_of(text)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -33,15 +34,19 @@ class ChatTokenizer(ByteTokenizer):
     """A byte a token, but "<|im_end|>" is the end of a text where control tokens are read."""
 
     template: str | None = CHATML
+    control_tokens = MappingProxyType({"<|im_end|>": EOS})
+    end_ids = frozenset([EOS])
 
     def open_chat_template(self) -> ChatTemplate | None:
         return None if self.template is None else ChatTemplate(self.template, "", "")
 
-    def encode(self, text: str, *, special: bool = False) -> np.ndarray:
+    def encode(
+        self, text: str, *, special: bool = False, continued: bool = False, mark: str | None = None
+    ) -> np.ndarray:
         parts = text.split("<|im_end|>") if special else [text]
         tokens: list[int] = []
         for number, part in enumerate(parts):
-            tokens += [EOS] * (number > 0) + bytes_of(part)
+            tokens += [EOS] * (number > 0) + bytes_of(part.replace(mark or "\0", ""))
         return np.array(tokens, dtype=np.int32)
 
 
@@ -124,6 +129,47 @@ def test_a_model_without_a_chat_template_and_one_that_cannot_be_used_are_refused
     tokenizer.template = "{{ messages | length }}{{ messages[0].content }}"
     with pytest.raises(UserError, match='differently once the answer is there: give "prompt"'):
         read(talk("a", "b"), tokenizer)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "spm"])
+@pytest.mark.parametrize(
+    "prompt, completion",
+    [("the sa", "nd"), ("the sand", " and the sea"), ("the", "re"), ("", "on"), ("on", "")],
+)
+def test_prompt_and_completion_are_one_text(tiny_model, kind, prompt, completion):
+    """Together they are the text, and the prompt is tokenised as it is when text is generated."""
+    tokenizer = Tokenizer.from_gguf(tiny_model(tokenizer=kind))
+    example = read(pair(prompt, completion), tokenizer)
+    assert example.prompt.tolist() == tokenizer.encode(prompt).tolist()
+    assert tokenizer.decode([*example.prompt, *example.response]) == prompt + completion
+    assert example.response[-1] == tokenizer.eos_id
+    if (prompt, completion) != ("the", "re"):  # no token reaches across the seam
+        whole = [*tokenizer.encode(prompt + completion).tolist(), tokenizer.eos_id]
+        assert [*example.prompt, *example.response] == whole
+
+
+@pytest.mark.parametrize("starts_itself", [True, False])
+def test_a_prompt_begins_once_with_the_token_that_the_base_wants(starts_itself):
+    class Starting(ChatTokenizer):
+        start_id = 600
+        template = "{{ 'X' }}" * starts_itself + CHATML
+
+        def encode(self, text, **options):
+            tokens = super().encode(text, **options)
+            return np.where(tokens == ord("X") + 1, self.start_id, tokens)
+
+    tokenizer = Starting()
+    for record in (pair("ab", "cd"), pair("", "cd"), talk("a", "b")):
+        example = read(record, tokenizer)
+        assert example.prompt[0] == 600
+        assert 600 not in example.prompt[1:] and 600 not in example.response
+
+
+def test_an_answer_ends_with_the_token_that_ends_its_turn_and_nothing_else_before_the_end_of_text():
+    tokenizer = ChatTokenizer()
+    tokenizer.end_ids = frozenset([EOS, ord("|") + 1])
+    tokenizer.template = "{% for m in messages %}{{ m.content }}|\n{% endfor %}"
+    assert read(talk("a", "b"), tokenizer).response.tolist() == [*bytes_of("b|"), EOS]
 
 
 # -- in the loader -------------------------------------------------------------------------------------

@@ -1,15 +1,17 @@
-"""The vocabulary of a GGUF: tokens and text both ways, silence, faults, and the choice of the mask token."""
+"""The vocabulary of a GGUF: tokens and text both ways, silence and faults."""
 
 import os
 import subprocess
 import sys
+from pathlib import Path
 
+import llama_cpp
 import numpy as np
 import pytest
+from gguf_changes import with_vocabulary_keys
 
 from ggml_diffusion.errors import UserError
-from ggml_diffusion.formats.model_file import read_gguf
-from ggml_diffusion.text.tokenizer import Tokenizer, choose_mask_token, special_ids
+from ggml_diffusion.text.tokenizer import Tokenizer
 
 TEXTS = (
     "",
@@ -20,7 +22,6 @@ TEXTS = (
     "nul \0 byte",
     "<|im_end|> and <|eos|> and </s> are plain text",
 )
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 
 @pytest.fixture(scope="module", params=["bpe", "spm", "smollm2"])
@@ -49,8 +50,6 @@ def test_neither_bos_nor_end_of_text_is_added(tokenizer):
 
 
 def test_the_same_text_has_the_tokens_that_llama_cpp_python_gives_it(smollm2_path):
-    import llama_cpp
-
     theirs = llama_cpp.Llama(str(smollm2_path), vocab_only=True, verbose=False)
     text = "".join(TEXTS)
     assert Tokenizer.from_gguf(smollm2_path).encode(text).tolist() == theirs.tokenize(
@@ -94,17 +93,6 @@ def test_half_of_a_surrogate_pair_is_refused(tokenizer):
         tokenizer.encode("ab\ud83d")
 
 
-def test_a_bos_that_is_the_end_of_text_too_is_none_of_its_own():
-    metadata = {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.bos_token_id": 0,
-        "tokenizer.ggml.eos_token_id": 0,
-    }
-    assert special_ids(metadata) == (None, 0)
-    assert special_ids({**metadata, "tokenizer.ggml.bos_token_id": 1}) == (1, 0)
-    assert special_ids({"tokenizer.ggml.model": "gpt2"}) == (None, None)
-
-
 @pytest.mark.parametrize("name", ["missing.gguf", "not_a_model.gguf"])
 def test_a_file_that_is_no_model_is_refused_by_name(tmp_path, name):
     (tmp_path / "not_a_model.gguf").write_bytes(b"no GGUF at all")
@@ -138,81 +126,133 @@ def test_nothing_is_written_to_stdout_or_stderr(tiny_model):
     assert (run.stdout, run.stderr) == (b"", b"")
 
 
-def vocabulary(*tokens: tuple[str, int], **special: int) -> dict[str, object]:
-    return {
-        "tokenizer.ggml.tokens": [text for text, _ in tokens],
-        "tokenizer.ggml.token_type": np.array([kind for _, kind in tokens], dtype=np.int32),
-        **{f"tokenizer.ggml.{name}": token for name, token in special.items()},
-    }
+# -- text that goes on -----------------------------------------------------------------------------
 
 
-BYTES = [(f"<0x{byte:02X}>", BYTE) for byte in range(256)]
-LLAMA2 = vocabulary(
-    ("<unk>", UNKNOWN), ("<s>", CONTROL), ("</s>", CONTROL), *BYTES, ("▁the", NORMAL),
-    unknown_token_id=0, bos_token_id=1, eos_token_id=2,
-)  # fmt: skip
+@pytest.fixture(scope="module")
+def spm(tiny_model) -> Tokenizer:
+    return Tokenizer.from_gguf(tiny_model(tokenizer="spm", V=512))
+
+
+def names(tokenizer, tokens) -> list[str]:
+    return [tokenizer.token_text(int(token)) for token in tokens]
 
 
 @pytest.mark.parametrize(
-    "metadata, expected, reason",
+    "text, pieces",
     [
-        (vocabulary(("<reserved>", CONTROL), ("<mask>", CONTROL), mask_token_id=1), 1, "own mask"),
-        (vocabulary(("<|end_of_text|>", CONTROL), ("<|reserved_special_token_0|>", CONTROL)), 1, "reserved"),
-        (vocabulary(("<unused0>", UNUSED), ("[control_8]", CONTROL)), 1, "reserved"),
-        (vocabulary(("<reserved_0>", CONTROL), ("<reserved_1>", CONTROL), eot_token_id=0), 1, "reserved"),
-        (vocabulary(("reserved", NORMAL), ("<bos>", CONTROL), ("<x>", UNUSED)), 2, "unused"),
-        (vocabulary(("<pad>", UNUSED), ("<x>", UNUSED), padding_token_id=0), 1, "unused"),
-        (LLAMA2, 0, "unknown token '<unk>'"),
+        (" and the sea", [" and", " the", " s", "e", "a"]),
+        ("nd", ["nd"]),
+        ("and", ["a", "nd"]),
+        ("  on", [" ", " ", "on"]),
+        ("\n on", ["\n", " ", "on"]),
+        ("\x01on", ["\x01", "on"]),
+        ("", []),
     ],
-    ids=["own", "llama3", "mistral", "in use", "unused", "unused in use", "llama2"],
-)  # fmt: skip
-def test_the_mask_token_is_chosen_in_the_stated_order(metadata, expected, reason):
-    token, why = choose_mask_token(None, metadata)
-    assert token == expected
-    assert reason in why
-
-
-def test_the_configs_mask_token_comes_first():
-    assert choose_mask_token(2, LLAMA2) == (2, "set in the config")
-    own = vocabulary(("a", NORMAL), ("<mask>", CONTROL), mask_token_id=1)
-    assert choose_mask_token(0, own)[0] == 0
-
-
-@pytest.mark.parametrize("requested", [-1, 260, 2**40])
-def test_a_mask_token_outside_of_the_vocabulary_is_refused(requested):
-    with pytest.raises(UserError, match=f"mask_token_id {requested} is outside of the vocabulary of 260"):
-        choose_mask_token(requested, LLAMA2)
-
-
-@pytest.mark.parametrize(
-    "metadata",
-    [
-        vocabulary(("<bos>", CONTROL), ("<eos>", CONTROL), ("a", NORMAL), bos_token_id=0, eos_token_id=1),
-        vocabulary(("<unk>", UNKNOWN), ("a", NORMAL), unknown_token_id=0),
-        {"tokenizer.ggml.tokens": ["a", "b"]},
-    ],
-    ids=["only special ones", "unknown without bytes", "no types"],
 )
-def test_a_vocabulary_without_a_free_token_is_refused_with_what_to_do(metadata):
-    with pytest.raises(UserError, match="set mask_token_id"):
-        choose_mask_token(None, metadata)
+def test_sentencepiece_puts_no_blank_in_front_of_text_that_goes_on(spm, text, pieces):
+    tokens = spm.encode(text, continued=True)
+    assert names(spm, tokens) == pieces
+    assert spm.decode(tokens, continued=True) == text
 
 
-def test_a_model_without_a_vocabulary_has_no_mask_token():
-    with pytest.raises(UserError, match="no vocabulary"):
-        choose_mask_token(None, {})
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_that_goes_on_comes_back_from_its_tokens(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text, continued=True), continued=True) == text
 
 
-def test_smollm2_gets_its_first_untrained_token(smollm2_path):
-    token, why = choose_mask_token(None, read_gguf(smollm2_path).metadata)
-    assert token == 7
-    assert "<gh_stars>" in why
+def test_text_cut_between_words_has_the_tokens_of_the_whole(tokenizer):
+    words = ["The", " cat", " sat", " on", " the", "  other", "\nand", " the", " thing."]
+    whole = tokenizer.encode("".join(words)).tolist()
+    for cut in range(1, len(words)):
+        front, back = "".join(words[:cut]), "".join(words[cut:])
+        assert [*tokenizer.encode(front), *tokenizer.encode(back, continued=True)] == whole
 
 
-@pytest.mark.parametrize("kind, expected", [("bpe", 3), ("spm", 3)])
-def test_tiny_models_get_a_reserved_token_that_text_does_not_contain(tiny_model, kind, expected):
-    path = tiny_model(tokenizer=kind)
-    token, _ = choose_mask_token(None, read_gguf(path).metadata)
-    assert token == expected
+def test_what_stands_behind_a_control_token_starts_anew(spm):
+    the = spm.encode("the", special=True)
+    assert spm.encode("</s>the", special=True).tolist() == [spm.eos_id, *the]
+    assert not spm.is_text(spm.eos_id) and spm.is_text(int(the[0]))
+
+
+# -- what a file says about its vocabulary ---------------------------------------------------------
+
+
+def changed(tiny_model, tmp_path, keys, **options) -> Path:
+    """The tiny model with keys of its vocabulary changed; None takes one away."""
+    return with_vocabulary_keys(tiny_model(**options), tmp_path / "changed.gguf", keys)
+
+
+def test_a_vocabulary_without_a_pre_tokenizer_is_warned_of(tiny_model, tmp_path):
+    (warning,) = Tokenizer.from_gguf(changed(tiny_model, tmp_path, {"pre": None})).warnings
+    assert "names no pre-tokenizer" in warning and "\n" not in warning
+    for kind in ("bpe", "spm"):
+        assert Tokenizer.from_gguf(tiny_model(tokenizer=kind)).warnings == ()
+
+
+@pytest.mark.parametrize("template", ["", " \n"])
+def test_an_empty_chat_template_is_none(tiny_model, tmp_path, template):
+    path = changed(tiny_model, tmp_path, {"chat_template": template})
+    assert Tokenizer.from_gguf(path).open_chat_template() is None
+
+
+@pytest.mark.parametrize(
+    "kind, key, start",
+    [
+        ("bpe", True, 1),
+        ("bpe", None, None),
+        ("bpe", False, None),
+        ("spm", True, 1),
+        ("spm", None, 1),
+        ("spm", False, None),
+    ],
+)
+def test_the_token_in_front_of_a_text_is_the_one_that_llama_cpp_adds(tiny_model, tmp_path, kind, key, start):
+    """Where the file does not say it, SentencePiece has it and byte-level BPE has not."""
+    path = changed(tiny_model, tmp_path, {"add_bos_token": key}, tokenizer=kind)
+    assert Tokenizer.from_gguf(path).start_id == start
+    theirs = llama_cpp.Llama(str(path), vocab_only=True, verbose=False).tokenize(b"the", add_bos=True)
+    assert (theirs[0] == 1) == (start == 1)
+
+
+PRE_TOKENIZERS = (
+    *("default", "gpt-2", "llama-bpe", "smaug-bpe", "qwen2", "qwen35", "gpt-4o", "dbrx", "refact", "tekken"),
+    *("smollm", "starcoder", "stablelm2", "olmo", "deepseek-llm", "falcon3", "phi-2", "pixtral", "command-r"),
+)
+
+
+@pytest.mark.parametrize("pre", PRE_TOKENIZERS)
+def test_text_comes_back_whatever_the_pre_tokenizer(tiny_model, tmp_path, pre):
+    tokenizer = Tokenizer.from_gguf(changed(tiny_model, tmp_path, {"pre": pre}))
+    for text in TEXTS:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_a_vocabulary_with_dna_is_read_as_byte_level_bpe(tiny_model, tmp_path):
+    tokenizer = Tokenizer.from_gguf(changed(tiny_model, tmp_path, {"model": "hybriddna"}))
+    plain = Tokenizer.from_gguf(tiny_model())
+    assert tokenizer.encode("the sand").tolist() == plain.encode("the sand").tolist()
+
+
+@pytest.mark.parametrize("kind", ["bert", "gemma4", "plamo2", "rwkv", "t5", "whitespace", "test", "tiktoken"])
+def test_a_kind_of_vocabulary_that_is_not_safe_is_refused_in_one_line(tiny_model, tmp_path, kind):
+    path = changed(tiny_model, tmp_path, {"model": kind})
+    with pytest.raises(
+        UserError, match=rf"changed\.gguf: tokenizer '{kind}' is not supported[:;] "
+    ) as refusal:
+        Tokenizer.from_gguf(path)
+    assert str(refusal.value).isprintable()
+
+
+def test_an_unknown_pre_tokenizer_is_refused_with_the_words_of_llama_cpp(tiny_model, tmp_path):
+    path = changed(tiny_model, tmp_path, {"pre": "unheard of"})
+    with pytest.raises(UserError, match=r"cannot load its vocabulary: .*unknown pre-tokenizer type"):
+        Tokenizer.from_gguf(path)
+
+
+def test_ids_outside_of_the_vocabulary_are_none_and_the_model_loads(tiny_model, tmp_path):
+    no_token = dict.fromkeys(("padding_token_id", "eos_token_id", "bos_token_id"), 2**32 - 1)
+    path = changed(tiny_model, tmp_path, {**no_token, "add_bos_token": True})
     tokenizer = Tokenizer.from_gguf(path)
-    assert token not in tokenizer.encode(tokenizer.token_text(token))
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.start_id) == (None, None, None)
+    assert tokenizer.decode(tokenizer.encode("the sand")) == "the sand"
