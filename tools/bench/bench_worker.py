@@ -4,7 +4,8 @@ A training step is `ConversionTrainer.train_step`, all of it: drawing the noise,
 AdamW. What is measured with what is the business of bench_sections.py.
 
 The job (argv[1], JSON): model, n_threads, compute, keep, memory_mib, int8, batch_size, sequence_length, rank,
-targets, train.
+targets, train. int8: False = no such products, True = as a
+run would choose, or one of the engine's own names.
 """
 
 from __future__ import annotations
@@ -82,8 +83,10 @@ class Worker:
         self.model = model
         self.tokenizer = Tokenizer.from_gguf(job["model"])
         self.trainer = ConversionTrainer(self.model, training_config(job)) if job["train"] else None
-        if self.trainer is not None and job["int8"]:
+        if self.trainer is not None and job["int8"] is True:
             choose_int8(self.trainer, self._batch(job["batch_size"], job["sequence_length"]))
+        elif self.trainer is not None and job["int8"]:
+            self.trainer.int8 = job["int8"]
 
     def describe(self) -> Reply:
         """What is being measured."""
@@ -93,6 +96,7 @@ class Worker:
             "n_threads": model.n_threads,
             "kernels": model.kernels,
             "element": model.element + ("" if int8 == "none" else f", int8 {int8}"),
+            "int8": int8,
         }
 
     def peak(self, time_s: float) -> Reply:
@@ -107,8 +111,11 @@ class Worker:
         }
 
     def memory(self) -> Reply:
-        """The process's peak, and how much of it is the mapped model."""
+        """The process's peak, how much of it is the mapped model, and what the engine plans for a step."""
+        job = self.job
+        step = self.model.describe_step(job["batch_size"], job["sequence_length"], job["rank"])
         return {
+            "planned_bytes": step.memory_bytes,
             "peak_bytes": peak_memory_bytes(),
             "model_bytes": resident_bytes_of_file(self.model.file.path),
         }
