@@ -62,7 +62,7 @@ MOVED_FACTOR = 10.0
 # checkpoint holds while it is written.
 COPIES_OF_TRAINED = 8
 # Python's own: batches, the modules that are imported late, and pieces that its allocator keeps.
-BYTES_OF_PYTHON = 24 << 20
+BYTES_OF_PYTHON = 8 << 20
 
 
 @dataclass(frozen=True)

@@ -173,6 +173,7 @@ def test_architectures_are_measured_beside_llama(
     assert (row["architecture"], row["layers"]) == ("gemma3, window 64", 6)
     ratio, rates = row["time_ratio"], (row["gops"], row["base_gops"])
     assert 0.0 < ratio["min"] <= ratio["median"] <= ratio["max"]
+    assert row["processor_ratio"]["min"] > 0.0
     # windows of 64 hide nothing of 48 tokens: as many operations as llama's, so the rates tell the ratio
     for end, ours, base in (("max", "min", "max"), ("min", "max", "min")):
         bound = rates[1][base] / rates[0][ours]

@@ -4,7 +4,7 @@ For each architecture a small model takes training steps in turn with a `llama` 
 A B A B, both with the same int8 products. What counts is the time of the engine (forward, loss, gradients)
 an operation of the matrix products that the step needs. What an architecture has beyond them (norms, biases,
 caps, another gate) does the same work at more cost, and shows as a ratio above 1. `llama` beside itself shows
-what the machine's noise makes of it.
+what the machine's noise makes of it. The processors' own time is given too: other programs disturb it less.
 
 It neither prints nor judges. Letters: B sequences, T tokens, M rows (B T), C hidden size, H query heads, G
 key/value heads, D head size, F feed-forward size, V vocabulary, L layers, R rank.
@@ -140,12 +140,16 @@ def _row(arms: Sequence[Arm], replies: tuple[list[Reply], list[Reply]], operatio
         "operations": operations[0],
         "gops": spread(1e-9 * operations[0] / reply["engine_s"] for reply in ours),
         "base_gops": spread(1e-9 * operations[1] / reply["engine_s"] for reply in bases),
-        "time_ratio": spread(
-            (one["engine_s"] / operations[0]) / (other["engine_s"] / operations[1]) for one, other in rounds
-        ),
+        "time_ratio": _ratio(rounds, operations, "engine_s"),
+        "processor_ratio": _ratio(rounds, operations, "processor_s"),
         "more_of_base_time": a_part,
         "peak_bytes": memory["peak_bytes"],
         "model_bytes": memory["model_bytes"],
         "planned_bytes": memory["planned_bytes"],
         "base_planned_bytes": base_memory["planned_bytes"],
     }
+
+
+def _ratio(rounds: Sequence[tuple[Reply, Reply]], operations: Sequence[float], name: str) -> Row:
+    """Seconds an operation as a multiple of llama's, of each round."""
+    return spread((ours[name] / operations[0]) / (base[name] / operations[1]) for ours, base in rounds)

@@ -133,7 +133,16 @@ def share_table(result: Sequence[Row]) -> Table:
 
 def architecture_tables(result: Sequence[Row]) -> list[Table]:
     """Architectures beside llama, and the parts of the step that take more or less than in llama."""
-    columns = ["architecture", "layers", "elements", "G op/s", "llama", "time an op of llama's", "MiB"]
+    columns = [
+        "architecture",
+        "layers",
+        "elements",
+        "G op/s",
+        "llama",
+        "time an op of llama's",
+        "processors'",
+        "MiB",
+    ]
     columns += ["mapped model", "planned", "planned, llama"]
     rows = [
         [
@@ -143,6 +152,7 @@ def architecture_tables(result: Sequence[Row]) -> list[Table]:
             figure(row["gops"]),
             figure(row["base_gops"]),
             figure(row["time_ratio"], ".3f"),
+            figure(row["processor_ratio"], ".3f"),
             *(mebibytes(row[f"{name}_bytes"]) for name in ("peak", "model", "planned", "base_planned")),
         ]
         for row in result

@@ -43,12 +43,14 @@ class TimedModel(Q4Model):
     """A model that adds up the time of its training calls."""
 
     time_s = 0.0
+    processor_s = 0.0  # of all threads
 
     def loss_and_gradients(self, *arguments: Any, **settings: Any) -> LossResult:
         """See `Q4Model`."""
-        started_s = time.perf_counter()
+        started_s, processor_from_s = time.perf_counter(), time.process_time()
         result = super().loss_and_gradients(*arguments, **settings)
         self.time_s += time.perf_counter() - started_s
+        self.processor_s += time.process_time() - processor_from_s
         return result
 
 
@@ -134,7 +136,8 @@ class Worker:
             sequence_length: another one than the job's.
 
         Returns:
-            Seconds of the whole step, of it in the engine, and of that in each parallel part; tokens, loss.
+            Seconds of the whole step, of it in the engine, of all processors in the engine, and in each
+            parallel part; tokens, loss.
 
         """
         assert self.trainer is not None
@@ -144,12 +147,13 @@ class Worker:
         if noise is not None:
             self._save_noise(noise, batch)
         self.model.reset_profile()
-        self.model.time_s = 0.0
+        self.model.time_s = self.model.processor_s = 0.0
         started_s = time.perf_counter()
         metrics = self.trainer.train_step(batch)
         return {
             "time_s": time.perf_counter() - started_s,
             "engine_s": self.model.time_s,
+            "processor_s": self.model.processor_s,
             "parts_s": self.model.profile(),
             "n_tokens": batch.tokens.size,
             "loss": metrics.loss,
