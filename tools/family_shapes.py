@@ -58,9 +58,9 @@ DOUBLINGS = 30
 KL_FACTOR = 3.0
 # ... which must be so much more than rounding, or the comparison could not tell them apart.
 MOVED_FACTOR = 10.0
-# Of each trained number: itself, gradient and two moments of AdamW, the int8 gate's copy, and what a
-# checkpoint holds while it is written.
-COPIES_OF_TRAINED = 8
+# Of each trained number beside itself: gradient, two moments of AdamW, and one for the int8 gate's copy and
+# what a checkpoint holds while it is written, which are not there together.
+COPIES_OF_TRAINED = 4
 # Python's own: batches, the modules that are imported late, and pieces that its allocator keeps.
 BYTES_OF_PYTHON = 8 << 20
 
@@ -91,6 +91,7 @@ class Memory:
 
     Attributes:
         planned: by the engine for a step, beside the model.
+        reserved: the same of as many tokens as the identity gate had, as buffers never shrink.
         trained: of the trained numbers, once.
         gate_peak: most that was resident until the identity gate was done.
         training_peak: most that was resident from there to the end of training, pages of the model included.
@@ -99,6 +100,7 @@ class Memory:
     """
 
     planned: int
+    reserved: int
     trained: int
     gate_peak: int | None
     training_peak: int | None
@@ -107,12 +109,13 @@ class Memory:
     @classmethod
     def of(cls, found: Mapping[str, int], n_trained: int) -> Memory:
         """From what `family_arms.convert` found, and how many numbers were trained."""
-        trained, planned = 4 * n_trained, found["planned"]
+        trained, reserved = 4 * n_trained, found["reserved"]
         bound = None
         if {"before", "model"} <= found.keys():
             rest = COPIES_OF_TRAINED * trained + BYTES_OF_PYTHON
-            bound = found["before"] + found["model"] + planned + rest
-        return cls(planned, trained, found.get("gate_peak"), found.get("training_peak"), bound)
+            bound = found["before"] + found["model"] + reserved + rest
+        peaks = found.get("gate_peak"), found.get("training_peak")
+        return cls(found["planned"], reserved, trained, *peaks, bound)
 
     @property
     def as_planned(self) -> bool:
@@ -233,6 +236,7 @@ def table_of(results: Sequence[Result]) -> Table:
     add("file, MiB", [mebibytes(result.file_bytes) for result in results])
     for label, name in (
         ("planned for a step, MiB", "planned"),
+        ("planned with the gate's tokens, MiB", "reserved"),
         ("trained numbers, MiB", "trained"),
         ("peak until the identity gate, MiB", "gate_peak"),
         ("peak of training, MiB", "training_peak"),

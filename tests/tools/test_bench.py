@@ -217,11 +217,11 @@ def test_measuring_the_packing_rate_leaves_the_session_as_it_was(tiny_model: Tin
     tokens = np.arange(12)[None]
     with Q4Model.from_gguf(tiny_model(type="Q4_0"), 1) as model:
         first_rate = model.packing_rate(backward=False, time_s=0.01)  # before any call has reserved memory
-        expected = model.logits(tokens, 0.5)
+        expected = model.logits(Batch(tokens, 0.5))
         model.reset_profile()
         rates = [model.packing_rate(backward=backward, time_s=0.01) for backward in (False, True)]
         assert model.profile()["packing"] > 0.0
-        assert np.array_equal(model.logits(tokens, 0.5), expected)
+        assert np.array_equal(model.logits(Batch(tokens, 0.5)), expected)
     assert min(first_rate, *rates) > 0.0
 
 
