@@ -133,17 +133,8 @@ def share_table(result: Sequence[Row]) -> Table:
 
 def architecture_tables(result: Sequence[Row]) -> list[Table]:
     """Architectures beside llama, and the parts of the step that take more or less than in llama."""
-    columns = [
-        "architecture",
-        "layers",
-        "elements",
-        "G op/s",
-        "llama",
-        "time an op of llama's",
-        "processors'",
-        "MiB",
-    ]
-    columns += ["mapped model", "planned", "planned, llama"]
+    columns = ["architecture", "layers", "elements", "G op/s", "llama", "time, llama 1", "processors'"]
+    columns += ["MiB", "planned", "llama"]
     rows = [
         [
             row["architecture"],
@@ -153,7 +144,7 @@ def architecture_tables(result: Sequence[Row]) -> list[Table]:
             figure(row["base_gops"]),
             figure(row["time_ratio"], ".3f"),
             figure(row["processor_ratio"], ".3f"),
-            *(mebibytes(row[f"{name}_bytes"]) for name in ("peak", "model", "planned", "base_planned")),
+            *(mebibytes(row[f"{name}_bytes"]) for name in ("peak", "planned", "base_planned")),
         ]
         for row in result
     ]
@@ -163,7 +154,7 @@ def architecture_tables(result: Sequence[Row]) -> list[Table]:
     ]
     names = [row["architecture"] for row in result]
     return [
-        table_of("Architectures beside llama", columns, rows),
+        table_of("Architectures beside llama: time an operation, memory", columns, rows),
         table_of("Of the step more than in llama, as a share of llama's", ["part", *names], differences),
     ]
 
