@@ -108,7 +108,7 @@ sanitize: ## the fast tests under the address and undefined-behaviour sanitizers
 	LD_PRELOAD="$$($${CC:-cc} -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 \
 		$(VENV)-sanitize/bin/python -m pytest -m "not slow and not peer" $(PYTEST_ARGUMENTS)
 
-bench: build ## speed and memory of training and generation, about 10 minutes; see tools/bench/bench.py --help
+bench: build ## speed and memory of training and generation, about 15 minutes; see tools/bench/bench.py --help
 	$(BIN)/python tools/bench/bench.py $(BENCH_ARGUMENTS)
 
 docs: build ## docs/cli.md from the command line's own help, the lists of models and types from the reader's tables

@@ -1,65 +1,40 @@
-"""Write a random `llama` GGUF of any size, by default of 7B shape in Q4_0: what the benchmark runs on.
+"""Write a random GGUF of any size and architecture, by default of 7B shape in Q4_0: the benchmark's models.
 
 Tensors are written one after the other, so that memory stays at the largest of them. Their blocks are drawn
 from a small pool that ggml itself has quantised from Gaussian weights: every type has the bytes and the
-scales that it would really have, and billions of weights take seconds. Gains keep the network alive: normed
-activations and attention scores are of order one, the residual stream about doubles its power over all
-layers, logits spread over about two nats.
+scales that it would really have, and billions of weights take seconds. What a model holds, and how large its
+weights are so that the network is alive, is said by large_architectures.py.
 
 It does not make a model that is worth comparing with an exact one, as runs of weights repeat: tests use
-make_tiny_gguf.py, whose quantiser, vocabulary and metadata are used here.
+make_tiny_gguf.py, whose quantiser, vocabularies and metadata are used here.
 Sources: gguf-py's GGUFWriter for the container.
 
-usage: make_large_gguf.py OUT.gguf [--type Q4_0] [--layers 32] [--C 4096] ... [--tied]
+usage: make_large_gguf.py OUT.gguf [--shape gemma3-1b] [--arch qwen2] [--type Q4_0] [--layers 4] ...
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
-from collections.abc import Iterator
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
-from make_tiny_gguf import TENSOR_TYPES, _add_metadata, quantise
+from large_architectures import SHAPES, LargeShape, Tensor, keys_of, tensors_of
+from make_tiny_gguf import TENSOR_TYPES, _add_metadata, _set_key, quantise
 from numpy.typing import NDArray
-from tiny_vocabularies import bpe_vocabulary
+from tiny_architectures import ARCHITECTURES, Shape
+from tiny_vocabularies import bpe_vocabulary, spm_vocabulary
 from tool_errors import run_tool
 
-SHAPE_7B = {"L": 32, "C": 4096, "H": 32, "G": 32, "F": 11008, "V": 32000}
+SHAPE_7B = {name: size for name, size in SHAPES["7b"].sizes.items() if name != "D"}
 
 POOL_WEIGHTS = 1 << 18
 RUN_WEIGHTS = 32  # weights that are drawn together; a longer block of the type is drawn whole
-# Root mean square of silu(g) * u for independent standard normal g and u.
-SWIGLU_RMS = 0.6
-
-
-def _tensors(
-    *, L: int, C: int, H: int, G: int, D: int, F: int, V: int, tied: bool
-) -> Iterator[tuple[str, tuple[int, ...], float]]:
-    """Name, shape and root mean square of every tensor, in file order; those of one dimension are norms."""
-    # A tied head reads rows of the embedding, which must then be of the size that the head needs.
-    head_rms = 2.0 / math.sqrt(C)
-    embedding_rms = head_rms if tied else 1.0
-    # 2 L additions that together have the power of the embedding itself
-    added_rms = embedding_rms / math.sqrt(2 * L)
-    yield "token_embd.weight", (V, C), embedding_rms
-    for layer in range(L):
-        prefix = f"blk.{layer}."
-        yield prefix + "attn_norm.weight", (C,), 1.0
-        yield prefix + "attn_q.weight", (H * D, C), 1.0 / math.sqrt(C)
-        yield prefix + "attn_k.weight", (G * D, C), 1.0 / math.sqrt(C)
-        yield prefix + "attn_v.weight", (G * D, C), 1.0 / math.sqrt(C)
-        yield prefix + "attn_output.weight", (C, H * D), added_rms / math.sqrt(H * D)
-        yield prefix + "ffn_norm.weight", (C,), 1.0
-        yield prefix + "ffn_gate.weight", (F, C), 1.0 / math.sqrt(C)
-        yield prefix + "ffn_up.weight", (F, C), 1.0 / math.sqrt(C)
-        yield prefix + "ffn_down.weight", (C, F), added_rms / SWIGLU_RMS / math.sqrt(F)
-    yield "output_norm.weight", (C,), 1.0
-    if not tied:
-        yield "output.weight", (V, C), head_rms
 
 
 class _BlockPool:
@@ -92,67 +67,101 @@ class _BlockPool:
         return runs[drawn].reshape(rows, self.row_bytes(columns))
 
 
+def _settled(shape: str, arch: str | None) -> LargeShape:
+    """A named shape, or its sizes in another architecture."""
+    named = SHAPES[shape]
+    if arch is None or arch == named.arch:
+        return named
+    return replace(named, arch=arch, tied=ARCHITECTURES[arch].tied, keys={})
+
+
 def make_large_gguf(
     path: str | Path,
     *,
+    shape: str = "7b",
+    arch: str | None = None,
     type: str = "Q4_0",
     seed: int = 0,
-    L: int = SHAPE_7B["L"],
-    C: int = SHAPE_7B["C"],
-    H: int = SHAPE_7B["H"],
-    G: int = SHAPE_7B["G"],
+    L: int | None = None,
+    C: int | None = None,
+    H: int | None = None,
+    G: int | None = None,
     D: int | None = None,
-    F: int = SHAPE_7B["F"],
-    V: int = SHAPE_7B["V"],
-    tied: bool = False,
-    context: int = 4096,
+    F: int | None = None,
+    V: int | None = None,
+    tied: bool | None = None,
+    context: int | None = None,
+    keys: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write the file and return its path.
+    """Write the file and return its path. What is None is as the shape has it.
 
-    type: the ggml type of every matrix (embedding and head too); norms are F32.
-    D: head size, C // H by default. C, H * D and F are multiples of the type's block and of 32.
+    shape: one of SHAPES. arch: one of ARCHITECTURES, with its own keys and tensors in the shape's sizes.
+    type: the ggml type of every matrix (embedding and head too); norms, biases and RoPE factors are F32.
+    D: head size; C // H where C or H is given. C, H * D and F are multiples of the type's block and of 32.
+    keys: without the architecture's prefix, over those of the shape; None takes one away.
     The same arguments give the same bytes. ValueError: a size that the type or the vocabulary cannot have.
     """
-    head_size = C // H if D is None else D
-    sizes = {"L": L, "C": C, "F": F, "H": H, "G": G, "D": head_size, "V": V}
+    named = _settled(shape, arch)
+    given = {"L": L, "C": C, "H": H, "G": G, "D": D, "F": F, "V": V}
+    sizes = {**named.sizes, **{name: size for name, size in given.items() if size is not None}}
+    if D is None and not (C is None and H is None):
+        sizes["D"] = sizes["C"] // sizes["H"]
+    whole = Shape(**sizes, tied=named.tied if tied is None else tied)
+    all_keys = keys_of(named.arch, whole, {**named.keys, **(keys or {})})
+    tensors = list(tensors_of(named.arch, whole, all_keys))
     rng = np.random.Generator(np.random.SFC64(seed))
     pool = _BlockPool(type, rng)
-    writer = gguf.GGUFWriter(str(path), "llama")
-    _add_metadata(
-        writer, bpe_vocabulary(V, reserved=6), context=context, rope_base=10000.0, eps=1e-5, **sizes
-    )
-    tensors = list(_tensors(**sizes, tied=tied))
-    for name, shape, _ in tensors:
-        if len(shape) == 1:
-            writer.add_tensor_info(name, shape, np.dtype(np.float32), 4 * shape[0])
+    writer = gguf.GGUFWriter(str(path), named.arch)
+    vocabulary = {"bpe": bpe_vocabulary, "spm": spm_vocabulary}[named.tokenizer](whole.V, reserved=6)
+    _add_metadata(writer, vocabulary, context=context or named.context, rope_base=10000.0, eps=1e-5, **sizes)
+    for name, value in all_keys.items():
+        _set_key(writer, f"{named.arch}.{name}", value)
+    _write(writer, tensors, pool, rng)
+    return Path(path)
+
+
+def _write(
+    writer: gguf.GGUFWriter, tensors: list[Tensor], pool: _BlockPool, rng: np.random.Generator
+) -> None:
+    """Write the header, then one tensor after the other."""
+    for tensor in tensors:
+        if len(tensor.shape) == 1:
+            size = tensor.shape[0]
+            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), 4 * size)
         else:
-            shape_bytes = (shape[0], pool.row_bytes(shape[1]))
+            shape_bytes = (tensor.shape[0], pool.row_bytes(tensor.shape[1]))
             writer.add_tensor_info(
-                name, shape_bytes, np.dtype(np.uint8), math.prod(shape_bytes), raw_dtype=pool.type
+                tensor.name, shape_bytes, np.dtype(np.uint8), math.prod(shape_bytes), raw_dtype=pool.type
             )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for _, shape, rms in tensors:
-        if len(shape) == 1:
-            writer.write_tensor_data((1.0 + 0.2 * rng.standard_normal(shape)).astype(np.float32))
+    for tensor in tensors:
+        if tensor.fixed is not None:
+            writer.write_tensor_data(tensor.fixed)
+        elif len(tensor.shape) == 1:
+            drawn = tensor.mean + tensor.rms * rng.standard_normal(tensor.shape)
+            writer.write_tensor_data(drawn.astype(np.float32))
         else:
-            writer.write_tensor_data(pool.matrix(shape, rms))
+            writer.write_tensor_data(pool.matrix(tensor.shape, tensor.rms))
     writer.close()
-    return Path(path)
 
 
 def main() -> None:
     """Write one file as the command line says."""
-    parser = argparse.ArgumentParser(description="Write a large random llama GGUF.")
+    parser = argparse.ArgumentParser(description="Write a large random GGUF.")
     parser.add_argument("path", type=Path)
+    parser.add_argument("--shape", choices=SHAPES, default="7b")
+    parser.add_argument("--arch", choices=ARCHITECTURES, help="another architecture in the shape's sizes")
     parser.add_argument("--type", choices=TENSOR_TYPES, default="Q4_0")
-    parser.add_argument("--layers", "--L", dest="L", type=int, default=SHAPE_7B["L"])
-    settings: dict[str, Any] = {name: size for name, size in SHAPE_7B.items() if name != "L"}
-    for name, default in (settings | {"seed": 0, "context": 4096}).items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--D", type=int, default=None, help="head size (C / H by default)")
-    parser.add_argument("--tied", action="store_true", help="no output.weight: the head reads the embedding")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--layers", "--L", dest="L", type=int, help="fewer or more layers than the shape has")
+    for name in "CHGFV":
+        parser.add_argument(f"--{name}", type=int, help="another size than the shape's")
+    parser.add_argument("--D", type=int, help="head size (C / H where one of these is given)")
+    parser.add_argument("--context", type=int)
+    parser.add_argument("--tied", action="store_true", default=None, help="the head reads the embedding")
+    parser.add_argument("--keys", type=json.loads, help="a JSON object of keys without the prefix")
     make_large_gguf(**vars(parser.parse_args()))
 
 

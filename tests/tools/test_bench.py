@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import bench
+import bench_architectures
 import bench_packing
 import bench_sections
 import numpy as np
 import pytest
+from bench_architectures import step_operations, visible_pairs, windows_of
 from bench_arms import Arm, ArmFailed, alternate
 from bench_projection import SEED_STEP_S, StepCost, cost_of_layers, cost_of_step, project, scaling
 from bench_report import show
@@ -28,6 +30,7 @@ from ggml_diffusion.engine.interface import Batch
 from ggml_diffusion.formats.model_file import read_model
 
 SMALL = {"L": 2, "C": 256, "H": 4, "G": 2, "F": 512, "V": 600}
+SMALL_HEADS = {"C": 64, "H": 4, "G": 2, "D": 16, "F": 96}
 
 
 @pytest.fixture(autouse=True)
@@ -159,15 +162,66 @@ def test_packing_is_measured_beside_q4_k(
     assert "Packing" in capsys.readouterr().out
 
 
+def test_architectures_are_measured_beside_llama(
+    tmp_path: Path, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench_architectures, "SIZES", {**SMALL_HEADS, "V": 600})
+    monkeypatch.setattr(bench_architectures, "SEQUENCE_LENGTH", 48)
+    options = ["--model", str(tiny_model()), "--rounds", "2", "--folder", str(tmp_path), "--work", "window"]
+    assert bench.main(["--architectures", *options, "--json", str(tmp_path / "figures.json")]) == 0
+    (row,) = json.loads((tmp_path / "figures.json").read_text())["architectures"]
+    assert (row["architecture"], row["layers"]) == ("gemma3, window 64", 6)
+    ratio, rates = row["time_ratio"], (row["gops"], row["base_gops"])
+    assert 0.0 < ratio["min"] <= ratio["median"] <= ratio["max"]
+    assert row["processor_ratio"]["min"] > 0.0
+    # windows of 64 hide nothing of 48 tokens: as many operations as llama's, so the rates tell the ratio
+    for end, ours, base in (("max", "min", "max"), ("min", "max", "min")):
+        bound = rates[1][base] / rates[0][ours]
+        assert ratio[end] == pytest.approx(bound) or (ratio[end] < bound) == (end == "max")
+    assert row["planned_bytes"] > row["base_planned_bytes"] > 0  # the inputs of six more norms a layer
+    assert {"frozen forward", "attention forward", "norm"} <= row["more_of_base_time"].keys()
+    if sys.platform == "linux":
+        assert row["peak_bytes"] > row["planned_bytes"]
+    shown = capsys.readouterr().out
+    assert "Architectures beside llama" in shown and "Of the step more than in llama" in shown
+
+
+@pytest.mark.parametrize("window", [0, 1, 3, 7, 8, 20])
+def test_pairs_that_attend_to_each_other_are_counted(window: int) -> None:
+    n_tokens = 7
+    distances = np.abs(np.subtract.outer(np.arange(n_tokens), np.arange(n_tokens)))
+    assert visible_pairs(n_tokens, window) == (distances < (window or n_tokens)).sum()
+
+
+def test_the_operations_of_a_step_are_those_of_its_products(tiny_model: TinyModel) -> None:
+    sizes = {"C": 32, "H": 4, "G": 2, "D": 8, "F": 64, "V": 384}
+    keys = {"attention.sliding_window": 5}
+    gemma, llama = (
+        read_model(tiny_model(arch=arch, L=2, keys=keys, **sizes)) for arch in ("gemma2", "llama")
+    )
+    assert windows_of(gemma) == [5, 0] and windows_of(llama) == [0, 0]  # llama ignores the key
+    work = Work("", 3, 10, targets=("q_proj", "down_proj"))
+    # two directions of each frozen product: q, k, v, output, gate and up, down
+    frozen = 2 * (32 * 32 + 2 * 16 * 32 + 32 * 32 + 3 * 64 * 32)
+    # each half of a pair: its output, its input's gradient, its own
+    pairs = 3 * bench_architectures.RANK * ((32 + 32) + (64 + 32))
+    head = 2 * 384 * 32 * 15  # half of 30 rows
+    seven = 7 * 4 * 8 * 3  # products, heads, head size, sequences
+    expected = 2 * (30 * 2 * (frozen + pairs) + head + seven * 2 * 100)
+    assert step_operations(llama, work) == expected
+    # the layer with a window: 9 + 8 + 7 + 6 + ... of 10 x 10
+    assert step_operations(gemma, work) == expected - 2 * seven * (100 - (10 + 2 * (9 + 8 + 7 + 6)))
+
+
 def test_measuring_the_packing_rate_leaves_the_session_as_it_was(tiny_model: TinyModel) -> None:
     tokens = np.arange(12)[None]
     with Q4Model.from_gguf(tiny_model(type="Q4_0"), 1) as model:
         first_rate = model.packing_rate(backward=False, time_s=0.01)  # before any call has reserved memory
-        expected = model.logits(tokens, 0.5)
+        expected = model.logits(Batch(tokens, 0.5))
         model.reset_profile()
         rates = [model.packing_rate(backward=backward, time_s=0.01) for backward in (False, True)]
         assert model.profile()["packing"] > 0.0
-        assert np.array_equal(model.logits(tokens, 0.5), expected)
+        assert np.array_equal(model.logits(Batch(tokens, 0.5)), expected)
     assert min(first_rate, *rates) > 0.0
 
 

@@ -22,6 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the makers of models lie one folder up
 
 import bench_sections as sections
+from bench_architectures import architectures
 from bench_arms import ArmFailed
 from bench_packing import packing
 from bench_report import show
@@ -37,6 +38,7 @@ SECTIONS: Mapping[str, tuple[Callable[[Settings], Any], str]] = {
     "products": (sections.products, "matrix products of each weight type"),
     "packing": (packing, "packing alone, of each quantised type, beside Q4_K"),
     "step": (sections.steps, "training steps, whole, with memory and shares of time"),
+    "architectures": (architectures, "a training step of each architecture, beside llama of the same sizes"),
     "threads": (sections.threads, "one thread against all, and the projection to 7B on 16 cores"),
     "generation": (sections.generation, "denoising at several numbers of steps"),
     "kernels": (sections.kernels, "training steps with kernels switched off, against PyTorch float32"),

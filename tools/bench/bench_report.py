@@ -131,6 +131,34 @@ def share_table(result: Sequence[Row]) -> Table:
     return table_of("Shares of the step's time", ["part", *ours], rows)
 
 
+def architecture_tables(result: Sequence[Row]) -> list[Table]:
+    """Architectures beside llama, and the parts of the step that take more or less than in llama."""
+    columns = ["architecture", "layers", "elements", "G op/s", "llama", "time, llama 1", "processors'"]
+    columns += ["MiB", "planned", "llama"]
+    rows = [
+        [
+            row["architecture"],
+            str(row["layers"]),
+            row["element"],
+            figure(row["gops"]),
+            figure(row["base_gops"]),
+            figure(row["time_ratio"], ".3f"),
+            figure(row["processor_ratio"], ".3f"),
+            *(mebibytes(row[f"{name}_bytes"]) for name in ("peak", "planned", "base_planned")),
+        ]
+        for row in result
+    ]
+    parts = dict.fromkeys(part for row in result for part in row["more_of_base_time"])
+    differences = [
+        [part, *(f"{row['more_of_base_time'].get(part, 0.0):+.1%}" for row in result)] for part in parts
+    ]
+    names = [row["architecture"] for row in result]
+    return [
+        table_of("Architectures beside llama: time an operation, memory", columns, rows),
+        table_of("Of the step more than in llama, as a share of llama's", ["part", *names], differences),
+    ]
+
+
 def thread_tables(result: Row) -> list[Table]:
     """Threads and the projection."""
     rows = []
@@ -187,6 +215,7 @@ TABLES: Mapping[str, Callable[[Any], list[Table]]] = {
     "products": product_tables,
     "packing": packing_tables,
     "step": lambda result: step_tables("Training step", result),
+    "architectures": architecture_tables,
     "threads": thread_tables,
     "kernels": lambda result: step_tables("Kernels switched off, float32", result),
     "generation": generation_tables,

@@ -9,6 +9,7 @@ V vocabulary, L layers.
 
 from __future__ import annotations
 
+import re
 import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -124,7 +125,7 @@ class Work:
         targets: projections with LoRA pairs.
         keep: activations kept for the backward; auto = what fits the budget.
         memory_mib: budget of a step beside the mapped model; None = no limit.
-        int8: whether int8 products may be used, as a run decides it on its first batch.
+        int8: True = products in int8 as a run decides it on its first batch, False = none; or by name.
         has_peer: whether PyTorch takes the same step.
 
     """
@@ -136,7 +137,7 @@ class Work:
     targets: tuple[str, ...] = ATTENTION
     keep: str = "auto"
     memory_mib: int | None = None
-    int8: bool = True
+    int8: bool | str = True
     has_peer: bool = True
 
     @property
@@ -170,7 +171,7 @@ def spread(values: Iterable[float]) -> dict[str, float]:
 
 def generated_model(settings: Settings, type_name: str, sizes: Mapping[str, Any]) -> Path:
     """A random model of these sizes, made if it is not in the folder yet."""
-    name = "_".join(f"{letter}{size}" for letter, size in sizes.items())
+    name = re.sub(r"[^\w.]+", "-", "_".join(f"{letter}{size}" for letter, size in sizes.items()))
     path = settings.folder / f"random_{name}_{type_name}.gguf"
     if not path.exists():
         unfinished = path.with_suffix(".unfinished")

@@ -4,7 +4,8 @@ A training step is `ConversionTrainer.train_step`, all of it: drawing the noise,
 AdamW. What is measured with what is the business of bench_sections.py.
 
 The job (argv[1], JSON): model, n_threads, compute, keep, memory_mib, int8, batch_size, sequence_length, rank,
-targets, train.
+targets, train. int8: False = no such products, True = as a
+run would choose, or one of the engine's own names.
 """
 
 from __future__ import annotations
@@ -38,12 +39,14 @@ class TimedModel(Q4Model):
     """A model that adds up the time of its training calls."""
 
     time_s = 0.0
+    processor_s = 0.0  # of all threads
 
     def loss_and_gradients(self, *arguments: Any, **settings: Any) -> LossResult:
         """See `Q4Model`."""
-        started_s = time.perf_counter()
+        started_s, processor_from_s = time.perf_counter(), time.process_time()
         result = super().loss_and_gradients(*arguments, **settings)
         self.time_s += time.perf_counter() - started_s
+        self.processor_s += time.process_time() - processor_from_s
         return result
 
 
@@ -78,8 +81,10 @@ class Worker:
         self.model = model
         self.tokenizer = Tokenizer.from_gguf(job["model"])
         self.trainer = ConversionTrainer(self.model, training_config(job)) if job["train"] else None
-        if self.trainer is not None and job["int8"]:
+        if self.trainer is not None and job["int8"] is True:
             choose_int8(self.trainer, self._batch(job["batch_size"], job["sequence_length"]))
+        elif self.trainer is not None and job["int8"]:
+            self.trainer.int8 = job["int8"]
 
     def describe(self) -> Reply:
         """What is being measured."""
@@ -89,6 +94,7 @@ class Worker:
             "n_threads": model.n_threads,
             "kernels": model.kernels,
             "element": model.element + ("" if int8 == "none" else f", int8 {int8}"),
+            "int8": int8,
         }
 
     def peak(self, time_s: float) -> Reply:
@@ -103,8 +109,11 @@ class Worker:
         }
 
     def memory(self) -> Reply:
-        """The process's peak, and how much of it is the mapped model."""
+        """The process's peak, how much of it is the mapped model, and what the engine plans for a step."""
+        job = self.job
+        step = self.model.describe_step(job["batch_size"], job["sequence_length"], job["rank"])
         return {
+            "planned_bytes": step.memory_bytes,
             "peak_bytes": peak_memory_bytes(),
             "model_bytes": resident_bytes_of_file(self.model.file.path),
         }
@@ -123,7 +132,8 @@ class Worker:
             sequence_length: another one than the job's.
 
         Returns:
-            Seconds of the whole step, of it in the engine, and of that in each parallel part; tokens, loss.
+            Seconds of the whole step, of it in the engine, of all processors in the engine, and in each
+            parallel part; tokens, loss.
 
         """
         assert self.trainer is not None
@@ -133,12 +143,13 @@ class Worker:
         if noise is not None:
             self._save_noise(noise, batch)
         self.model.reset_profile()
-        self.model.time_s = 0.0
+        self.model.time_s = self.model.processor_s = 0.0
         started_s = time.perf_counter()
         metrics = self.trainer.train_step(batch)
         return {
             "time_s": time.perf_counter() - started_s,
             "engine_s": self.model.time_s,
+            "processor_s": self.model.processor_s,
             "parts_s": self.model.profile(),
             "n_tokens": batch.tokens.size,
             "loss": metrics.loss,
