@@ -35,7 +35,7 @@ from ggml_diffusion.formats.adapter_file import write_gguf_adapter
 from ggml_diffusion.formats.model_file import read_model
 from ggml_diffusion.formats.tensor_types import TENSOR_TYPES
 
-INT8_KERNELS = {"avx512_bf16", "neon_bf16", "neon_i8mm"}
+INT8_KERNELS = {"avx512_bf16", "avx2", "neon_bf16", "neon_i8mm"}
 FLOAT_TYPES = {"F32", "F16", "BF16"}  # always multiplied in float32
 RATIOS = (1.0, 0.0)  # the two that llama.cpp can do
 
