@@ -225,6 +225,12 @@ extern const ggd_kernels ggd_kernels_avx512;
 #ifdef GGD_HAVE_AVX512_BF16
 extern const ggd_kernels ggd_kernels_avx512_bf16;
 #endif
+#ifdef GGD_HAVE_AVX_VNNI
+extern const ggd_kernels ggd_kernels_avx_vnni;
+#endif
+#ifdef GGD_HAVE_AVX_VNNI_EVEX
+extern const ggd_kernels ggd_kernels_avx_vnni_evex;
+#endif
 #ifdef GGD_HAVE_AVX2
 extern const ggd_kernels ggd_kernels_avx2;
 #endif
