@@ -85,7 +85,7 @@ static void pack_columns_of_wt_int8(const ggd_compute *compute, const ggd_matrix
             fetch_early(source + bytes_piece, bytes_early);
             compute->kernels->int8_unpack[w->type](source, length, quants + i * PIECE, scales + i * BLOCKS, minima + i * BLOCKS);
         }
-        uint8_t *target = panel + k / format->block * ggd_int8_block_bytes(format);
+        uint8_t *target = panel + k / format->block * ggd_int8_block_bytes_of(compute->kernels, format);
         compute->kernels->int8_pack_columns(format, quants, PIECE, scales, minima, BLOCKS, length, target);
     }
 }
@@ -103,7 +103,8 @@ static void pack_rows_of_w(const ggd_compute *compute, const ggd_matrix *w, size
     }
     size_t width = ggd_max(w->block, GGD_PANEL_COLUMNS), n_pieces = n_panels * GGD_PANEL_COLUMNS / width;
     size_t ld = width > GGD_PANEL_COLUMNS ? width + UNPACKED_PADDING : width;
-    size_t bytes_rows = int8 ? ggd_int8_block_bytes(&ggd_int8_backward_format) : ggd_panel_bytes(compute->element, ROWS_PIECE);
+    size_t bytes_rows = int8 ? ggd_int8_block_bytes_of(compute->kernels, &ggd_int8_backward_format)
+                             : ggd_panel_bytes(compute->element, ROWS_PIECE);
     size_t bytes_row = w->bytes_row, bytes_early = bytes_to_fetch(w, width);
     for (size_t item = 0; item < ggd_ceil_div(w->n_rows, ROWS_PIECE) * n_pieces; item++) {
         size_t k = item / n_pieces * ROWS_PIECE, first = item % n_pieces * width;
@@ -279,7 +280,7 @@ static gemm_job job_of(const ggd_compute *compute, const ggd_gemm *gemm) {
     if (gemm->a.int8 != NULL) {
         job.format = ggd_gemm_int8_format(gemm->operation, &gemm->w);
         job.k1 = ggd_round_up(reduction, job.format.block);
-        job.bytes_w = job.k1 / job.format.block * ggd_int8_block_bytes(&job.format);
+        job.bytes_w = job.k1 / job.format.block * ggd_int8_block_bytes_of(compute->kernels, &job.format);
     }
     job.bytes_panel = job.bytes_w + job.k2 * bytes_row;
     return job;

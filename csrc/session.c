@@ -36,9 +36,9 @@ static size_t row_stride(size_t n) {
     return ld % 512 == 0 ? ld + GGD_PANEL_COLUMNS : ld;
 }
 
+// Beside float32 too, where the set's fast element is that; the reference is there to be compared with, in float32.
 static int has_int8(const ggd_session *s) {
-    const ggd_kernels *kernels = s->compute.kernels;
-    return kernels->int8_tile != NULL && s->compute.element == kernels->fast_element && s->compute.element != GGD_ELEMENT_F32;
+    return s->is_fast && s->compute.kernels->int8_tile != NULL && s->compute.kernels != &ggd_kernels_reference;
 }
 
 // Row stride of what a norm reads; 0 where the model does not have that norm.
@@ -326,8 +326,8 @@ int ggd_session_create(const ggd_model *model, const ggd_session_options *option
     s->model = model;
     s->options = *options;
     s->compute.kernels = ggd_kernels_choose(options->use_simd);
-    int fast = options->compute == GGD_COMPUTE_FAST && !has_float_weights(model);
-    s->compute.element = fast ? s->compute.kernels->fast_element : GGD_ELEMENT_F32;
+    s->is_fast = options->compute == GGD_COMPUTE_FAST && !has_float_weights(model);
+    s->compute.element = s->is_fast ? s->compute.kernels->fast_element : GGD_ELEMENT_F32;
     size_t queries = panel_multiple((size_t)shape->n_heads * head_size),
            keys = panel_multiple((size_t)shape->n_kv_heads * head_size);
     s->ld_hidden = row_stride((size_t)shape->hidden_size);
@@ -399,9 +399,11 @@ int ggd_session_set_int8(ggd_session *session, int32_t products) {
     if (products < GGD_INT8_NONE || products > GGD_INT8_BOTH) {
         return ggd_fail("no int8 products %d", products);
     }
+    if (products != GGD_INT8_NONE && !session->is_fast) {
+        return ggd_fail("no int8 products: this model or its settings ask for float32");
+    }
     if (products != GGD_INT8_NONE && !has_int8(session)) {
-        return ggd_fail("the %s kernels have no int8 products beside %s", session->compute.kernels->name,
-                        ggd_session_element(session));
+        return ggd_fail("no int8 products in the %s kernels", session->compute.kernels->name);
     }
     session->int8 = products;
     bind_int8(session);

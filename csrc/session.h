@@ -51,6 +51,7 @@ struct ggd_session {
     const ggd_model *model;
     ggd_session_options options;
     int32_t int8;  // GGD_INT8_*
+    int is_fast;   // products may be in the kernels' fast element, and in int8
     ggd_compute compute;
     ggd_heads heads;                                        // without what differs from layer to layer: window and RoPE
     size_t ld_hidden, ld_queries, ld_keys, ld_qkv, ld_ffn;  // row strides in elements

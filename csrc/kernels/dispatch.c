@@ -24,11 +24,18 @@ static int has_neon_i8mm(void) { return has_neon_bf16() && has_feature("hw.optio
 #endif
 
 #if defined(__x86_64__)
+#include <cpuid.h>
 static int has_avx512(void) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma");
 }
 static int has_avx2(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+// Leaf 7, subleaf 1; not all compilers know its name. That the system saves the registers follows from AVX2.
+static int has_avx_vnni(void) {
+    enum { AVX_VNNI = 1 << 4 };
+    unsigned eax, ebx, ecx, edx;
+    return has_avx2() && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & AVX_VNNI) != 0;
+}
 #endif
 
 size_t ggd_kernels_available(const ggd_kernels *sets[GGD_MAX_KERNEL_SETS]) {
@@ -44,6 +51,16 @@ size_t ggd_kernels_available(const ggd_kernels *sets[GGD_MAX_KERNEL_SETS]) {
 #ifdef GGD_HAVE_AVX512
     if (has_avx512()) {
         sets[n++] = &ggd_kernels_avx512;
+    }
+#endif
+#ifdef GGD_HAVE_AVX_VNNI
+    if (has_avx_vnni()) {
+        sets[n++] = &ggd_kernels_avx_vnni;
+    }
+#endif
+#ifdef GGD_HAVE_AVX_VNNI_EVEX
+    if (has_avx512() && __builtin_cpu_supports("avx512vnni")) {  // never the first: it is there to be tested
+        sets[n++] = &ggd_kernels_avx_vnni_evex;
     }
 #endif
 #ifdef GGD_HAVE_AVX2

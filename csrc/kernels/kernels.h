@@ -64,12 +64,12 @@ typedef struct {
 } ggd_tile;
 
 // Products in int8: both operands in blocks along the reduction, each block with its own scale; the right one may have a minimum too, as
-// the weights of some types do. The left operand is kept as q + 128, unsigned, as the dot-product instructions want it; the panel's
-// correction takes 128 * sum(q of the column) out again.
+// the weights of some types do. The left operand is kept as q + 128, unsigned, as the dot-product instructions want it; the panel has
+// 128 * sum(q of the column), by which that is taken out again.
 //
-// A panel of 32 columns is a row of blocks, each of them
+// A panel of 32 columns is a row of blocks. What lies in a block is the set's own affair (int8_block_bytes); most sets have this form:
 //   quants      int8  [block / 4][32][4]   four neighbouring k lie in one 32-bit lane
-//   corrections int32 [32]
+//   corrections int32 [32]                 -128 * sum(q)
 //   scales      float [32]
 //   minima      float [32], where the format has them
 enum { GGD_INT8_SIZE = 127, GGD_UINT8_SIZE = 255, GGD_INT8_MAX_BLOCK = 64, GGD_INT8_MIN_BLOCK = 16, GGD_INT8_FORWARD_BLOCK = 32 };
@@ -77,16 +77,19 @@ typedef struct {
     size_t block;    // k of a block of the panel: 16, 32 or 64
     size_t a_block;  // k of a block of the left operand: the same or a multiple; the same where there are minima
     int has_minima;
+    int lowest, highest;  // what the panel's q lie between
 } ggd_int8_format;
 
-// Input gradients: the weights' blocks lie across the reduction, so they are made anew.
-static const ggd_int8_format ggd_int8_backward_format = {64, 64, 0};
+// Input gradients: the weights' blocks lie across the reduction, so they are made anew (a set may make them coarser: int8_weight_size).
+static const ggd_int8_format ggd_int8_backward_format = {64, 64, 0, -GGD_INT8_SIZE, GGD_INT8_SIZE};
 
+// Of a block in the form above.
 static inline size_t ggd_int8_block_bytes(const ggd_int8_format *f) {
     return (f->block + 8 + (f->has_minima ? 4 : 0)) * (size_t)GGD_PANEL_COLUMNS;
 }
 
-// Rows of the left operand. Operands that are never negative may use the whole byte instead, 0 to 255: `is_unsigned`.
+// Rows of the left operand. In the backward's format, operands that are never negative may use the whole byte instead, 0 to 255:
+// `is_unsigned`.
 typedef struct {
     uint8_t *quants;  // (m, ld)
     size_t ld;        // a multiple of GGD_INT8_MAX_BLOCK
@@ -106,7 +109,7 @@ typedef struct {
     size_t ld_init;
     void *c;
     size_t ld_c;
-    ggd_element c_element;
+    ggd_element c_element;  // bfloat16 only in sets whose fast_element it is
 } ggd_int8_tile;
 
 typedef struct {
@@ -128,6 +131,9 @@ typedef struct {
 
     // The int8 kernels; int8_tile is NULL in a set that has no instructions for it.
     void (*int8_tile)(const ggd_int8_tile *tile);
+    // Bytes of a panel's block: the set's packers and tile share its layout, and nobody else looks inside. NULL: the common form.
+    size_t (*int8_block_bytes)(const ggd_int8_format *format);
+    int int8_weight_size;  // int8_pack rounds weights to -size .. size
     // One block of the backward's format: 32 columns of `rows` rows of float32, row stride ld; missing rows count as zero.
     void (*int8_pack)(const float *source, size_t ld, size_t rows, uint8_t *block);
     // n elements of `source`, float32 or bfloat16, padded by zeros to whole blocks, to q + 128; a scale and a scaled sum a block.
@@ -179,25 +185,37 @@ typedef struct {
 // where the type has none. Q2_K has none: its minima come in blocks of 16, and the sums of the activations, by which minima are multiplied,
 // in blocks of 32.
 static inline ggd_int8_format ggd_int8_format_of(ggd_type type) {
+    const size_t a_block = GGD_INT8_FORWARD_BLOCK;
     switch (type) {
     case GGD_Q8_0:
+        return (ggd_int8_format){32, a_block, 0, -128, 127};
     case GGD_Q4_0:
+        return (ggd_int8_format){32, a_block, 0, -8, 7};
     case GGD_Q5_0:
+        return (ggd_int8_format){32, a_block, 0, -16, 15};
     case GGD_IQ4_NL:
     case GGD_IQ4_XS:
+        return (ggd_int8_format){32, a_block, 0, -127, 113};
     case GGD_MXFP4:
-        return (ggd_int8_format){32, GGD_INT8_FORWARD_BLOCK, 0};
+        return (ggd_int8_format){32, a_block, 0, -12, 12};
     case GGD_Q4_1:
-    case GGD_Q5_1:
     case GGD_Q4_K:
+        return (ggd_int8_format){32, a_block, 1, 0, 15};
+    case GGD_Q5_1:
     case GGD_Q5_K:
-        return (ggd_int8_format){32, GGD_INT8_FORWARD_BLOCK, 1};
+        return (ggd_int8_format){32, a_block, 1, 0, 31};
     case GGD_Q3_K:
+        return (ggd_int8_format){16, a_block, 0, -4, 3};
     case GGD_Q6_K:
-        return (ggd_int8_format){16, GGD_INT8_FORWARD_BLOCK, 0};
+        return (ggd_int8_format){16, a_block, 0, -32, 31};
     default:
-        return (ggd_int8_format){0, 0, 0};
+        return (ggd_int8_format){0};
     }
+}
+
+// Bytes of a panel's block in the set's form.
+static inline size_t ggd_int8_block_bytes_of(const ggd_kernels *kernels, const ggd_int8_format *format) {
+    return kernels->int8_block_bytes != NULL ? kernels->int8_block_bytes(format) : ggd_int8_block_bytes(format);
 }
 
 extern const ggd_kernels ggd_kernels_reference;
@@ -206,6 +224,12 @@ extern const ggd_kernels ggd_kernels_avx512;
 #endif
 #ifdef GGD_HAVE_AVX512_BF16
 extern const ggd_kernels ggd_kernels_avx512_bf16;
+#endif
+#ifdef GGD_HAVE_AVX_VNNI
+extern const ggd_kernels ggd_kernels_avx_vnni;
+#endif
+#ifdef GGD_HAVE_AVX_VNNI_EVEX
+extern const ggd_kernels ggd_kernels_avx_vnni_evex;
 #endif
 #ifdef GGD_HAVE_AVX2
 extern const ggd_kernels ggd_kernels_avx2;

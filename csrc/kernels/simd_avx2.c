@@ -1,8 +1,6 @@
-// simd_avx2.c - kernels for x86-64 with AVX2 and FMA: products in float32, sixteen registers, so a tile is worked off in blocks of
-// 6 rows x 16 columns.
-#include <immintrin.h>
-
-#include "rows.h"
+// simd_avx2.c - kernels for x86-64 with AVX2 and FMA: sixteen registers, so a tile is worked off in pieces, of 6 rows x 16 columns in
+// float32. In int8 there are no instructions that add to 32 bits: products are added up in 16 bits as far as their range allows it.
+#include "int8_avx2.h"
 
 enum { BLOCK_ROWS = 6, BLOCK_COLUMNS = 16 };
 
@@ -52,6 +50,257 @@ static void tile_f32(const ggd_tile *t) {
     }
 }
 
+// ---- int8 ----
+//
+// vpmaddubsw multiplies unsigned bytes (the left operand, a + 128) by signed ones (the weights w), adds neighbours and stores 16 bits,
+// saturated; two of them make a group of four k in a 32-bit lane. Nothing else here saturates: sums of 16 bits wrap, so of the groups that
+// are added up in 16 bits (a chunk) only the result must fit, not what comes on the way. Each chunk starts from -128 sum(w), which
+// takes the offset out again, so the result is sum(a w) of the chunk's pairs. Hence, with |w| <= W and |a| <= A:
+//   no pair saturates:       255 * W * 2 <= 32767, so W <= 64
+//   a chunk of n k fits:     n / 2 * A * W <= 32767
+// A is 127, and 128 of operands that use the whole byte (a = u - 128), which only the backward has:
+//   blocks of 32, W = 16:    16 * 127 * 16 = 32512, a whole block of weights of 4 and 5 bits, centred
+//   blocks of 16, W = 32:     8 * 127 * 32 = 32512, a whole block of weights of 6 bits
+//   backward, W = 63:         4 * 128 * 63 = 32256, eight k
+// Weights of 8 bits are two planes: w = 16 high + low, high in -8 .. 7, low in 0 .. 15.
+//
+// A panel's block lies in four strips of eight columns, each of them
+//   planes x chunks x { corrections int16 [8][2]; quants int8 [chunk / 4][8][4] }
+//   scales float [8]
+//   minima float [8], where the format has them; in the backward's format int32 [8]: 128 * sum(w)
+enum { WEIGHT_SIZE = 63, PLANE_SIZE = 16, CHUNK_OF_64 = 8, INT8_ROWS = 6 };
+
+typedef struct {
+    size_t block, chunk, planes;
+    int has_minima, is_backward;
+} int8_layout;
+
+// What is taken off the quants, to be of either sign; what it took away goes to the minima.
+static inline int centre_of(const ggd_int8_format *format) {
+    return format->has_minima ? (format->lowest + format->highest + 1) / 2 : 0;
+}
+
+static inline int8_layout layout_of(const ggd_int8_format *format) {
+    int8_layout layout = {format->block, format->block, 1, format->has_minima, format->block == ggd_int8_backward_format.block};
+    int centre = centre_of(format), below = centre - format->lowest, above = format->highest - centre;
+    if (layout.is_backward) {
+        layout.chunk = CHUNK_OF_64;
+    } else if ((below > above ? below : above) * (int)format->block > PLANE_SIZE * GGD_INT8_FORWARD_BLOCK) {
+        layout.planes = 2;
+    }
+    return layout;
+}
+
+static inline size_t strip_bytes(const int8_layout l) {
+    size_t bytes_lanes = STRIP * sizeof(int32_t);
+    return l.planes * (l.block / l.chunk) * (1 + l.chunk / 4) * bytes_lanes + (1 + (l.has_minima || l.is_backward)) * bytes_lanes;
+}
+
+static size_t int8_block_bytes(const ggd_int8_format *format) {
+    return strip_bytes(layout_of(format)) * (GGD_PANEL_COLUMNS / STRIP);
+}
+
+// A chunk's groups to its place, behind their correction; returns its end.
+static inline uint8_t *store_chunk(const __m256i *groups, size_t n_groups, uint8_t *target) {
+    __m256i *vectors = (__m256i *)target, correction = _mm256_setzero_si256();
+    for (size_t i = 0; i < n_groups; i++) {  // 128, unsigned
+        correction = _mm256_sub_epi16(correction, _mm256_maddubs_epi16(_mm256_set1_epi8(-128), groups[i]));
+        _mm256_storeu_si256(vectors + 1 + i, groups[i]);
+    }
+    _mm256_storeu_si256(vectors, correction);
+    return target + (1 + n_groups) * sizeof *vectors;
+}
+
+// Shifts do not know bytes: what comes from the neighbour is masked off.
+static inline void split_planes(__m256i *groups, size_t n_groups, __m256i *high) {
+    const __m256i nibble = _mm256_set1_epi8(15), eight = _mm256_set1_epi8(8);
+    for (size_t i = 0; i < n_groups; i++) {
+        __m256i above = _mm256_and_si256(_mm256_srli_epi16(groups[i], 4), nibble);  // 0 .. 15, its top bit the sign
+        high[i] = _mm256_sub_epi8(_mm256_xor_si256(above, eight), eight);
+        groups[i] = _mm256_and_si256(groups[i], nibble);
+    }
+}
+
+static void pack_strip(const ggd_int8_format *format, const int8_layout l, const int8_t *quants, size_t ld, __m256 scales,
+                       __m256 minima, uint8_t *target) {
+    int centre = centre_of(format);
+    __m256i groups[GGD_INT8_FORWARD_BLOCK / 4], high[GGD_INT8_FORWARD_BLOCK / 4];
+    size_t n_groups = l.block / 4;
+    for (size_t i = 0; i < n_groups; i += 4) {
+        load_groups(quants + 4 * i, ld, groups + i);
+        for (size_t j = i; j < i + 4; j++) {
+            groups[j] = _mm256_sub_epi8(groups[j], _mm256_set1_epi8((char)centre));
+        }
+    }
+    if (l.planes == 2) {
+        split_planes(groups, n_groups, high);
+    }
+    target = store_chunk(groups, n_groups, target);
+    if (l.planes == 2) {
+        target = store_chunk(high, n_groups, target);
+    }
+    _mm256_storeu_ps((float *)target, scales);
+    if (l.has_minima) {  // w = scale q + minimum = scale (q - centre) + (minimum + centre scale)
+        _mm256_storeu_ps((float *)target + STRIP, _mm256_fmadd_ps(_mm256_set1_ps((float)centre), scales, minima));
+    }
+}
+
+static void int8_pack_columns(const ggd_int8_format *format, const int8_t *quants, size_t ld, const float *scales,
+                              const float *minima, size_t ld_scales, size_t k, uint8_t *panel) {
+    int8_layout layout = layout_of(format);
+    size_t bytes_strip = strip_bytes(layout);
+    for (size_t b = 0; b < k / format->block; b++) {
+        for (size_t column = 0; column < GGD_PANEL_COLUMNS; column += STRIP, panel += bytes_strip) {
+            __m256 minimum = _mm256_setzero_ps(), scale = load_column(scales + column * ld_scales + b, ld_scales);
+            if (layout.has_minima) {
+                minimum = load_column(minima + column * ld_scales + b, ld_scales);
+            }
+            pack_strip(format, layout, quants + column * ld + b * format->block, ld, scale, minimum, panel);
+        }
+    }
+}
+
+static inline __attribute__((always_inline)) void int8_pack_strip(const float *source, size_t ld, const size_t rows,
+                                                                  uint8_t *target) {
+    __m256 largest = largest_of_columns(source, ld, rows), inverse = inverse_or_zero(largest, WEIGHT_SIZE);
+    __m256i total = _mm256_setzero_si256();
+    for (size_t row = 0; row < GGD_INT8_MAX_BLOCK; row += CHUNK_OF_64) {
+        __m256i groups[CHUNK_OF_64 / 4];
+        for (size_t i = 0; i < CHUNK_OF_64 / 4; i++) {
+            size_t first = row + 4 * i;
+            groups[i] = round_group(source + first * ld, ld, rows > first ? rows - first : 0, inverse);
+        }
+        __m256i correction;  // -128 sum(w) of four w is within 4 * 128 * 63 = 32256
+        uint8_t *end = store_chunk(groups, CHUNK_OF_64 / 4, target);
+        memcpy(&correction, target, sizeof correction);
+        total = _mm256_sub_epi32(total, _mm256_madd_epi16(correction, _mm256_set1_epi16(1)));
+        target = end;
+    }
+    _mm256_storeu_ps((float *)target, _mm256_div_ps(largest, _mm256_set1_ps(WEIGHT_SIZE)));
+    _mm256_storeu_si256((__m256i *)target + 1, total);
+}
+
+static void int8_pack(const float *source, size_t ld, size_t rows, uint8_t *block) {
+    size_t bytes_strip = strip_bytes(layout_of(&ggd_int8_backward_format));
+    for (size_t column = 0; column < GGD_PANEL_COLUMNS; column += STRIP, block += bytes_strip) {
+        if (rows == GGD_INT8_MAX_BLOCK) {  // a constant: no row is asked for its number
+            int8_pack_strip(source + column, ld, GGD_INT8_MAX_BLOCK, block);
+        } else {
+            int8_pack_strip(source + column, ld, rows, block);
+        }
+    }
+}
+
+// Keeps a sum as it is written: GCC would make a tree of a chain of integer additions, and run out of registers.
+static inline __m256i in_order(__m256i sum) {
+    __asm__("" : "+x"(sum));
+    return sum;
+}
+
+// The sums of 16 bits of a chunk, from its correction on.
+static inline __attribute__((always_inline)) void add_chunk(const int rows, const size_t chunk, const uint8_t *a, size_t ld,
+                                                            const uint8_t *panel, __m256i sums[INT8_ROWS]) {
+    const __m256i *vectors = (const __m256i *)panel;
+#pragma GCC unroll 6
+    for (int row = 0; row < rows; row++) {
+        sums[row] = _mm256_loadu_si256(vectors);
+    }
+#pragma GCC unroll 8
+    for (size_t group = 0; group < chunk / 4; group++) {
+        __m256i weights = _mm256_loadu_si256(vectors + 1 + group);
+#pragma GCC unroll 6
+        for (int row = 0; row < rows; row++) {
+            int32_t four;
+            memcpy(&four, a + (size_t)row * ld + 4 * group, sizeof four);
+            sums[row] = in_order(_mm256_add_epi16(sums[row], _mm256_maddubs_epi16(_mm256_set1_epi32(four), weights)));
+        }
+    }
+}
+
+// The integer sums of a block; returns where its scales are.
+static inline __attribute__((always_inline)) const float *int8_products(const int rows, const int8_layout l, int is_unsigned,
+                                                                        const uint8_t *a, size_t ld, const uint8_t *panel,
+                                                                        __m256i products[INT8_ROWS]) {
+    size_t bytes_chunk = (1 + l.chunk / 4) * sizeof(__m256i);
+    const float *scales = (const float *)(panel + l.planes * (l.block / l.chunk) * bytes_chunk);
+#pragma GCC unroll 8
+    for (size_t part = 0; part < l.planes * (l.block / l.chunk); part++) {
+        __m256i sums[INT8_ROWS];
+        add_chunk(rows, l.chunk, a + part * l.chunk % l.block, ld, panel + part * bytes_chunk, sums);
+        const __m256i factor = _mm256_set1_epi16(l.planes == 2 && part > 0 ? 16 : 1);
+#pragma GCC unroll 6
+        for (int row = 0; row < rows; row++) {
+            __m256i sum = _mm256_madd_epi16(sums[row], factor);
+            products[row] = in_order(part > 0 ? _mm256_add_epi32(products[row], sum) : sum);
+        }
+    }
+    if (l.is_backward && is_unsigned) {
+        for (int row = 0; row < rows; row++) {
+            products[row] = _mm256_add_epi32(products[row], _mm256_loadu_si256((const __m256i *)(scales + STRIP)));
+        }
+    }
+    return scales;
+}
+
+static inline __attribute__((always_inline)) void int8_strip(const int rows, const int8_layout l, const int is_unsigned,
+                                                             const ggd_int8_tile *t, size_t first_row, size_t column) {
+    __m256 sums[INT8_ROWS];
+#pragma GCC unroll 6
+    for (int row = 0; row < rows; row++) {
+        const float *init = t->init + (first_row + (size_t)row) * t->ld_init + column;
+        sums[row] = t->init != NULL ? _mm256_loadu_ps(init) : _mm256_setzero_ps();
+    }
+    const uint8_t *a = t->a.quants + first_row * t->a.ld, *panel = t->panel + column / STRIP * strip_bytes(l);
+    const float *a_scales = t->a.scales + first_row * t->a.ld_scales, *a_sums = t->a.sums + first_row * t->a.ld_scales;
+    const size_t bytes_block = strip_bytes(l) * (GGD_PANEL_COLUMNS / STRIP), blocks_scale = l.block == 16 ? 2 : 1;
+    for (size_t b = 0; b < t->n_blocks; b++, a += l.block, panel += bytes_block) {
+        __m256i products[INT8_ROWS];
+        const float *scales = int8_products(rows, l, is_unsigned, a, t->a.ld, panel, products);
+#pragma GCC unroll 6
+        for (int row = 0; row < rows; row++) {
+            size_t at = (size_t)row * t->a.ld_scales + b / blocks_scale;
+            __m256 scaled = _mm256_mul_ps(_mm256_cvtepi32_ps(products[row]), _mm256_loadu_ps(scales));
+            sums[row] = _mm256_fmadd_ps(scaled, _mm256_set1_ps(a_scales[at]), sums[row]);
+            if (l.has_minima) {
+                sums[row] = _mm256_fmadd_ps(_mm256_loadu_ps(scales + STRIP), _mm256_set1_ps(a_sums[at]), sums[row]);
+            }
+        }
+    }
+#pragma GCC unroll 6
+    for (int row = 0; row < rows; row++) {
+        _mm256_storeu_ps((float *)t->c + (first_row + (size_t)row) * t->ld_c + column, sums[row]);
+    }
+}
+
+// All strips of a tile, with their layout as a constant.
+static inline __attribute__((always_inline)) void int8_strips(const int8_layout l, const int is_unsigned,
+                                                              const ggd_int8_tile *t) {
+    for (size_t row = 0; row < t->n_rows; row += INT8_ROWS) {
+        size_t rows = t->n_rows - row < INT8_ROWS ? t->n_rows - row : INT8_ROWS;
+        for (size_t column = 0; column < GGD_PANEL_COLUMNS; column += STRIP) {
+#define STRIP_OF_ROWS(rows) int8_strip(rows, l, is_unsigned, t, row, column)
+            GGD_ROWS_6(rows, STRIP_OF_ROWS)
+        }
+    }
+}
+
+static void int8_tile(const ggd_int8_tile *t) {
+    int8_layout layout = layout_of(&t->format);
+    if (layout.is_backward && t->a.is_unsigned) {
+        int8_strips((int8_layout){64, CHUNK_OF_64, 1, 0, 1}, 1, t);
+    } else if (layout.is_backward) {
+        int8_strips((int8_layout){64, CHUNK_OF_64, 1, 0, 1}, 0, t);
+    } else if (layout.block == 16) {
+        int8_strips((int8_layout){16, 16, 1, 0, 0}, 0, t);
+    } else if (layout.planes == 2) {
+        int8_strips((int8_layout){32, 32, 2, 0, 0}, 0, t);
+    } else if (layout.has_minima) {
+        int8_strips((int8_layout){32, 32, 1, 1, 0}, 0, t);
+    } else {
+        int8_strips((int8_layout){32, 32, 1, 0, 0}, 0, t);
+    }
+}
+
 const ggd_kernels ggd_kernels_avx2 = {
     .name = "avx2",
     .fast_element = GGD_ELEMENT_F32,
@@ -59,5 +308,11 @@ const ggd_kernels ggd_kernels_avx2 = {
     .pack_columns = {rows_pack_columns_f32, NULL},
     .pack_rows = {rows_pack_rows_f32, NULL},
     .pack_rows_from_bf16 = rows_pack_rows_from_bf16,
+    .int8_tile = int8_tile,
+    .int8_block_bytes = int8_block_bytes,
+    .int8_weight_size = WEIGHT_SIZE,
+    .int8_pack = int8_pack,
+    .int8_quantise = int8_quantise,
+    .int8_pack_columns = int8_pack_columns,
     GGD_ROW_KERNELS,
 };

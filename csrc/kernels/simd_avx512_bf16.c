@@ -351,6 +351,7 @@ const ggd_kernels ggd_kernels_avx512_bf16 = {
     .pack_rows = {rows_pack_rows_f32, pack_rows_bf16},
     .pack_rows_from_bf16 = pack_rows_from_bf16,
     .int8_tile = int8_tile,
+    .int8_weight_size = GGD_INT8_SIZE,
     .int8_pack = int8_pack,
     .int8_quantise = int8_quantise,
     .int8_pack_columns = int8_pack_columns,

@@ -51,6 +51,10 @@ static void unpack_bf16(const uint8_t *restrict source, float *restrict y, size_
     }
 }
 
+// Vectors of AVX2 hold fewer floats than these loops read bytes at once, and GCC 12 then computes them one by one: they go by int8.
+#if defined(__AVX2__) && !defined(__AVX512F__) && !defined(GGD_NAIVE_UNPACK)
+#define GGD_UNPACK_Q4_BY_INT8
+#else
 static void unpack_q4_0(const uint8_t *restrict source, float *restrict y, size_t n) {
     for (size_t block = 0; block < n / 32; block++, source += 18, y += 32) {
         float d = unpack_half(source);
@@ -76,6 +80,7 @@ static void unpack_q4_1(const uint8_t *restrict source, float *restrict y, size_
         }
     }
 }
+#endif
 
 static void unpack_q8_0(const uint8_t *restrict source, float *restrict y, size_t n) {
     for (size_t block = 0; block < n / 32; block++, source += 34, y += 32) {
@@ -420,6 +425,10 @@ enum { UNPACK_PIECE = 256 };
             }                                                                                                                    \
         }                                                                                                                        \
     }
+#ifdef GGD_UNPACK_Q4_BY_INT8
+GGD_UNPACK_BY_INT8(q4_0, 8 * 18, scale_16(q + i, scales[i / 32], y + i))
+GGD_UNPACK_BY_INT8(q4_1, 8 * 20, scale_16_minimum(q + i, scales[i / 32], minima[i / 32], y + i))
+#endif
 GGD_UNPACK_BY_INT8(q5_0, 8 * 22, scale_16(q + i, scales[i / 32], y + i))
 GGD_UNPACK_BY_INT8(q5_1, 8 * 24, scale_16_minimum(q + i, scales[i / 32], minima[i / 32], y + i))
 GGD_UNPACK_BY_INT8(q6_k, 210, scale_16(q + i, scales[i / 16], y + i))

@@ -125,6 +125,10 @@ static void test_int8_unpacking(const ggd_kernels *set) {
             both[i]->int8_unpack[type](source, 2 * 256, quants[i], scales[i], minima[i]);
         }
         expect_bytes(set->name, "int8_unpack", (size_t)type, quants[0], quants[1], sizeof quants[0]);
+        for (size_t i = 0; i < 2 * 256; i++) {
+            checks++;
+            failures += quants[0][i] < format.lowest || quants[0][i] > format.highest;
+        }
         reference->unpack[type](source, values, 2 * 256);
         for (size_t i = 0; i < 2 * 256; i++) {
             size_t block = i / format.block;
@@ -159,51 +163,110 @@ static void test_int8_quantising(const ggd_kernels *set, size_t n, ggd_element e
     expect_bytes(set->name, "int8_quantise's sums", n, sums[0], sums[1], n_blocks * sizeof(float));
 }
 
-// A panel in the format, by the set's own packer and the reference's; returns the reference's.
-static const uint8_t *int8_panel(const ggd_kernels *set, const ggd_int8_format *format, size_t n) {
-    static float weights[MAX_N * GGD_PANEL_COLUMNS], scales[GGD_PANEL_COLUMNS * 40], minima[GGD_PANEL_COLUMNS * 40];
-    static int8_t quants[GGD_PANEL_COLUMNS * LD];
-    static uint8_t panel[2][LD * GGD_PANEL_COLUMNS * 2];
-    const ggd_kernels *both[2] = {set, reference};
-    size_t n_blocks = (n + format->block - 1) / format->block, bytes_block = ggd_int8_block_bytes(format);
-    fill(weights, MAX_N * GGD_PANEL_COLUMNS, 0.1f);
-    fill(scales, GGD_PANEL_COLUMNS * 40, 0.001f);
-    fill(minima, GGD_PANEL_COLUMNS * 40, 0.1f);
-    for (size_t i = 0; i < sizeof quants; i++) {
-        quants[i] = (int8_t)(127 * uniform());
+// What one rounding to -size .. size makes of 64 rows of a column, by the definition: the twin of int8_pack for sets that round to fewer
+// steps than the reference.
+static void round_column(const float *weights, size_t rows, int size, int8_t *quants, float *scale) {
+    float largest = 0;
+    for (size_t k = 0; k < rows; k++) {
+        largest = fmaxf(largest, fabsf(weights[k * GGD_PANEL_COLUMNS]));
     }
-    for (int i = 0; i < 2; i++) {
-        memset(panel[i], 0xff, sizeof panel[i]);
-        for (size_t b = 0; format->block == 64 && b < n_blocks; b++) {
-            size_t rows = n - b * 64 < 64 ? n - b * 64 : 64;
-            both[i]->int8_pack(weights + b * 64 * GGD_PANEL_COLUMNS, GGD_PANEL_COLUMNS, rows, panel[i] + b * bytes_block);
-        }
-        if (format->block != 64) {
-            both[i]->int8_pack_columns(format, quants, LD, scales, minima, 40, n_blocks * format->block, panel[i]);
-        }
+    float inverse = largest > 0 ? (float)size / largest : 0;
+    for (size_t k = 0; k < 64; k++) {
+        quants[k] = k < rows ? (int8_t)rintf(weights[k * GGD_PANEL_COLUMNS] * inverse) : 0;
     }
-    expect_bytes(set->name, "int8 panel", n, panel[0], panel[1], n_blocks * bytes_block);
-    return panel[1];
+    *scale = largest / (float)size;
 }
 
-static void test_int8_tile(const ggd_kernels *set, const ggd_int8_format *format, size_t n) {
+enum { N_SCALES = 40 };
+static float int8_weights[LD * GGD_PANEL_COLUMNS], int8_scales[GGD_PANEL_COLUMNS * N_SCALES],
+    int8_minima[GGD_PANEL_COLUMNS * N_SCALES];
+static int8_t int8_quants[GGD_PANEL_COLUMNS * LD];
+
+// Quants within the format's range, or at its ends: all at one, all at the other, and both in turn.
+static void fill_quants(const ggd_int8_format *format, int extreme) {
+    for (size_t i = 0; i < sizeof int8_quants; i++) {
+        int range = format->highest - format->lowest, column = (int)(i / LD);
+        int share = (int)((1 + uniform()) / 2 * (float)(range + 1));
+        int end = column % 3 == 0 || (column % 3 == 1 && i % 2 == 0) ? format->lowest : format->highest;
+        int8_quants[i] = (int8_t)(extreme ? end : format->lowest + (share < range ? share : range));
+    }
+    fill(int8_scales, GGD_PANEL_COLUMNS * N_SCALES, 0.001f);
+    fill(int8_minima, GGD_PANEL_COLUMNS * N_SCALES, 0.1f);
+}
+
+// The same of weights that int8_pack rounds.
+static void fill_weights(int extreme) {
+    fill(int8_weights, LD * GGD_PANEL_COLUMNS, 0.1f);
+    for (size_t i = 0; extreme && i < LD * GGD_PANEL_COLUMNS; i++) {
+        size_t column = i % GGD_PANEL_COLUMNS, k = i / GGD_PANEL_COLUMNS;
+        int8_weights[i] = column % 3 == 0 || (column % 3 == 1 && k % 2 == 0) ? -0.1f : 0.1f;
+    }
+}
+
+// Panels of the set's own packer and of the reference's.
+static void int8_panels(const ggd_kernels *set, const ggd_int8_format *format, size_t n, int extreme, uint8_t *own,
+                        uint8_t *twin) {
+    size_t n_blocks = (n + format->block - 1) / format->block, bytes_block = ggd_int8_block_bytes_of(set, format);
+    int is_backward = format->block == ggd_int8_backward_format.block;
+    fill_quants(format, extreme);
+    fill_weights(extreme);
+    for (size_t b = 0; is_backward && b < n_blocks; b++) {
+        size_t rows = n - b * 64 < 64 ? n - b * 64 : 64;
+        const float *weights = int8_weights + b * 64 * GGD_PANEL_COLUMNS;
+        set->int8_pack(weights, GGD_PANEL_COLUMNS, rows, own + b * bytes_block);
+        for (size_t column = 0; column < GGD_PANEL_COLUMNS; column++) {
+            round_column(weights + column, rows, set->int8_weight_size, int8_quants + column * LD + b * 64,
+                         int8_scales + column * N_SCALES + b);
+        }
+    }
+    reference->int8_pack_columns(format, int8_quants, LD, int8_scales, int8_minima, N_SCALES, n_blocks * format->block, twin);
+    if (!is_backward) {
+        set->int8_pack_columns(format, int8_quants, LD, int8_scales, int8_minima, N_SCALES, n_blocks * format->block, own);
+    }
+    if (set->int8_block_bytes == NULL) {
+        expect_bytes(set->name, "int8 panel", n, own, twin, n_blocks * bytes_block);
+    }
+}
+
+// Twelve rows as they are quantised; or, of each four, one at the top, one at the bottom, one between both in turn and one as it is.
+static void fill_rows(const ggd_int8_format *format, size_t n, int is_unsigned, int extreme, float *source, uint8_t *quants,
+                      float *scales, float *sums) {
+    uint8_t lowest = is_unsigned ? 0 : 1;
+    fill(source, GGD_TILE_ROWS * LD, 2.0f);
+    memset(quants, is_unsigned ? 0 : 128, GGD_TILE_ROWS * LD);
+    for (size_t row = 0; row < GGD_TILE_ROWS; row++) {
+        uint8_t *q = quants + row * LD;
+        for (size_t i = 0; is_unsigned && i < LD; i++) {
+            source[row * LD + i] = fabsf(source[row * LD + i]);
+        }
+        reference->int8_quantise(source + row * LD, GGD_ELEMENT_F32, n, format->a_block, is_unsigned, q, scales + row * 20,
+                                 sums + row * 20);
+        for (size_t i = 0; extreme && row % 4 != 3 && i < LD; i++) {
+            q[i] = row % 4 == 0 || (row % 4 == 2 && i % 2 == 0) ? 255 : lowest;
+        }
+        for (size_t b = 0; b * format->a_block < n; b++) {  // a set may take a part of the quants' sum from here
+            int32_t sum = 0;
+            for (size_t i = 0; i < format->a_block; i++) {
+                sum += q[b * format->a_block + i] - (is_unsigned ? 0 : 128);
+            }
+            sums[row * 20 + b] = scales[row * 20 + b] * (float)sum;
+        }
+    }
+}
+
+static void test_int8_tile(const ggd_kernels *set, const ggd_int8_format *format, size_t n, int is_unsigned, int extreme) {
     static float source[GGD_TILE_ROWS * LD], scales[GGD_TILE_ROWS * 20], sums[GGD_TILE_ROWS * 20];
-    static uint8_t quants[GGD_TILE_ROWS * LD];
+    static uint8_t quants[GGD_TILE_ROWS * LD], own[LD * GGD_PANEL_COLUMNS * 4], twin[LD * GGD_PANEL_COLUMNS * 4];
     static float got[GGD_TILE_ROWS * GGD_PANEL_COLUMNS], expected[GGD_TILE_ROWS * GGD_PANEL_COLUMNS];
     static uint16_t got_bf16[GGD_TILE_ROWS * GGD_PANEL_COLUMNS], rounded[GGD_TILE_ROWS * GGD_PANEL_COLUMNS];
-    const uint8_t *panel = int8_panel(set, format, n);
-    fill(source, GGD_TILE_ROWS * LD, 2.0f);
-    memset(quants, 128, sizeof quants);
-    for (size_t row = 0; row < GGD_TILE_ROWS; row++) {
-        reference->int8_quantise(source + row * LD, GGD_ELEMENT_F32, n, format->a_block, 0, quants + row * LD, scales + row * 20,
-                                 sums + row * 20);
-    }
+    int8_panels(set, format, n, extreme, own, twin);
+    fill_rows(format, n, is_unsigned, extreme, source, quants, scales, sums);
     for (size_t rows = 1; rows <= GGD_TILE_ROWS; rows++) {
         ggd_int8_tile tile = {.format = *format,
                               .n_rows = rows,
                               .n_blocks = (n + format->block - 1) / format->block,
-                              .a = {quants, LD, scales, sums, 20, rows % 3 == 0},
-                              .panel = panel,
+                              .a = {quants, LD, scales, sums, 20, is_unsigned},
+                              .panel = own,
                               .init = rows % 2 != 0 ? source : NULL,
                               .ld_init = LD,
                               .c = got,
@@ -211,13 +274,17 @@ static void test_int8_tile(const ggd_kernels *set, const ggd_int8_format *format
                               .c_element = GGD_ELEMENT_F32};
         set->int8_tile(&tile);
         tile.c = expected;
+        tile.panel = twin;
         reference->int8_tile(&tile);
         expect(set->name, "int8_tile", rows, got, expected, rows * GGD_PANEL_COLUMNS, ROUNDING, 0.3 * (double)n + 2);
-        tile.c = got_bf16;  // the same sums, rounded
-        tile.c_element = GGD_ELEMENT_BF16;
-        set->int8_tile(&tile);
-        reference->to_bf16(got, rounded, rows * GGD_PANEL_COLUMNS);
-        expect_bytes(set->name, "int8_tile to bfloat16", rows, got_bf16, rounded, rows * GGD_PANEL_COLUMNS * sizeof *rounded);
+        if (set->fast_element == GGD_ELEMENT_BF16) {
+            tile.c = got_bf16;  // the same sums, rounded
+            tile.c_element = GGD_ELEMENT_BF16;
+            tile.panel = own;
+            set->int8_tile(&tile);
+            reference->to_bf16(got, rounded, rows * GGD_PANEL_COLUMNS);
+            expect_bytes(set->name, "int8_tile to bfloat16", rows, got_bf16, rounded, rows * GGD_PANEL_COLUMNS * sizeof *rounded);
+        }
     }
 }
 
@@ -227,11 +294,14 @@ static void test_int8(const ggd_kernels *set, size_t n) {
         test_int8_quantising(set, n, (ggd_element)element, 64, 0);
         test_int8_quantising(set, n, (ggd_element)element, 64, 1);
     }
-    test_int8_tile(set, &ggd_int8_backward_format, n);
-    for (int type = 0; type < GGD_N_TYPES; type++) {
-        ggd_int8_format format = ggd_int8_format_of((ggd_type)type);
-        if (format.block != 0) {
-            test_int8_tile(set, &format, n);
+    for (int extreme = 0; extreme < 2; extreme++) {
+        test_int8_tile(set, &ggd_int8_backward_format, n, 0, extreme);
+        test_int8_tile(set, &ggd_int8_backward_format, n, 1, extreme);
+        for (int type = 0; type < GGD_N_TYPES; type++) {
+            ggd_int8_format format = ggd_int8_format_of((ggd_type)type);
+            if (format.block != 0) {
+                test_int8_tile(set, &format, n, 0, extreme);
+            }
         }
     }
 }

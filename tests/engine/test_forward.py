@@ -36,7 +36,6 @@ from ggml_diffusion.formats.adapter_file import write_gguf_adapter
 from ggml_diffusion.formats.model_file import read_model
 from ggml_diffusion.formats.tensor_types import TENSOR_TYPES
 
-INT8_KERNELS = {"avx512_bf16", "neon_bf16", "neon_i8mm"}
 FLOAT_TYPES = {"F32", "F16", "BF16"}  # always multiplied in float32
 RATIOS = (1.0, 0.0)  # the two that llama.cpp can do
 
@@ -66,8 +65,6 @@ class Reference:
     def engine_logits(self, causal_ratio: float, *, int8: bool = False, **options: Any) -> FloatArray:
         lora = lora_adapter(self.adapter) if self.adapter.parameters else None
         with Q4Model.from_gguf(self.path, 2, **options) as model:
-            if int8 and model.kernels not in INT8_KERNELS:
-                pytest.skip(f"the {model.kernels} kernels have no int8 products")
             batch = Batch(self.tokens[None], causal_ratio, embedding_offset=offset_of(self.adapter))
             result: FloatArray = model.logits(batch, lora, int8="both" if int8 else "none")[0]
         return result
@@ -149,9 +146,12 @@ def test_a_model_of_every_type_is_computed_as_by_llama_cpp(
 
 
 @pytest.mark.parametrize("causal_ratio", RATIOS)
-def test_int8_is_no_further_from_exact_than_llama_cpp(tiny_reference: Reference, causal_ratio: float) -> None:
+def test_int8_is_no_further_from_exact_than_llama_cpp(
+    tiny_reference: Reference, int8_kernels: str, causal_ratio: float
+) -> None:
     if tiny_reference.type_name in FLOAT_TYPES:
         with Q4Model.from_gguf(tiny_reference.path, 1) as model, pytest.raises(UserError, match="int8"):
+            assert model.kernels == int8_kernels and model.element == "float32"
             model.logits(Batch(tiny_reference.tokens[None]), int8="both")
         return
     logits = tiny_reference.engine_logits(causal_ratio, int8=True)
@@ -188,6 +188,7 @@ def test_smollm2_is_computed_no_further_from_exact_than_by_llama_cpp(
 
 
 @pytest.mark.parametrize("causal_ratio", RATIOS)
+@pytest.mark.usefixtures("int8_kernels")
 def test_smollm2_in_int8_is_no_further_from_exact_than_by_llama_cpp(
     smollm2_reference: Reference, causal_ratio: float
 ) -> None:

@@ -1,12 +1,14 @@
 """What the engine promises beside its arithmetic: memory policies, bits, plans, profiles."""
 
+import re
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import oracle
 import pytest
 from cases import engine_batch, lora_adapter, packed_batch, random_adapter, relative_errors
-from conftest import TinyModel, sizes_for
+from conftest import INT8_KERNELS, KERNEL_SETS, TinyModel, sizes_for
 from numpy.typing import NDArray
 
 from ggml_diffusion.engine.cpu.q4_model import Q4Model
@@ -123,9 +125,31 @@ def test_a_closed_model_says_so(tiny_model: TinyModel) -> None:
         model.logits(Batch(np.zeros((1, 2), np.int32)))
 
 
-def has_int8(path: str) -> bool:
-    with Q4Model.from_gguf(path, 1) as model:
-        return model.has_int8
+def test_a_kernel_set_has_int8_products_as_the_tests_expect(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in KERNEL_SETS:
+        monkeypatch.setenv("GGD_KERNELS", name)
+        with Q4Model.from_gguf(tiny_model(type="Q4_1"), 1) as model:
+            assert model.kernels == name
+            assert model.has_int8 == (name in INT8_KERNELS)
+
+
+# Of x86-64; what the compiler of the oldest supported system knows.
+FLAGS_OF_SETS = {
+    "avx2": {"avx2", "fma"},
+    "avx_vnni": {"avx2", "fma", "avx_vnni"},
+    "avx_vnni_evex": {"avx512vl", "avx512bw", "avx512dq", "avx512_vnni"},
+    "avx512_bf16": {"avx512vl", "avx512bw", "avx512dq", "avx512_bf16", "avx512_vnni"},
+}
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="the processor's flags are read from Linux")
+def test_every_set_that_the_processor_has_instructions_for_is_there() -> None:
+    flags = set(re.findall(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[:1])
+    have = {flag for line in flags for flag in line.split()}
+    expected = {name for name, needed in FLAGS_OF_SETS.items() if needed <= have}
+    assert expected == set(KERNEL_SETS) & set(FLAGS_OF_SETS)
 
 
 INT8_PRODUCTS: tuple[Int8, ...] = ("backward", "both")
@@ -135,29 +159,28 @@ QUANTISED = [name for name, known in TENSOR_TYPES.items() if known.own_kernels a
 ]
 
 
+@pytest.mark.usefixtures("int8_kernels")
 @pytest.mark.parametrize("products", INT8_PRODUCTS)
 @pytest.mark.parametrize("type_name", QUANTISED)
 def test_gradients_in_int8_stay_close_to_those_in_float32(
     tiny_model: TinyModel, type_name: str, products: Int8
 ) -> None:
     path = str(tiny_model(type=type_name, **sizes_for(type_name)))
-    if not has_int8(path):
-        pytest.skip("this processor has no int8 products")
     _, exact = step(path, "all", compute="f32")
     _, gradients = step(path, "all", int8=products)
-    # each product has a relative error of about 1e-2, from two roundings to 127 steps a block
+    # each product has a relative error of about 1e-2, from two roundings to 127 steps a block (weights of the
+    # backward on AVX2: 63)
     errors = relative_errors(gradients, {name: value.astype(np.float64) for name, value in exact.items()})
     assert not {name: error for name, error in errors.items() if not error < 1e-1}
 
 
+@pytest.mark.usefixtures("int8_kernels")
 @pytest.mark.parametrize("products", INT8_PRODUCTS)
 @pytest.mark.parametrize("n_threads", [1, 3])
 def test_int8_gives_the_same_bits_for_any_threads_and_policy(
     tiny_model: TinyModel, n_threads: int, products: Int8
 ) -> None:
     path = str(tiny_model(type="Q4_1", L=3))
-    if not has_int8(path):
-        pytest.skip("this processor has no int8 products")
     _, expected = step(path, "all", int8=products)
     for keep in POLICIES:
         _, gradients = step(path, keep, n_threads, int8=products)
