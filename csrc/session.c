@@ -275,6 +275,9 @@ int ggd_session_reserve(ggd_session *s, const ggd_capacity *wanted) {
         wanted->keep == have->keep) {
         return 0;
     }
+    // A first call with gradients lays everything out anew: what went before (a check, a measure) may have been longer.
+    const ggd_capacity none = {0};
+    have = wanted->gradients > have->gradients ? &none : have;
     ggd_capacity grown = {.n_rows = ggd_max(wanted->n_rows, have->n_rows),
                           .max_segment_rows = ggd_max(wanted->max_segment_rows, have->max_segment_rows),
                           .max_rank = ggd_max(wanted->max_rank, have->max_rank),

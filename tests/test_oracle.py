@@ -18,9 +18,10 @@ import oracle
 import pytest
 from cases import MASK, TEXT, mean_kl, random_adapter, random_batch, relative_error
 from conftest import TinyModel, sizes_for
-from ggml_diffusion.tensor_types import TENSOR_TYPES
 from llama_adapter import write_llama_adapter
 from llama_reference import Request, llama_logits, llama_tokens
+
+from ggml_diffusion.formats.tensor_types import TENSOR_TYPES
 
 # llama.cpp computes in float32: logits of size 2 after a few sums over C and F are off by some 1e-6 (1.5e-5
 # where a small RoPE base makes large angles), and the KL divergence, quadratic in that, is 2e-13 to 8e-13.
