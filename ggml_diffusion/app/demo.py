@@ -2,7 +2,7 @@
 text with Python.
 
 Deliberately not here: the run (training/run.py), its settings (the preset "demo" in config/),
-flags (cli.py).
+flags (app/cli/).
 """
 
 import importlib.util

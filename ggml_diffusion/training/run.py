@@ -7,7 +7,7 @@ The output folder holds adapter.safetensors and adapter.gguf (the exports), metr
 config.toml (as resolved), evaluation.json (if it was asked for) and checkpoints/.
 
 Deliberately not here: what a step does (trainer.py), how it looks on the screen (app/display.py), flags
-(app/cli.py).
+(app/cli/).
 """
 
 import json

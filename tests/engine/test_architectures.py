@@ -24,9 +24,10 @@ from tiny_architectures import ARCHITECTURES as TINY
 
 from ggml_diffusion.engine.cpu._native import ffi, lib
 from ggml_diffusion.engine.cpu.q4_model import Q4Model
-from ggml_diffusion.engine.interface import Batch
+from ggml_diffusion.engine.interface import Batch, Int8
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.formats.architectures import ARCHITECTURES, refusal, row
+from ggml_diffusion.training.int8_gate import MIN_COSINE
 
 ARCHS = tuple(ARCHITECTURES)
 QUANTISED = {"type": "Q4_0", "C": 64, "F": 96}
@@ -172,3 +173,20 @@ def test_what_cannot_be_converted_is_refused_with_the_reason(name: str, reason: 
 def test_a_bias_of_the_output_matrix_is_refused(tiny_model: TinyModel) -> None:
     with pytest.raises(UserError, match=r"output\.bias"):
         Q4Model.from_gguf(tiny_model(**FEATURES["qwen2, output bias"].options))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_int8_products_leave_the_gradient_where_it_was(tiny_model: TinyModel, arch: str) -> None:
+    case = Case({"arch": arch, **QUANTISED}, long)
+    _, adapter, batch = case.make(tiny_model)
+    whole = []
+    with Q4Model.from_gguf(tiny_model(**case.options), 2) as model:
+        if not model.has_int8:
+            pytest.skip(f"the {model.kernels} kernels have no int8 products")
+        precisions: tuple[Int8, ...] = ("none", "both")
+        for int8 in precisions:
+            _, gradients = engine_result(model, adapter, batch, case, int8=int8)
+            whole.append(np.concatenate([value.ravel() for _, value in sorted(gradients.items())]))
+    cosine = float(whole[0] @ whole[1] / np.linalg.norm(whole[0]) / np.linalg.norm(whole[1]))
+    print(f"{arch}: 1 - cosine {1 - cosine:.1e}")
+    assert cosine >= MIN_COSINE  # what the gate of a run asks for

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from ggml_diffusion.config.groups import QLoraConversionConfig, TimeEmbeddingConfig
 from ggml_diffusion.config.settings import ConversionTrainingConfig
 from ggml_diffusion.engine.cpu.q4_model import Q4Model
-from ggml_diffusion.engine.interface import Batch, LossResult
+from ggml_diffusion.engine.interface import Batch, Int8, LossResult
 from ggml_diffusion.formats.lora import TargetModule
 from ggml_diffusion.objective.optim import AdamW, clip_by_global_norm
 from ggml_diffusion.training.trainer import ConversionTrainer
@@ -63,7 +63,7 @@ class Case:
 
 
 def engine_result(
-    model: Q4Model, adapter: oracle.Adapter, batch: oracle.Batch, case: Case
+    model: Q4Model, adapter: oracle.Adapter, batch: oracle.Batch, case: Case, *, int8: Int8 = "none"
 ) -> tuple[LossResult, dict[str, Array32]]:
     """The engine's loss and its gradients in the oracle's names."""
     lora = lora_adapter(adapter)
@@ -78,6 +78,7 @@ def engine_result(
         batch.weights,
         lora,
         gradients,
+        int8=int8,
     )
     assert result.offset_gradient is not None
     return result, {**gradients, "embedding_offset": result.offset_gradient}
