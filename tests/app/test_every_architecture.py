@@ -11,7 +11,7 @@ import pytest
 from architectures import SMALL
 from conftest import TinyModel
 
-from ggml_diffusion.app.cli import main
+from ggml_diffusion.app.cli.main import main
 from ggml_diffusion.formats.adapter_file import load_adapter
 from ggml_diffusion.formats.architectures import ARCHITECTURES
 
