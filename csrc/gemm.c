@@ -90,12 +90,12 @@ static void pack_columns_of_wt_int8(const ggd_compute *compute, const ggd_matrix
     }
 }
 
-// op(W) = W: panel columns are columns of W. `n_panels` neighbouring panels, `bytes_panel` apart, are packed together, as int8 blocks or
-// in the element type. Of each piece of rows as many columns are unpacked at a time as one block of W spans, so that they stay in the
+// op(W) = W: panel columns are columns of W. `n_panels` neighbouring panels, `bytes_panel` apart, are packed together, as int8 blocks
+// for the given rows or in the element type. Of each piece of rows as many columns are unpacked at a time as one block of W spans, so that they stay in the
 // first-level cache until they are packed.
-static void pack_rows_of_w(const ggd_compute *compute, const ggd_matrix *w, size_t column, size_t n_panels, float scale, int int8,
-                           float *unpacked, uint8_t *panel, size_t bytes_panel) {
-    if (w->type == GGD_BF16 && compute->element == GGD_ELEMENT_BF16 && scale == 1.0f && n_panels == 1 && !int8 &&
+static void pack_rows_of_w(const ggd_compute *compute, const ggd_matrix *w, size_t column, size_t n_panels, float scale,
+                           const ggd_int8_rows *int8, float *unpacked, uint8_t *panel, size_t bytes_panel) {
+    if (w->type == GGD_BF16 && compute->element == GGD_ELEMENT_BF16 && scale == 1.0f && n_panels == 1 && int8 == NULL &&
         w->n_cols - column >= GGD_PANEL_COLUMNS) {
         const uint16_t *source = (const uint16_t *)w->data + column;
         compute->kernels->pack_rows_from_bf16(source, w->bytes_row / sizeof *source, w->n_rows, panel);
@@ -103,8 +103,8 @@ static void pack_rows_of_w(const ggd_compute *compute, const ggd_matrix *w, size
     }
     size_t width = ggd_max(w->block, GGD_PANEL_COLUMNS), n_pieces = n_panels * GGD_PANEL_COLUMNS / width;
     size_t ld = width > GGD_PANEL_COLUMNS ? width + UNPACKED_PADDING : width;
-    size_t bytes_rows = int8 ? ggd_int8_block_bytes_of(compute->kernels, &ggd_int8_backward_format)
-                             : ggd_panel_bytes(compute->element, ROWS_PIECE);
+    size_t bytes_rows = int8 != NULL ? ggd_int8_block_bytes_of(compute->kernels, &ggd_int8_backward_format)
+                                     : ggd_panel_bytes(compute->element, ROWS_PIECE);
     size_t bytes_row = w->bytes_row, bytes_early = bytes_to_fetch(w, width);
     for (size_t item = 0; item < ggd_ceil_div(w->n_rows, ROWS_PIECE) * n_pieces; item++) {
         size_t k = item / n_pieces * ROWS_PIECE, first = item % n_pieces * width;
@@ -120,8 +120,8 @@ static void pack_rows_of_w(const ggd_compute *compute, const ggd_matrix *w, size
         }
         for (size_t c = 0; c < width; c += GGD_PANEL_COLUMNS) {
             uint8_t *target = panel + (first + c) / GGD_PANEL_COLUMNS * bytes_panel + k / ROWS_PIECE * bytes_rows;
-            if (int8) {
-                compute->kernels->int8_pack(unpacked + c, ld, rows, target);
+            if (int8 != NULL) {
+                compute->kernels->int8_pack(unpacked + c, ld, rows, int8->is_unsigned, target);
             } else {
                 compute->kernels->pack_rows[compute->element](unpacked + c, ld, rows, scale, target);
             }
@@ -134,7 +134,7 @@ void ggd_pack_panel(const ggd_compute *compute, ggd_operation operation, const g
     if (operation == GGD_TIMES_WT) {
         pack_columns_of_wt(compute, w, column, scale, unpacked, panel);
     } else {
-        pack_rows_of_w(compute, w, column, 1, scale, 0, unpacked, panel, 0);
+        pack_rows_of_w(compute, w, column, 1, scale, NULL, unpacked, panel, 0);
     }
 }
 
@@ -169,7 +169,7 @@ static void pack_group(const gemm_job *job, size_t first_panel, size_t n_panels,
     } else if (g->operation == GGD_TIMES_WT) {
         pack_columns_of_wt(job->compute, &g->w, column, g->scale, unpacked, panels);
     } else {
-        pack_rows_of_w(job->compute, &g->w, column, n_panels, g->scale, g->a.int8 != NULL, unpacked, panels, job->bytes_panel);
+        pack_rows_of_w(job->compute, &g->w, column, n_panels, g->scale, g->a.int8, unpacked, panels, job->bytes_panel);
     }
     for (size_t p = 0; job->k2 > 0 && p < n_panels; p++) {
         ggd_pack_panel(job->compute, g->operation, &g->w2, column + p * GGD_PANEL_COLUMNS, g->scale2, unpacked,

@@ -38,7 +38,7 @@ typedef struct {
 // Fast: products in bfloat16, where the processor multiplies them and the weights are quantised; sums are float32 always.
 enum { GGD_COMPUTE_FAST = 0, GGD_COMPUTE_F32 = 1 };
 
-// Products of the frozen weights that go in int8: none; the input gradients, both operands in blocks of 64 with their own scales; or also
+// Products of the frozen weights that go in int8, beside either element type of fast sessions: none; the input gradients, both operands in blocks of 64 with their own scales; or also
 // the forward's, in the weights' own blocks and blocks of 32 activations.
 enum { GGD_INT8_NONE = 0, GGD_INT8_BACKWARD = 1, GGD_INT8_BOTH = 2 };
 
@@ -145,7 +145,7 @@ const char *ggd_session_kernels(const ggd_session *session);
 // Element type of its matrix products, "bfloat16" or "float32".
 const char *ggd_session_element(const ggd_session *session);
 // Which products of the frozen weights go in int8, GGD_INT8_*; the rest in the session's element type. Fails where the kernels have no
-// int8 products or the session computes in float32.
+// int8 products, or where the session was asked for float32 or has to compute so for its float weights.
 int ggd_session_set_int8(ggd_session *session, int32_t products);
 int32_t ggd_session_int8(const ggd_session *session);
 // Bytes that a call would take: n_rows of at most max_segment_rows, LoRA pairs of at most max_rank, with or without gradients and

@@ -31,7 +31,14 @@ static inline __attribute__((always_inline)) void int8_pack_strip(const float *s
     _mm256_storeu_ps((float *)(target + 4 * GGD_PANEL_COLUMNS), _mm256_div_ps(largest, _mm256_set1_ps(GGD_INT8_SIZE)));
 }
 
-static void int8_pack(const float *source, size_t ld, size_t rows, uint8_t *block) {
+static void int8_quantise(const void *source, ggd_element element, size_t n, size_t block, int is_unsigned, uint8_t *quants,
+                          float *scales, float *sums) {
+    float size = is_unsigned ? GGD_UINT8_SIZE : GGD_INT8_SIZE;
+    round_rows(source, element, n, block, size, is_unsigned ? 0 : 128, quants, scales, sums);
+}
+
+static void int8_pack(const float *source, size_t ld, size_t rows, int is_unsigned, uint8_t *block) {
+    (void)is_unsigned;
     for (size_t column = 0; column < GGD_PANEL_COLUMNS; column += STRIP) {
         if (rows == GGD_INT8_MAX_BLOCK) {  // a constant: no row is asked for its number
             int8_pack_strip(source + column, ld, GGD_INT8_MAX_BLOCK, block + 4 * column);
@@ -159,7 +166,7 @@ static void tile_f32(const ggd_tile *t) { ggd_kernels_avx2.tile[GGD_ELEMENT_F32]
 #define GGD_AVX_VNNI_KERNELS                                                                                                     \
     .fast_element = GGD_ELEMENT_F32, .tile = {tile_f32, NULL}, .pack_columns = {rows_pack_columns_f32, NULL},                    \
     .pack_rows = {rows_pack_rows_f32, NULL}, .pack_rows_from_bf16 = rows_pack_rows_from_bf16, .int8_tile = int8_tile,            \
-    .int8_weight_size = GGD_INT8_SIZE, .int8_pack = int8_pack, .int8_quantise = int8_quantise,                                   \
+    .int8_steps = GGD_INT8_ALL_STEPS, .int8_pack = int8_pack, .int8_quantise = int8_quantise,                                    \
     .int8_pack_columns = int8_pack_columns, GGD_ROW_KERNELS
 
 #endif

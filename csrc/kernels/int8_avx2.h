@@ -32,12 +32,10 @@ static inline __m256i narrow_32(const __m256i q[4]) {
     return _mm256_permutevar8x32_epi32(_mm256_packus_epi16(first, second), order);
 }
 
-// Whole blocks of float32.
-static inline __attribute__((always_inline)) void int8_quantise_blocks(const float *source, size_t n_blocks, const size_t block,
-                                                                       int is_unsigned, uint8_t *quants, float *scales,
-                                                                       float *sums) {
-    const float size = is_unsigned ? GGD_UINT8_SIZE : GGD_INT8_SIZE;
-    const __m256i offset = _mm256_set1_epi32(is_unsigned ? 0 : 128);
+// Whole blocks of float32, to q + offset, q no larger than `size`.
+static inline __attribute__((always_inline)) void round_blocks(const float *source, size_t n_blocks, const size_t block,
+                                                               float size, int32_t offset, uint8_t *quants, float *scales,
+                                                               float *sums) {
     for (size_t b = 0; b < n_blocks; b++, source += block, quants += block) {
         __m256 values[GGD_INT8_MAX_BLOCK / 8], largest = _mm256_setzero_ps();
         for (size_t i = 0; i < block / 8; i++) {
@@ -52,7 +50,7 @@ static inline __attribute__((always_inline)) void int8_quantise_blocks(const flo
             for (size_t j = 0; j < 4; j++) {
                 q[j] = _mm256_cvtps_epi32(_mm256_mul_ps(values[i + j], inverse));
                 sum = _mm256_add_epi32(sum, q[j]);
-                q[j] = _mm256_add_epi32(q[j], offset);
+                q[j] = _mm256_add_epi32(q[j], _mm256_set1_epi32(offset));
             }
             _mm256_storeu_si256((__m256i *)(quants + 8 * i), narrow_32(q));
         }
@@ -61,20 +59,20 @@ static inline __attribute__((always_inline)) void int8_quantise_blocks(const flo
     }
 }
 
-static void int8_quantise(const void *source, ggd_element element, size_t n, size_t block, int is_unsigned, uint8_t *quants,
-                          float *scales, float *sums) {
+static void round_rows(const void *source, ggd_element element, size_t n, size_t block, float size, int32_t offset,
+                       uint8_t *quants, float *scales, float *sums) {
     size_t whole = 0;
     if (element == GGD_ELEMENT_F32 && block == 32) {
         whole = n / 32;
-        int8_quantise_blocks(source, whole, 32, is_unsigned, quants, scales, sums);
+        round_blocks(source, whole, 32, size, offset, quants, scales, sums);
     } else if (element == GGD_ELEMENT_F32 && block == 64) {
         whole = n / 64;
-        int8_quantise_blocks(source, whole, 64, is_unsigned, quants, scales, sums);
+        round_blocks(source, whole, 64, size, offset, quants, scales, sums);
     }
     if (n > whole * block) {
         const uint8_t *rest = (const uint8_t *)source + whole * block * ggd_element_bytes(element);
-        rows_int8_quantise(rest, element, n - whole * block, block, is_unsigned, quants + whole * block, scales + whole,
-                           sums + whole);
+        rows_int8_round(rest, element, n - whole * block, block, size, offset, quants + whole * block, scales + whole,
+                        sums + whole);
     }
 }
 

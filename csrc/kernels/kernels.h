@@ -80,8 +80,15 @@ typedef struct {
     int lowest, highest;  // what the panel's q lie between
 } ggd_int8_format;
 
-// Input gradients: the weights' blocks lie across the reduction, so they are made anew (a set may make them coarser: int8_weight_size).
+// Input gradients: the weights' blocks lie across the reduction, so they are made anew (a set may round more coarsely: ggd_int8_steps).
 static const ggd_int8_format ggd_int8_backward_format = {64, 64, 0, -GGD_INT8_SIZE, GGD_INT8_SIZE};
+
+// How finely a set rounds in the backward's format: the left operand to -rows .. rows, and weights to -weights .. weights; weights beside
+// an unsigned left operand, which is rounded to 0 .. 255, to -weights_of_unsigned .. weights_of_unsigned.
+typedef struct {
+    int rows, weights, weights_of_unsigned;
+} ggd_int8_steps;
+#define GGD_INT8_ALL_STEPS {GGD_INT8_SIZE, GGD_INT8_SIZE, GGD_INT8_SIZE}
 
 // Of a block in the form above.
 static inline size_t ggd_int8_block_bytes(const ggd_int8_format *f) {
@@ -133,11 +140,12 @@ typedef struct {
     void (*int8_tile)(const ggd_int8_tile *tile);
     // Bytes of a panel's block: the set's packers and tile share its layout, and nobody else looks inside. NULL: the common form.
     size_t (*int8_block_bytes)(const ggd_int8_format *format);
-    int int8_weight_size;  // int8_pack rounds weights to -size .. size
+    ggd_int8_steps int8_steps;
     // One block of the backward's format: 32 columns of `rows` rows of float32, row stride ld; missing rows count as zero.
-    void (*int8_pack)(const float *source, size_t ld, size_t rows, uint8_t *block);
+    // `is_unsigned`: for a left operand that is.
+    void (*int8_pack)(const float *source, size_t ld, size_t rows, int is_unsigned, uint8_t *block);
     // n elements of `source`, float32 or bfloat16, padded by zeros to whole blocks, to q + 128; a scale and a scaled sum a block.
-    // `is_unsigned`: of elements that are not negative, to 0 .. 255.
+    // `is_unsigned`: of elements that are not negative, to 0 .. 255. In the backward's blocks to q + int8_steps.rows + 1.
     void (*int8_quantise)(const void *source, ggd_element element, size_t n, size_t block, int is_unsigned, uint8_t *quants,
                           float *scales, float *sums);
     // n weights of a quantised type as they are stored, one row: q, and a scale and a minimum for each of the type's blocks

@@ -150,7 +150,7 @@ static void tile_f32(const ggd_tile *t) { ggd_kernels_neon.tile[GGD_ELEMENT_F32]
 #define GGD_NEON_BF16_KERNELS                                                                                                    \
     .fast_element = GGD_ELEMENT_BF16, .tile = {tile_f32, tile_bf16}, .pack_columns = {rows_pack_columns_f32, pack_columns_bf16}, \
     .pack_rows = {rows_pack_rows_f32, pack_rows_bf16}, .pack_rows_from_bf16 = rows_pack_rows_from_bf16, .int8_tile = int8_tile,  \
-    .int8_weight_size = GGD_INT8_SIZE, .int8_pack = rows_int8_pack, .int8_quantise = rows_int8_quantise,                         \
+    .int8_steps = GGD_INT8_ALL_STEPS, .int8_pack = rows_int8_pack, .int8_quantise = rows_int8_quantise,                          \
     .int8_pack_columns = rows_int8_pack_columns, GGD_ROW_KERNELS
 
 #endif

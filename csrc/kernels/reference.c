@@ -121,7 +121,8 @@ static int32_t *block_corrections(uint8_t *block, size_t size) { return (int32_t
 static float *block_scales(uint8_t *block, size_t size) { return (float *)(block + (size + 4) * GGD_PANEL_COLUMNS); }
 static float *block_minima(uint8_t *block, size_t size) { return (float *)(block + (size + 8) * GGD_PANEL_COLUMNS); }
 
-static void int8_pack(const float *source, size_t ld, size_t rows, uint8_t *block) {
+static void int8_pack(const float *source, size_t ld, size_t rows, int is_unsigned, uint8_t *block) {
+    (void)is_unsigned;
     size_t size = ggd_int8_backward_format.block;
     for (size_t column = 0; column < GGD_PANEL_COLUMNS; column++) {
         float largest = 0;
@@ -373,7 +374,7 @@ const ggd_kernels ggd_kernels_reference = {
     .pack_columns = {pack_columns_f32, pack_columns_bf16},
     .pack_rows = {pack_rows_f32, pack_rows_bf16},
     .int8_tile = int8_tile,
-    .int8_weight_size = GGD_INT8_SIZE,
+    .int8_steps = GGD_INT8_ALL_STEPS,
     .int8_pack = int8_pack,
     .int8_quantise = int8_quantise,
     .int8_pack_columns = int8_pack_columns,

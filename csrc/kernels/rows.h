@@ -305,10 +305,9 @@ static inline void rows_pack_rows_from_bf16(const uint16_t *restrict source, siz
     }
 }
 
-static inline void rows_int8_quantise(const void *restrict source, ggd_element element, size_t n, size_t block, int is_unsigned,
-                                      uint8_t *restrict quants, float *restrict scales, float *restrict sums) {
-    const float size = is_unsigned ? GGD_UINT8_SIZE : GGD_INT8_SIZE;
-    const int32_t offset = is_unsigned ? 0 : 128;
+// To q + offset, q no larger than `size`.
+static inline void rows_int8_round(const void *restrict source, ggd_element element, size_t n, size_t block, float size,
+                                   int32_t offset, uint8_t *restrict quants, float *restrict scales, float *restrict sums) {
     for (size_t begin = 0, b = 0; begin < n; begin += block, b++) {
         size_t length = n - begin < block ? n - begin : block;
         float values[GGD_INT8_MAX_BLOCK] = {0}, largest = 0;
@@ -332,7 +331,15 @@ static inline void rows_int8_quantise(const void *restrict source, ggd_element e
     }
 }
 
-static inline void rows_int8_pack(const float *restrict source, size_t ld, size_t rows, uint8_t *restrict block) {
+static inline void rows_int8_quantise(const void *restrict source, ggd_element element, size_t n, size_t block, int is_unsigned,
+                                      uint8_t *restrict quants, float *restrict scales, float *restrict sums) {
+    float size = is_unsigned ? GGD_UINT8_SIZE : GGD_INT8_SIZE;
+    rows_int8_round(source, element, n, block, size, is_unsigned ? 0 : 128, quants, scales, sums);
+}
+
+static inline void rows_int8_pack(const float *restrict source, size_t ld, size_t rows, int is_unsigned,
+                                  uint8_t *restrict block) {
+    (void)is_unsigned;
     size_t size = ggd_int8_backward_format.block;
     int8_t (*quants)[GGD_PANEL_COLUMNS][4] = (int8_t (*)[GGD_PANEL_COLUMNS][4])block;
     int32_t *corrections = (int32_t *)(block + size * GGD_PANEL_COLUMNS);

@@ -52,23 +52,27 @@ static void tile_f32(const ggd_tile *t) {
 
 // ---- int8 ----
 //
-// vpmaddubsw multiplies unsigned bytes (the left operand, a + 128) by signed ones (the weights w), adds neighbours and stores 16 bits,
+// vpmaddubsw multiplies unsigned bytes (the left operand, a + offset) by signed ones (the weights w), adds neighbours and stores 16 bits,
 // saturated; two of them make a group of four k in a 32-bit lane. Nothing else here saturates: sums of 16 bits wrap, so of the groups that
-// are added up in 16 bits (a chunk) only the result must fit, not what comes on the way. Each chunk starts from -128 sum(w), which
-// takes the offset out again, so the result is sum(a w) of the chunk's pairs. Hence, with |w| <= W and |a| <= A:
-//   no pair saturates:       255 * W * 2 <= 32767, so W <= 64
-//   a chunk of n k fits:     n / 2 * A * W <= 32767
-// A is 127, and 128 of operands that use the whole byte (a = u - 128), which only the backward has:
+// are added up in 16 bits (a chunk) only the result must fit, not what comes on the way. Each chunk starts from -offset sum(w), which
+// takes the offset out again, so the result is sum(a w) of the chunk's pairs. Hence, with |w| <= W, |a| <= A and a + offset <= U:
+//   no pair saturates:       2 U W <= 32767
+//   a chunk of n k fits:     n / 2 A W <= 32767
+// Forward: A = 127, offset 128, U = 255.
 //   blocks of 32, W = 16:    16 * 127 * 16 = 32512, a whole block of weights of 4 and 5 bits, centred
 //   blocks of 16, W = 32:     8 * 127 * 32 = 32512, a whole block of weights of 6 bits
-//   backward, W = 63:         4 * 128 * 63 = 32256, eight k
-// Weights of 8 bits are two planes: w = 16 high + low, high in -8 .. 7, low in 0 .. 15.
+//   weights of 8 bits are two planes: w = 16 high + low, high in -8 .. 7, low in 0 .. 15
+// Backward: one operand has 8 bits, the other 7, of which eight k fit.
+//   W = 127, A = 63:          4 * 63 * 127 = 32004, 2 * 127 * 127 = 32258 with the offset 64. The rows are coarser, since their errors
+//                            average out in gradients that are summed over them; errors of the weights do not.
+//   unsigned rows, W = 63:    4 * 128 * 63 = 32256, 2 * 255 * 63 = 32130. The offset is 128 here too (a = u - 128); the block's sum
+//                            gets 128 sum(w) back at its end.
 //
 // A panel's block lies in four strips of eight columns, each of them
 //   planes x chunks x { corrections int16 [8][2]; quants int8 [chunk / 4][8][4] }
 //   scales float [8]
-//   minima float [8], where the format has them; in the backward's format int32 [8]: 128 * sum(w)
-enum { WEIGHT_SIZE = 63, PLANE_SIZE = 16, CHUNK_OF_64 = 8, INT8_ROWS = 6 };
+//   minima float [8], where the format has them; in the backward's format int32 [8]: 128 sum(w), of unsigned rows
+enum { COARSE_SIZE = 63, COARSE_OFFSET = 64, OFFSET = 128, PLANE_SIZE = 16, CHUNK_OF_64 = 8, INT8_ROWS = 6 };
 
 typedef struct {
     size_t block, chunk, planes;
@@ -91,6 +95,17 @@ static inline int8_layout layout_of(const ggd_int8_format *format) {
     return layout;
 }
 
+static void int8_quantise(const void *source, ggd_element element, size_t n, size_t block, int is_unsigned, uint8_t *quants,
+                          float *scales, float *sums) {
+    if (is_unsigned) {
+        round_rows(source, element, n, block, GGD_UINT8_SIZE, 0, quants, scales, sums);
+    } else if (block == ggd_int8_backward_format.a_block) {
+        round_rows(source, element, n, block, COARSE_SIZE, COARSE_OFFSET, quants, scales, sums);
+    } else {
+        round_rows(source, element, n, block, GGD_INT8_SIZE, OFFSET, quants, scales, sums);
+    }
+}
+
 static inline size_t strip_bytes(const int8_layout l) {
     size_t bytes_lanes = STRIP * sizeof(int32_t);
     return l.planes * (l.block / l.chunk) * (1 + l.chunk / 4) * bytes_lanes + (1 + (l.has_minima || l.is_backward)) * bytes_lanes;
@@ -101,10 +116,10 @@ static size_t int8_block_bytes(const ggd_int8_format *format) {
 }
 
 // A chunk's groups to its place, behind their correction; returns its end.
-static inline uint8_t *store_chunk(const __m256i *groups, size_t n_groups, uint8_t *target) {
+static inline uint8_t *store_chunk(const __m256i *groups, size_t n_groups, int offset, uint8_t *target) {
     __m256i *vectors = (__m256i *)target, correction = _mm256_setzero_si256();
-    for (size_t i = 0; i < n_groups; i++) {  // 128, unsigned
-        correction = _mm256_sub_epi16(correction, _mm256_maddubs_epi16(_mm256_set1_epi8(-128), groups[i]));
+    for (size_t i = 0; i < n_groups; i++) {
+        correction = _mm256_sub_epi16(correction, _mm256_maddubs_epi16(_mm256_set1_epi8((char)offset), groups[i]));
         _mm256_storeu_si256(vectors + 1 + i, groups[i]);
     }
     _mm256_storeu_si256(vectors, correction);
@@ -135,9 +150,9 @@ static void pack_strip(const ggd_int8_format *format, const int8_layout l, const
     if (l.planes == 2) {
         split_planes(groups, n_groups, high);
     }
-    target = store_chunk(groups, n_groups, target);
+    target = store_chunk(groups, n_groups, OFFSET, target);
     if (l.planes == 2) {
-        target = store_chunk(high, n_groups, target);
+        target = store_chunk(high, n_groups, OFFSET, target);
     }
     _mm256_storeu_ps((float *)target, scales);
     if (l.has_minima) {  // w = scale q + minimum = scale (q - centre) + (minimum + centre scale)
@@ -161,8 +176,9 @@ static void int8_pack_columns(const ggd_int8_format *format, const int8_t *quant
 }
 
 static inline __attribute__((always_inline)) void int8_pack_strip(const float *source, size_t ld, const size_t rows,
-                                                                  uint8_t *target) {
-    __m256 largest = largest_of_columns(source, ld, rows), inverse = inverse_or_zero(largest, WEIGHT_SIZE);
+                                                                  int is_unsigned, uint8_t *target) {
+    float size = is_unsigned ? COARSE_SIZE : GGD_INT8_SIZE;
+    __m256 largest = largest_of_columns(source, ld, rows), inverse = inverse_or_zero(largest, size);
     __m256i total = _mm256_setzero_si256();
     for (size_t row = 0; row < GGD_INT8_MAX_BLOCK; row += CHUNK_OF_64) {
         __m256i groups[CHUNK_OF_64 / 4];
@@ -170,23 +186,23 @@ static inline __attribute__((always_inline)) void int8_pack_strip(const float *s
             size_t first = row + 4 * i;
             groups[i] = round_group(source + first * ld, ld, rows > first ? rows - first : 0, inverse);
         }
-        __m256i correction;  // -128 sum(w) of four w is within 4 * 128 * 63 = 32256
-        uint8_t *end = store_chunk(groups, CHUNK_OF_64 / 4, target);
+        __m256i correction;  // of four w: within 4 * 128 * 63 = 32256 or 4 * 64 * 127 = 32512, so it did not wrap
+        uint8_t *end = store_chunk(groups, CHUNK_OF_64 / 4, is_unsigned ? OFFSET : COARSE_OFFSET, target);
         memcpy(&correction, target, sizeof correction);
         total = _mm256_sub_epi32(total, _mm256_madd_epi16(correction, _mm256_set1_epi16(1)));
         target = end;
     }
-    _mm256_storeu_ps((float *)target, _mm256_div_ps(largest, _mm256_set1_ps(WEIGHT_SIZE)));
+    _mm256_storeu_ps((float *)target, _mm256_div_ps(largest, _mm256_set1_ps(size)));
     _mm256_storeu_si256((__m256i *)target + 1, total);
 }
 
-static void int8_pack(const float *source, size_t ld, size_t rows, uint8_t *block) {
+static void int8_pack(const float *source, size_t ld, size_t rows, int is_unsigned, uint8_t *block) {
     size_t bytes_strip = strip_bytes(layout_of(&ggd_int8_backward_format));
     for (size_t column = 0; column < GGD_PANEL_COLUMNS; column += STRIP, block += bytes_strip) {
         if (rows == GGD_INT8_MAX_BLOCK) {  // a constant: no row is asked for its number
-            int8_pack_strip(source + column, ld, GGD_INT8_MAX_BLOCK, block);
+            int8_pack_strip(source + column, ld, GGD_INT8_MAX_BLOCK, is_unsigned, block);
         } else {
-            int8_pack_strip(source + column, ld, rows, block);
+            int8_pack_strip(source + column, ld, rows, is_unsigned, block);
         }
     }
 }
@@ -310,7 +326,7 @@ const ggd_kernels ggd_kernels_avx2 = {
     .pack_rows_from_bf16 = rows_pack_rows_from_bf16,
     .int8_tile = int8_tile,
     .int8_block_bytes = int8_block_bytes,
-    .int8_weight_size = WEIGHT_SIZE,
+    .int8_steps = {COARSE_SIZE, GGD_INT8_SIZE, COARSE_SIZE},
     .int8_pack = int8_pack,
     .int8_quantise = int8_quantise,
     .int8_pack_columns = int8_pack_columns,

@@ -215,7 +215,8 @@ static inline __attribute__((always_inline)) void int8_pack_half(const float *so
     _mm512_storeu_ps(target + 4 * GGD_PANEL_COLUMNS, _mm512_div_ps(largest, _mm512_set1_ps(GGD_INT8_SIZE)));
 }
 
-static void int8_pack(const float *source, size_t ld, size_t rows, uint8_t *block) {
+static void int8_pack(const float *source, size_t ld, size_t rows, int is_unsigned, uint8_t *block) {
+    (void)is_unsigned;
     for (size_t column = 0; column < GGD_PANEL_COLUMNS; column += 16) {
         if (rows == 64) {  // a constant: no row is asked for its number
             int8_pack_half(source, ld, 64, column, block);
@@ -351,7 +352,7 @@ const ggd_kernels ggd_kernels_avx512_bf16 = {
     .pack_rows = {rows_pack_rows_f32, pack_rows_bf16},
     .pack_rows_from_bf16 = pack_rows_from_bf16,
     .int8_tile = int8_tile,
-    .int8_weight_size = GGD_INT8_SIZE,
+    .int8_steps = GGD_INT8_ALL_STEPS,
     .int8_pack = int8_pack,
     .int8_quantise = int8_quantise,
     .int8_pack_columns = int8_pack_columns,

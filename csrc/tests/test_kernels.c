@@ -142,21 +142,51 @@ static void test_int8_unpacking(const ggd_kernels *set) {
     }
 }
 
+// How finely a set rounds the left operand in blocks of this size.
+static int steps_of_rows(const ggd_kernels *set, size_t block, int is_unsigned) {
+    return is_unsigned ? GGD_UINT8_SIZE : block == ggd_int8_backward_format.block ? set->int8_steps.rows : GGD_INT8_SIZE;
+}
+
+// n elements to int8 by the definition: q within -size .. size, zeros up to whole blocks.
+static void round_row(const float *source, size_t n, size_t block, int size, int32_t *quants, float *scales, float *sums) {
+    for (size_t b = 0; b * block < n; b++) {
+        size_t length = n - b * block < block ? n - b * block : block;
+        float largest = 0;
+        int32_t sum = 0;
+        for (size_t i = 0; i < length; i++) {
+            largest = fmaxf(largest, fabsf(source[b * block + i]));
+        }
+        float inverse = largest > 0 ? (float)size / largest : 0;
+        for (size_t i = 0; i < block; i++) {
+            quants[b * block + i] = i < length ? (int32_t)rintf(source[b * block + i] * inverse) : 0;
+            sum += quants[b * block + i];
+        }
+        scales[b] = largest / (float)size;
+        sums[b] = scales[b] * (float)sum;
+    }
+}
+
 static void test_int8_quantising(const ggd_kernels *set, size_t n, ggd_element element, size_t block, int is_unsigned) {
     static float source[LD], scales[2][LD / GGD_INT8_MIN_BLOCK], sums[2][LD / GGD_INT8_MIN_BLOCK];
     static uint16_t source_bf16[LD];
     static uint8_t quants[2][LD];
+    static int32_t rounded[LD];
     size_t n_blocks = (n + block - 1) / block;
+    int size = steps_of_rows(set, block, is_unsigned);
     fill(source, LD, 2.0f);
     memset(source, 0, 32 * sizeof *source);  // a block of zeros has no scale
     for (size_t i = 0; is_unsigned && i < LD; i++) {
         source[i] = fabsf(source[i]);
     }
     reference->to_bf16(source, source_bf16, LD);
-    const ggd_kernels *both[2] = {set, reference};
-    for (int i = 0; i < 2; i++) {
-        const void *from = element == GGD_ELEMENT_BF16 ? (const void *)source_bf16 : source;
-        both[i]->int8_quantise(from, element, n, block, is_unsigned, quants[i], scales[i], sums[i]);
+    const void *from = element == GGD_ELEMENT_BF16 ? (const void *)source_bf16 : source;
+    set->int8_quantise(from, element, n, block, is_unsigned, quants[0], scales[0], sums[0]);
+    if (element == GGD_ELEMENT_BF16) {
+        reference->from_bf16(source_bf16, source, LD);
+    }
+    round_row(source, n, block, size, rounded, scales[1], sums[1]);
+    for (size_t i = 0; i < n_blocks * block; i++) {
+        quants[1][i] = (uint8_t)(rounded[i] + (is_unsigned ? 0 : size + 1));
     }
     expect_bytes(set->name, "int8_quantise", n, quants[0], quants[1], n_blocks * block);
     expect_bytes(set->name, "int8_quantise's scales", n, scales[0], scales[1], n_blocks * sizeof(float));
@@ -204,19 +234,19 @@ static void fill_weights(int extreme) {
 }
 
 // Panels of the set's own packer and of the reference's.
-static void int8_panels(const ggd_kernels *set, const ggd_int8_format *format, size_t n, int extreme, uint8_t *own,
-                        uint8_t *twin) {
+static void int8_panels(const ggd_kernels *set, const ggd_int8_format *format, size_t n, int is_unsigned, int extreme,
+                        uint8_t *own, uint8_t *twin) {
     size_t n_blocks = (n + format->block - 1) / format->block, bytes_block = ggd_int8_block_bytes_of(set, format);
     int is_backward = format->block == ggd_int8_backward_format.block;
+    int size = is_unsigned ? set->int8_steps.weights_of_unsigned : set->int8_steps.weights;
     fill_quants(format, extreme);
     fill_weights(extreme);
     for (size_t b = 0; is_backward && b < n_blocks; b++) {
         size_t rows = n - b * 64 < 64 ? n - b * 64 : 64;
         const float *weights = int8_weights + b * 64 * GGD_PANEL_COLUMNS;
-        set->int8_pack(weights, GGD_PANEL_COLUMNS, rows, own + b * bytes_block);
+        set->int8_pack(weights, GGD_PANEL_COLUMNS, rows, is_unsigned, own + b * bytes_block);
         for (size_t column = 0; column < GGD_PANEL_COLUMNS; column++) {
-            round_column(weights + column, rows, set->int8_weight_size, int8_quants + column * LD + b * 64,
-                         int8_scales + column * N_SCALES + b);
+            round_column(weights + column, rows, size, int8_quants + column * LD + b * 64, int8_scales + column * N_SCALES + b);
         }
     }
     reference->int8_pack_columns(format, int8_quants, LD, int8_scales, int8_minima, N_SCALES, n_blocks * format->block, twin);
@@ -228,44 +258,49 @@ static void int8_panels(const ggd_kernels *set, const ggd_int8_format *format, s
     }
 }
 
-// Twelve rows as they are quantised; or, of each four, one at the top, one at the bottom, one between both in turn and one as it is.
-static void fill_rows(const ggd_int8_format *format, size_t n, int is_unsigned, int extreme, float *source, uint8_t *quants,
-                      float *scales, float *sums) {
-    uint8_t lowest = is_unsigned ? 0 : 1;
-    fill(source, GGD_TILE_ROWS * LD, 2.0f);
-    memset(quants, is_unsigned ? 0 : 128, GGD_TILE_ROWS * LD);
+// Twelve rows as they are rounded, in the set's form and in the reference's; or, of each four, one at the top, one at the bottom, one
+// between both in turn and one as it is.
+static void fill_rows(const ggd_kernels *set, const ggd_int8_format *format, size_t n, int extreme, const float *source,
+                      ggd_int8_rows *own, ggd_int8_rows *twin) {
+    int size = steps_of_rows(set, format->block, own->is_unsigned), lowest = own->is_unsigned ? 0 : -size;
     for (size_t row = 0; row < GGD_TILE_ROWS; row++) {
-        uint8_t *q = quants + row * LD;
-        for (size_t i = 0; is_unsigned && i < LD; i++) {
-            source[row * LD + i] = fabsf(source[row * LD + i]);
-        }
-        reference->int8_quantise(source + row * LD, GGD_ELEMENT_F32, n, format->a_block, is_unsigned, q, scales + row * 20,
-                                 sums + row * 20);
+        int32_t q[LD] = {0};
+        float *scales = own->scales + row * own->ld_scales, *sums = own->sums + row * own->ld_scales;
+        round_row(source + row * LD, n, format->a_block, size, q, scales, sums);
         for (size_t i = 0; extreme && row % 4 != 3 && i < LD; i++) {
-            q[i] = row % 4 == 0 || (row % 4 == 2 && i % 2 == 0) ? 255 : lowest;
+            q[i] = row % 4 == 0 || (row % 4 == 2 && i % 2 == 0) ? size : lowest;
         }
         for (size_t b = 0; b * format->a_block < n; b++) {  // a set may take a part of the quants' sum from here
             int32_t sum = 0;
             for (size_t i = 0; i < format->a_block; i++) {
-                sum += q[b * format->a_block + i] - (is_unsigned ? 0 : 128);
+                sum += q[b * format->a_block + i];
             }
-            sums[row * 20 + b] = scales[row * 20 + b] * (float)sum;
+            sums[b] = scales[b] * (float)sum;
+        }
+        for (size_t i = 0; i < LD; i++) {
+            own->quants[row * LD + i] = (uint8_t)(q[i] + (own->is_unsigned ? 0 : size + 1));
+            twin->quants[row * LD + i] = (uint8_t)(q[i] + (own->is_unsigned ? 0 : 128));
         }
     }
 }
 
 static void test_int8_tile(const ggd_kernels *set, const ggd_int8_format *format, size_t n, int is_unsigned, int extreme) {
     static float source[GGD_TILE_ROWS * LD], scales[GGD_TILE_ROWS * 20], sums[GGD_TILE_ROWS * 20];
-    static uint8_t quants[GGD_TILE_ROWS * LD], own[LD * GGD_PANEL_COLUMNS * 4], twin[LD * GGD_PANEL_COLUMNS * 4];
+    static uint8_t quants[2][GGD_TILE_ROWS * LD], own[LD * GGD_PANEL_COLUMNS * 4], twin[LD * GGD_PANEL_COLUMNS * 4];
     static float got[GGD_TILE_ROWS * GGD_PANEL_COLUMNS], expected[GGD_TILE_ROWS * GGD_PANEL_COLUMNS];
     static uint16_t got_bf16[GGD_TILE_ROWS * GGD_PANEL_COLUMNS], rounded[GGD_TILE_ROWS * GGD_PANEL_COLUMNS];
-    int8_panels(set, format, n, extreme, own, twin);
-    fill_rows(format, n, is_unsigned, extreme, source, quants, scales, sums);
+    ggd_int8_rows a = {quants[0], LD, scales, sums, 20, is_unsigned}, a_twin = {quants[1], LD, scales, sums, 20, is_unsigned};
+    int8_panels(set, format, n, is_unsigned, extreme, own, twin);
+    fill(source, GGD_TILE_ROWS * LD, 2.0f);
+    for (size_t i = 0; is_unsigned && i < GGD_TILE_ROWS * LD; i++) {
+        source[i] = fabsf(source[i]);
+    }
+    fill_rows(set, format, n, extreme, source, &a, &a_twin);
     for (size_t rows = 1; rows <= GGD_TILE_ROWS; rows++) {
         ggd_int8_tile tile = {.format = *format,
                               .n_rows = rows,
                               .n_blocks = (n + format->block - 1) / format->block,
-                              .a = {quants, LD, scales, sums, 20, is_unsigned},
+                              .a = a,
                               .panel = own,
                               .init = rows % 2 != 0 ? source : NULL,
                               .ld_init = LD,
@@ -275,12 +310,14 @@ static void test_int8_tile(const ggd_kernels *set, const ggd_int8_format *format
         set->int8_tile(&tile);
         tile.c = expected;
         tile.panel = twin;
+        tile.a = a_twin;
         reference->int8_tile(&tile);
         expect(set->name, "int8_tile", rows, got, expected, rows * GGD_PANEL_COLUMNS, ROUNDING, 0.3 * (double)n + 2);
         if (set->fast_element == GGD_ELEMENT_BF16) {
             tile.c = got_bf16;  // the same sums, rounded
             tile.c_element = GGD_ELEMENT_BF16;
             tile.panel = own;
+            tile.a = a;
             set->int8_tile(&tile);
             reference->to_bf16(got, rounded, rows * GGD_PANEL_COLUMNS);
             expect_bytes(set->name, "int8_tile to bfloat16", rows, got_bf16, rounded, rows * GGD_PANEL_COLUMNS * sizeof *rounded);

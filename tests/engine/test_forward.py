@@ -188,13 +188,26 @@ def test_smollm2_is_computed_no_further_from_exact_than_by_llama_cpp(
 
 
 @pytest.mark.parametrize("causal_ratio", RATIOS)
-@pytest.mark.usefixtures("int8_kernels")
 def test_smollm2_in_int8_is_no_further_from_exact_than_by_llama_cpp(
     smollm2_reference: Reference, causal_ratio: float
 ) -> None:
     margin = INT8_SAMPLING if smollm2_reference.adapter.parameters else 1.0
     logits = smollm2_reference.engine_logits(causal_ratio, int8=True)
     smollm2_reference.check(causal_ratio, logits, margin=margin)
+
+
+@pytest.mark.usefixtures("int8_kernels")
+def test_smollm2_in_int8_is_as_exact_as_by_llama_cpp_on_every_kernel_set(
+    smollm2_reference: Reference,
+) -> None:
+    # One text's error is a draw: on 1,152 positions of English the sets' errors were .97 to 1.02 of
+    # llama.cpp's, on a sixth of them .76 to 1.23. Both ratios together make one draw of less variance.
+    ours, theirs = 0.0, 0.0
+    for causal_ratio in RATIOS:
+        exact = smollm2_reference.oracle[causal_ratio]
+        ours += mean_kl(exact, smollm2_reference.engine_logits(causal_ratio, int8=True))
+        theirs += mean_kl(exact, smollm2_reference.llama[causal_ratio])
+    assert ours <= INT8_SAMPLING * theirs
 
 
 @pytest.mark.parametrize("causal_ratio", RATIOS)

@@ -176,7 +176,7 @@ class Q4Model:
 
     @property
     def has_int8(self) -> bool:
-        """Whether products of the frozen weights can go in int8: not in float32, nor on every processor."""
+        """Whether products of the frozen weights can go in int8: not with compute "f32" or float weights."""
         return bool(lib.ggd_session_set_int8(self._open(), _INT8["both"]) == 0)
 
     @property
