@@ -237,10 +237,10 @@ static inline __attribute__((always_inline)) void add_chunk(const int rows, cons
 static inline __attribute__((always_inline)) const float *int8_products(const int rows, const int8_layout l, int is_unsigned,
                                                                         const uint8_t *a, size_t ld, const uint8_t *panel,
                                                                         __m256i products[INT8_ROWS]) {
-    size_t bytes_chunk = (1 + l.chunk / 4) * sizeof(__m256i);
-    const float *scales = (const float *)(panel + l.planes * (l.block / l.chunk) * bytes_chunk);
+    const size_t bytes_chunk = (1 + l.chunk / 4) * sizeof(__m256i), n_parts = l.planes * (l.block / l.chunk);
+    const float *scales = (const float *)(panel + n_parts * bytes_chunk);
 #pragma GCC unroll 8
-    for (size_t part = 0; part < l.planes * (l.block / l.chunk); part++) {
+    for (size_t part = 0; part < n_parts; part++) {
         __m256i sums[INT8_ROWS];
         add_chunk(rows, l.chunk, a + part * l.chunk % l.block, ld, panel + part * bytes_chunk, sums);
         const __m256i factor = _mm256_set1_epi16(l.planes == 2 && part > 0 ? 16 : 1);

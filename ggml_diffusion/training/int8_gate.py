@@ -1,9 +1,9 @@
 """The int8 gate: before a conversion starts, the gradient in int8 must agree with the one it replaces.
 
-Multiplying the frozen weights in int8 is faster, and coarser than bfloat16 or float32. Whether it is safe depends on the
-model and its text, so it is tried on the run's own first batch: the whole gradient is computed both ways, and
-int8 is used as far as the cosine between them is high enough: in forward and backward, else in the backward
-alone, else not at all. The decision belongs to the run: a resumed one keeps it.
+Multiplying the frozen weights in int8 is faster, and coarser than bfloat16 or float32. Whether it is safe
+depends on the model and its text, so it is tried on the run's own first batch: the whole gradient is computed
+both ways, and int8 is used as far as the cosine between them is high enough: in forward and backward, else in
+the backward alone, else not at all. The decision belongs to the run: a resumed one keeps it.
 
 Only training uses int8: figures that are compared with others are computed without it.
 
