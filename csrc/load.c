@@ -102,9 +102,10 @@ static int read_rotation(loader *l) {
         (l->arch->features & GGD_YARN_KEYS && ggd_keys_float(&l->keys, "attention.temperature_scale", 0, &model->temperature))) {
         return -1;
     }
-    if (rotated < 2 || rotated % 2 != 0 || rotated > s->head_size || original < 1) {
-        return ggd_fail("RoPE on %d of %d elements, made for %d tokens, is not supported", rotated, s->head_size, original);
+    if (rotated < 2 || rotated % 2 != 0 || rotated > s->head_size) {
+        return ggd_fail("RoPE on %d of %d elements is not supported", rotated, s->head_size);
     }
+    original = original > 0 ? original : s->context_length;  // only some scalings read it
     model->rope_kind = l->arch->rope;
     model->n_rotated = (size_t)rotated;
     model->original_context = (size_t)original;

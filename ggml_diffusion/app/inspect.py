@@ -109,7 +109,9 @@ def _file_section(file: ModelFile) -> Section:
     ):
         if key in file.metadata:
             rows.append((name, _printable(file.metadata[key])))
-    rows.append(("size", _bytes(file.path.stat().st_size)))
+    if len(file.parts) > 1:
+        rows.append(("parts", f"{len(file.parts)}, from {_printable(file.path.name)} on"))
+    rows.append(("size", _bytes(sum(part.stat().st_size for part in file.parts))))
     return Section("File", tuple(rows))
 
 

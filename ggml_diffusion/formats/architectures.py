@@ -111,7 +111,6 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         rope=Rope.PAIRS,
         features=_PRE | _FACTORS,
         biases=_EVERY_BIAS,
-        partial_rope=True,
     ),
     "mistral3": Architecture(
         "Ministral 3", rope=Rope.PAIRS, features=_PRE | _FACTORS | Feature.YARN_KEYS, biases=_EVERY_BIAS
@@ -241,7 +240,7 @@ class TensorNames(Protocol):
 
 
 def expected_tensors(
-    name: str, dims: ModelDims, n_rotated: int, present: TensorNames
+    name: str, dims: ModelDims, n_rotated: int, present: TensorNames, *, longrope: bool
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name and shape of every tensor that a model must have, and of those it may have only if it does.
 
@@ -250,6 +249,7 @@ def expected_tensors(
         dims: the model's sizes.
         n_rotated: elements of a head that RoPE turns.
         present: the tensors of the file.
+        longrope: whether that is the file's kind of RoPE scaling.
 
     """
     entry = ARCHITECTURES[name]
@@ -257,7 +257,7 @@ def expected_tensors(
     yield "output_norm.weight", (dims.C,)
     if entry.head == "required" or (entry.head == "optional" and "output.weight" in present):
         yield "output.weight", (dims.V, dims.C)
-    for factors in _factor_names(entry):
+    for factors in _factor_names(entry, longrope):
         if factors in present:
             yield factors, (n_rotated // 2,)
     for layer in range(dims.L):
@@ -275,12 +275,14 @@ def fused_projections(layer: int, present: TensorNames) -> dict[str, tuple[Targe
     return fused
 
 
-def _factor_names(entry: Architecture) -> Iterator[str]:
-    if Feature.ROPE_FACTORS in entry.features:
+def _factor_names(entry: Architecture, longrope: bool) -> Iterator[str]:
+    """All but phi3, which has no other factors, name the kind of theirs in the file."""
+    if longrope or Feature.ROPE_FACTORS not in entry.features:
+        if Feature.LONG_FACTORS in entry.features:
+            yield "rope_factors_long.weight"
+            yield "rope_factors_short.weight"
+    else:
         yield "rope_freqs.weight"
-    if Feature.LONG_FACTORS in entry.features:
-        yield "rope_factors_long.weight"
-        yield "rope_factors_short.weight"
 
 
 def _norms(entry: Architecture, dims: ModelDims) -> Iterator[tuple[str, int]]:
@@ -302,7 +304,7 @@ def _layer_tensors(
     for tensor, size in _norms(entry, dims):
         yield tensor, (size,)
     shapes: dict[str, tuple[int, int]] = {}
-    fused = f"{prefix}{_FUSED_ATTENTION}.weight" in present
+    fused = layer_tensor(0, f"{_FUSED_ATTENTION}.weight") in present  # in all layers or in none
     biases = set(entry.biases)
     if fused and not all(f"{prefix}{part.gguf_name}.bias" in present for part in _ATTENTION):
         biases -= set(_ATTENTION)  # llama.cpp takes all three beside a fused weight, or drops them

@@ -76,7 +76,7 @@ def write_gguf_adapter(
         writer = GGUFWriter(temporary, base.arch)
         try:
             _add_keys(writer, adapter.alpha, base, values)
-            for name, array in tensors.items():
+            for name, array in sorted(tensors.items()):  # one order, whatever the adapter came from
                 writer.add_tensor(name, array)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()

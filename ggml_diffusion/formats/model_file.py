@@ -66,6 +66,37 @@ _NEUTRAL_SETTINGS: Mapping[str, bool | int | float] = {
 }
 # Sizes that a file may give as a list, one a layer.
 LISTED_SIZES = ("attention.head_count", "attention.head_count_kv", "feed_forward_length")
+# The keys that the network is read from, by the type in which llama.cpp reads them.
+_KEY_TYPES = {
+    "u32": (
+        "block_count",
+        "embedding_length",
+        "context_length",
+        "attention.key_length",
+        "attention.value_length",
+        "rope.dimension_count",
+    ),
+    "f32": (
+        "attention.layer_norm_rms_epsilon",
+        "rope.freq_base",
+        "rope.scaling.factor",
+        "rope.scale_linear",
+        "rope.scaling.attn_factor",
+    ),
+    "str": ("rope.scaling.type",),
+}
+_FEATURE_KEYS: Mapping[Feature, tuple[str, ...]] = {
+    Feature.SCALE_KEYS: ("embedding_scale", "residual_scale", "logit_scale", "attention.scale"),
+    Feature.SCORE_CAP: ("attn_logit_softcapping",),
+    Feature.LOGIT_CAP: ("final_logit_softcapping",),
+    Feature.YARN_KEYS: (
+        "attention.temperature_scale",
+        "rope.scaling.yarn_beta_fast",
+        "rope.scaling.yarn_beta_slow",
+        "rope.scaling.yarn_log_multiplier",
+    ),
+}
+_PATTERN_TYPES = ("u32", "arr[bool]", "arr[u32]", "arr[i32]")
 ROPE_SCALINGS = ("none", "linear", "yarn", "longrope")
 _SPLIT_NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 MAX_PARTS = 4096
@@ -291,10 +322,12 @@ def check_model(model: ModelFile) -> None:
     kind = model.optional("general.type", "model")
     if kind != "model":
         model.fail(f"holds an {quoted(kind)}, not a model")
+    if model.metadata.get(f"{model.arch}.expert_count", 0):
+        model.fail("is a mixture of experts, in which each token takes weights of its own")
+    if any(key.startswith(f"{model.arch}.ssm.") for key in model.metadata):
+        model.fail("has recurrent layers, which cannot see what lies to their right")
     if model.arch not in ARCHITECTURES:
         model.fail(f"architecture {quoted(model.arch)} {refusal(model.arch)}")
-    if model.optional(f"{model.arch}.expert_count", 0):
-        model.fail("is a mixture of experts, in which each token takes weights of its own")
     _check_hyperparameters(model, ARCHITECTURES[model.arch])
     _check_tensors(model)
     check_tokenizer(model)
@@ -309,7 +342,7 @@ def _check_hyperparameters(model: ModelFile, entry: Architecture) -> None:
     if f"{arch}.attention.key_length" not in model.metadata and model.C % model.H:
         model.fail(f"hidden size {model.C} is not divisible by its {model.H} heads")
     if model.size("attention.value_length", model.C // model.H) != model.D:
-        model.fail(f"key '{arch}.attention.value_length' is not the head size of the keys, {model.D}")
+        model.fail(f"its value heads ('{arch}.attention.value_length') are not of the keys' size, {model.D}")
     if entry.square_queries and model.H * model.D != model.C:
         model.fail(f"{model.H} heads of {model.D} do not make up the hidden size {model.C}")
     if model.D % 2:
@@ -317,7 +350,7 @@ def _check_hyperparameters(model: ModelFile, entry: Architecture) -> None:
     if model.n_rotated % 2 or model.n_rotated > model.D:
         model.fail(f"RoPE cannot turn {model.n_rotated} elements of a head of {model.D}")
     if model.n_rotated != model.D and not entry.partial_rope:
-        model.fail(f"RoPE on {model.n_rotated} of {model.D} elements is not supported for {arch}")
+        model.fail(f"llama.cpp loads no {arch} model with RoPE on {model.n_rotated} of {model.D} elements")
     if not 0 < model.rms_eps < 1:
         model.fail(f"key '{arch}.attention.layer_norm_rms_epsilon' is {model.rms_eps}, which is not possible")
     for key, neutral in _NEUTRAL_SETTINGS.items():
@@ -325,11 +358,29 @@ def _check_hyperparameters(model: ModelFile, entry: Architecture) -> None:
         if value != neutral:
             model.fail(f"key '{arch}.{key}' is {value}; only {neutral} is supported")
     model.size("context_length")  # raises if it is missing or impossible
-    _check_rope(model)
+    _check_types(model, entry)
+    _check_rope(model, entry)
     _check_scales(model, entry)
+    _check_windows(model, entry)
 
 
-def _check_rope(model: ModelFile) -> None:
+def _check_types(model: ModelFile, entry: Architecture) -> None:
+    """Refuse a key of another type than llama.cpp reads it in, among those that the network is read from."""
+    expected = {key: kind for kind, keys in _KEY_TYPES.items() for key in keys}
+    for feature, keys in _FEATURE_KEYS.items():
+        if feature in entry.features:
+            expected |= dict.fromkeys(keys, "f32")
+    if Feature.SCALE_KEYS in entry.features:
+        expected["rope.scaling.finetuned"] = "bool"
+    if entry.window_period:
+        expected |= {"rope.freq_base_swa": "f32", "attention.sliding_window": "u32"}
+    for key, kind in expected.items():
+        full_key = f"{model.arch}.{key}"
+        if model.key_types.get(full_key, kind) != kind:
+            model.fail(f"key {quoted(full_key)} is of type {model.key_types[full_key]}, expected {kind}")
+
+
+def _check_rope(model: ModelFile, entry: Architecture) -> None:
     arch = model.arch
     if not model.rope_freq_base > 1:
         model.fail(f"key '{arch}.rope.freq_base' is {model.rope_freq_base}, which is not possible")
@@ -338,27 +389,44 @@ def _check_rope(model: ModelFile) -> None:
         model.fail(f"RoPE scaling {quoted(scaling)} is not supported; supported: {', '.join(ROPE_SCALINGS)}")
     if not model.rope_scaling_factor > 0:
         model.fail(f"key '{arch}.rope.scaling.factor' is {model.rope_scaling_factor}, which is not possible")
-    for key in ("rope.scaling.attn_factor", "rope.freq_base_swa"):
-        if not model.optional(f"{arch}.{key}", 10000.0) > 0:
-            model.fail(f"key '{arch}.{key}' is not above zero")
-    model.size("rope.scaling.original_context_length", model.context_length)
+    if not model.optional(f"{arch}.rope.scaling.attn_factor", 1.0) > 0:
+        model.fail(f"key '{arch}.rope.scaling.attn_factor' is not above zero")
+    if scaling in ("yarn", "longrope") or model.optional(f"{arch}.attention.temperature_scale", 0.0):
+        model.size("rope.scaling.original_context_length", model.context_length)
 
 
 def _check_scales(model: ModelFile, entry: Architecture) -> None:
     arch = model.arch
     if Feature.SCALE_KEYS in entry.features and not model.require(f"{arch}.logit_scale", float) > 0:
         model.fail(f"key '{arch}.logit_scale' is not above zero")
-    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
-        if model.optional(f"{arch}.{key}", 0.0) < 0:
-            model.fail(f"key '{arch}.{key}' is below zero")
-    window = model.metadata.get(f"{arch}.attention.sliding_window", 0)
-    if not isinstance(window, int) or not 0 <= window < 1 << 31:
-        model.fail(f"key '{arch}.attention.sliding_window' is no width")
+    for feature, default in ((Feature.SCORE_CAP, entry.score_cap), (Feature.LOGIT_CAP, entry.logit_cap)):
+        key = f"{arch}.{_FEATURE_KEYS[feature][0]}"
+        cap = model.optional(key, default) if feature in entry.features else 0.0
+        if cap < 0 or (cap == 0 and default):  # where there is always a cap, llama.cpp divides by it
+            model.fail(f"key '{key}' is {cap}, which is not possible")
+
+
+def _check_windows(model: ModelFile, entry: Architecture) -> None:
+    if not entry.window_period:
+        return
+    key = f"{model.arch}.attention.sliding_window"
+    window = model.optional(key, entry.window)
+    if window >= 1 << 31 or (window == 0 and entry.window):
+        model.fail(f"key '{key}' is {window}, which is not possible")
+    pattern = f"{key}_pattern"
+    kind = model.key_types.get(pattern, "u32")
+    if window and kind not in _PATTERN_TYPES:
+        model.fail(f"key '{pattern}' is of type {kind}, expected one of {', '.join(_PATTERN_TYPES)}")
+    if window and isinstance(period := model.metadata.get(pattern, 0), int) and period >= 1 << 31:
+        model.fail(f"key '{pattern}' is {period}, which is not possible")
+    if not model.optional(f"{model.arch}.rope.freq_base_swa", 10000.0) > 0:
+        model.fail(f"key '{model.arch}.rope.freq_base_swa' is not above zero")
 
 
 def _check_tensors(model: ModelFile) -> None:
     known = set()
-    for name, shape in expected_tensors(model.arch, model, model.n_rotated, model.tensors):
+    longrope = model.optional(f"{model.arch}.rope.scaling.type", "linear") == "longrope"
+    for name, shape in expected_tensors(model.arch, model, model.n_rotated, model.tensors, longrope=longrope):
         info = model.tensors.get(name)
         if info is None:
             model.fail(f"tensor {quoted(name)} is missing")

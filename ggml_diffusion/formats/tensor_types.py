@@ -1,7 +1,7 @@
 """The types in which a GGUF stores tensors that the engine can read: one table.
 
-The core has the same list by itself (csrc/model.c); tests/test_tensor_types.py compares the two. Deliberately
-not here: what the blocks hold (csrc/kernels/unpack.h, and ggml for the types without own kernels).
+The core has the same list by itself (csrc/load.c); tests/formats/test_tensor_types.py compares the two.
+Deliberately not here: what the blocks hold (csrc/kernels/unpack.h, and ggml for types without own kernels).
 Source: ggml's `ggml_type` and its type traits (ggml.h, ggml-common.h).
 """
 

@@ -58,6 +58,8 @@ def check_identity(model: Engine, tokenizer: Tokenizer) -> IdentityReport:
     """
     tokens = _sentence_tokens(tokenizer, model.file.context_length)
     reference = llama_logits(model.file.path, tokens, model.n_threads)
+    if not np.isfinite(reference).all():
+        raise UserError(f"{model.file.path}: llama.cpp itself computes no numbers for this model")
     mean_kl = mean_kl_divergence(reference, model.logits(Batch(tokens[None]))[0])
     if not mean_kl <= MEAN_KL_LIMIT:  # written so that NaN fails
         raise UserError(
@@ -113,11 +115,22 @@ def llama_logits(path: Path, tokens: NDArray[np.int32], n_threads: int) -> NDArr
         except subprocess.TimeoutExpired:
             raise UserError(f"{path}: llama.cpp did not finish within {CHILD_TIMEOUT_S:.0f} s") from None
         if done.returncode != 0 or not logits_file.exists():
-            lines = done.stderr.decode(errors="replace").split("\n")
-            last = next((line.strip() for line in reversed(lines) if line.strip()), "no message")
-            raise UserError(f"{path}: llama.cpp cannot run this model (exit code {done.returncode}): {last}")
+            reason = _reason(done.stderr.decode(errors="replace"))
+            raise UserError(
+                f"{path}: llama.cpp cannot run this model (exit code {done.returncode}): {reason}"
+            )
         logits: NDArray[np.float32] = np.load(logits_file)
         return logits
+
+
+def _reason(log: str) -> str:
+    """The line of llama.cpp's log that says why it failed: its own words, an assertion, or the last line."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    for mark in ("error loading model", "GGML_ASSERT", "error:"):
+        for line in lines:
+            if mark in line:
+                return line
+    return lines[-1] if lines else "no message"
 
 
 def child() -> None:

@@ -21,7 +21,7 @@ from ggml_diffusion.text.loader import TokenBatch
 from ggml_diffusion.training.trainer import ConversionTrainer
 
 # Training all in bfloat16, which people do, is 4.5e-3 from float32 in this measure in PyTorch on SmolLM2
-# (tests/test_peer_torch.py); int8 must not be further away than that.
+# (tests/engine/test_peer_torch.py); int8 must not be further away than that.
 MIN_COSINE = 1.0 - 4.5e-3
 _PIECE = 1 << 15
 _CHOICES: tuple[Int8, ...] = ("both", "backward")  # fastest first
@@ -38,7 +38,7 @@ class Int8Report:
     def __str__(self) -> str:
         """One line for people."""
         if not self.cosines:
-            return "no int8 products on this processor"
+            return "no int8 products: the processor has none, or a matrix of the model is not quantised"
         tried = ", ".join(f"{_PRODUCTS[products]} {cosine:.5f}" for products, cosine in self.cosines.items())
         return (
             f"int8 products, cosine of the first batch's gradient: {tried} (at least {MIN_COSINE}); "

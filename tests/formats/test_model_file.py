@@ -12,6 +12,7 @@ from conversions import refused
 from gguf_bytes import (
     BOOL,
     F32,
+    F64,
     I32,
     SIZES,
     STRING,
@@ -148,6 +149,22 @@ def sentencepiece(scores: list[object], type_id: int = F32) -> Gguf:
     return file
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("llama.attention.sliding_window", scalar(U32, 2**32 - 1)),
+        ("llama.attention.sliding_window", array(U32, [4, 8])),
+        ("llama.rope.freq_base_swa", scalar(F32, 0)),
+        ("llama.rope.scaling.original_context_length", scalar(U32, 0)),
+        ("llama.attention.scale", scalar(STRING, "none")),
+        ("tokenizer.ggml.padding_token_id", scalar(U32, 2**32 - 1)),
+        ("llama.attention.head_count_kv", array(I32, [2])),
+    ],
+)
+def test_what_is_not_needed_to_compute_is_not_judged(path: Path, key: str, value: bytes):
+    assert read_model(write_gguf(path, with_key(key, value))).G == 2
+
+
 MODEL_FAULTS: dict[str, tuple[Gguf, str]] = {
     "an adapter": (with_key("general.type", scalar(STRING, "adapter")), "holds an 'adapter', not a model"),
     "no architecture": (tiny_llama().drop("general.architecture"), "'general.architecture' is missing"),
@@ -196,7 +213,23 @@ MODEL_FAULTS: dict[str, tuple[Gguf, str]] = {
     ),
     "other value heads": (
         with_key("llama.attention.value_length", scalar(U32, 4)),
-        "value_length' is not the head size of the keys, 8",
+        "value_length') are not of the keys' size, 8",
+    ),
+    "a rotation of half a head": (
+        with_key("llama.rope.dimension_count", scalar(U32, 4)),
+        "llama.cpp loads no llama model with RoPE on 4 of 8 elements",
+    ),
+    "layers that may be negative": (
+        with_key("llama.block_count", scalar(I32, 1)),
+        "'llama.block_count' is of type i32, expected u32",
+    ),
+    "an epsilon of 64 bits": (
+        with_key("llama.attention.layer_norm_rms_epsilon", scalar(F64, 1e-5)),
+        "is of type f64, expected f32",
+    ),
+    "experts of an unknown kind": (
+        with_key("general.architecture", scalar(STRING, "dbrx")).set("dbrx.expert_count", scalar(U32, 16)),
+        "is a mixture of experts",
     ),
     "a rotation of pairs and a half": (
         with_key("llama.rope.dimension_count", scalar(U32, 5)),
@@ -218,7 +251,7 @@ MODEL_FAULTS: dict[str, tuple[Gguf, str]] = {
     "a rope base of 0": (with_key("llama.rope.freq_base", scalar(F32, 0)), "freq_base' is 0.0"),
     "a rope base of 64 bits of text": (
         with_key("llama.rope.freq_base", scalar(STRING, "1")),
-        "expected float",
+        "expected f32",
     ),
     "a scaling of another kind": (
         with_key("llama.rope.scaling.type", scalar(STRING, "dynamic")),

@@ -1,7 +1,7 @@
 """How fast weights of each type are packed for products, without the products.
 
-A section of tools/bench.py: a process a type, all take turns, and a ratio is the median of the rounds' own
-ratios. It neither prints nor judges. Letters: L layers, C hidden size, H query heads, G key/value heads,
+A section of tools/bench/bench.py: a process a type, all take turns, and a ratio is the median of the rounds'
+own ratios. It neither prints nor judges. Letters: L layers, C hidden size, H query heads, G key/value heads,
 F feed-forward size, V vocabulary.
 """
 

@@ -8,7 +8,9 @@ from rich.console import Console
 
 
 def inspect(
-    file: Annotated[Path, typer.Argument(help="A GGUF model, a GGUF adapter or adapter.safetensors.")],
+    file: Annotated[
+        Path, typer.Argument(help="A GGUF model, a GGUF adapter or adapter.safetensors.", metavar="FILE")
+    ],
 ) -> None:
     """Show what a file holds: sizes, types, settings, and whether it can be converted."""
     from ggml_diffusion.app.inspect import describe_file

@@ -74,7 +74,10 @@ class Q4Model:
         self._session: Any = ffi.NULL
         model = ffi.new("ggd_model **")
         paths = [ffi.new("char[]", os.fsencode(part)) for part in file.parts]
-        check(lib.ggd_model_load(ffi.new("char *[]", paths), len(paths), model))
+        try:
+            check(lib.ggd_model_load(ffi.new("char *[]", paths), len(paths), model))
+        except UserError as error:
+            file.fail(str(error))
         self._model = model[0]
         options = ffi.new("ggd_session_options *")
         options.n_threads = self._n_threads
