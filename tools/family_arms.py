@@ -66,10 +66,9 @@ def convert(arguments: Sequence[object], *, n_sequences: int, n_tokens: int, ran
         rank: of the adapter.
 
     Returns:
-        Bytes: planned of a step beside the model; reserved, the same of as many tokens as the identity gate
-        had, if these are more: buffers never shrink; gate_peak until the gate was done; before of what was
-        resident then, without the model's pages and the gate's buffers; training_peak from there to the end
-        of training, with model of it in the model's pages. What the system does not tell is left out.
+        Bytes: planned of a step beside the model; gate_peak until the identity gate was done; before of what
+        was resident then, without the model's pages and the gate's buffers; training_peak from there to the
+        end of training, with model of it in the model's pages. What the system does not tell is left out.
 
     Raises:
         UserError: it failed.
@@ -91,8 +90,6 @@ def _convert_child(report: str, n_sequences: str, n_tokens: str, rank: str, *arg
         n_gate = result.n_tokens
         assert isinstance(model, Q4Model)
         found["planned"] = model.describe_step(int(n_sequences), int(n_tokens), int(rank)).memory_bytes
-        n_rows, longest = max(int(n_sequences) * int(n_tokens), n_gate), max(int(n_tokens), n_gate)
-        found["reserved"] = model.memory_bytes(n_rows, longest, int(rank))
         found["gate_peak"] = peak_memory_bytes()
         reset_peak_memory()
         resident, of_model = peak_memory_bytes(), resident_bytes_of_file(model.file.path)

@@ -91,7 +91,6 @@ class Memory:
 
     Attributes:
         planned: by the engine for a step, beside the model.
-        reserved: the same of as many tokens as the identity gate had, as buffers never shrink.
         trained: of the trained numbers, once.
         gate_peak: most that was resident until the identity gate was done.
         training_peak: most that was resident from there to the end of training, pages of the model included.
@@ -100,7 +99,6 @@ class Memory:
     """
 
     planned: int
-    reserved: int
     trained: int
     gate_peak: int | None
     training_peak: int | None
@@ -109,13 +107,12 @@ class Memory:
     @classmethod
     def of(cls, found: Mapping[str, int], n_trained: int) -> Memory:
         """From what `family_arms.convert` found, and how many numbers were trained."""
-        trained, reserved = 4 * n_trained, found["reserved"]
-        bound = None
+        trained, bound = 4 * n_trained, None
         if {"before", "model"} <= found.keys():
             rest = COPIES_OF_TRAINED * trained + BYTES_OF_PYTHON
-            bound = found["before"] + found["model"] + reserved + rest
+            bound = found["before"] + found["model"] + found["planned"] + rest
         peaks = found.get("gate_peak"), found.get("training_peak")
-        return cls(found["planned"], reserved, trained, *peaks, bound)
+        return cls(found["planned"], trained, *peaks, bound)
 
     @property
     def as_planned(self) -> bool:
@@ -236,7 +233,6 @@ def table_of(results: Sequence[Result]) -> Table:
     add("file, MiB", [mebibytes(result.file_bytes) for result in results])
     for label, name in (
         ("planned for a step, MiB", "planned"),
-        ("planned with the gate's tokens, MiB", "reserved"),
         ("trained numbers, MiB", "trained"),
         ("peak until the identity gate, MiB", "gate_peak"),
         ("peak of training, MiB", "training_peak"),

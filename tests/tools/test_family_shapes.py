@@ -82,8 +82,7 @@ def test_an_effect_is_the_same_where_the_adapter_adds_no_more_than_rounding() ->
 
 def test_memory_is_judged_by_the_plan() -> None:
     found = {
-        "planned": 50 << 20,
-        "reserved": 100 << 20,
+        "planned": 100 << 20,
         "gate_peak": 9 << 30,
         "before": 60 << 20,
         "model": 200 << 20,
@@ -92,7 +91,7 @@ def test_memory_is_judged_by_the_plan() -> None:
     assert memory.bound == (60 + 200 + 100 << 20) + family_shapes.BYTES_OF_PYTHON
     assert memory.as_planned
     assert not replace(memory, training_peak=369 << 20).as_planned
-    assert Memory.of({"planned": 1, "reserved": 1}, 5).as_planned  # where the system tells nothing
+    assert Memory.of({"planned": 1}, 5).as_planned  # where the system tells nothing
 
 
 def test_a_child_that_fails_says_why_in_one_line(tmp_path: Path) -> None:
@@ -124,12 +123,12 @@ def check_that_logits_would_show(result: dict[str, Any], V: int) -> None:
 
 
 def test_results_are_shown_as_a_table() -> None:
-    memory = Memory.of({"planned": 3 << 20, "reserved": 4 << 20}, 1 << 18)
+    memory = Memory.of({"planned": 3 << 20}, 1 << 18)
     compared = {name: Compared(1e-3, 2e-3, 0.3, 0.3) for name in family_shapes.RATIOS}
     result = family_shapes.Result("some-shape", 2, 5 << 20, memory, 32.0, compared, 1.0, 2.0)
     assert result.passed
     table = table_of([result])
     assert [column.header for column in table.columns] == ["", "some-shape, 2 layers"]
-    assert list(table.columns[1].cells)[:6] == ["5", "3", "4", "1", "?", "?"]
+    assert list(table.columns[1].cells)[:6] == ["5", "3", "1", "?", "?", "?"]
     worse = replace(result, compared={**compared, "causal": Compared(1e-3, 0.3, 0.3, 0.0)})
     assert list(table_of([worse]).columns[1].cells)[-1] == "NO"
