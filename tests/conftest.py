@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gguf_bytes import tiny_llama
 from make_tiny_gguf import TENSOR_TYPES as WRITABLE_TYPES
 from make_tiny_gguf import make_tiny_gguf
 
 from ggml_diffusion.engine.cpu._native import ffi, lib
+from ggml_diffusion.formats.model_check import read_model
+from ggml_diffusion.formats.model_file import ModelFile
 from ggml_diffusion.formats.tensor_types import TENSOR_TYPES
 
 # The kernel sets with int8 products, and those of them that this processor runs.
@@ -43,6 +46,22 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> ModelFile:
+    """The header of a tiny llama with an output matrix of its own."""
+    path = tmp_path_factory.mktemp("base") / "untied.gguf"
+    path.write_bytes(tiny_llama().build())
+    return read_model(path)
+
+
+@pytest.fixture(scope="module")
+def tied_base(tmp_path_factory: pytest.TempPathFactory) -> ModelFile:
+    """The header of a tiny llama whose output matrix is the token embedding."""
+    path = tmp_path_factory.mktemp("base") / "tied.gguf"
+    path.write_bytes(tiny_llama(tied=True).build())
+    return read_model(path)
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,8 @@ from ggml_diffusion.formats.adapter_file import DiffusionCheckpoint, is_gguf
 from ggml_diffusion.formats.gguf_adapter import KEY_PREFIX, read_gguf_adapter
 from ggml_diffusion.formats.gguf_reader import StringArray
 from ggml_diffusion.formats.lora import TargetModule, lora_ranks
-from ggml_diffusion.formats.model_file import ModelFile, check_model, check_tokenizer, read_gguf
+from ggml_diffusion.formats.model_check import check_model, check_tokenizer
+from ggml_diffusion.formats.model_file import ModelFile, read_gguf
 from ggml_diffusion.formats.tensor_types import TENSOR_TYPES
 from ggml_diffusion.text.special_tokens import choose_mask_token, token_id
 

@@ -37,7 +37,8 @@ from ggml_diffusion.evaluation.scoring import OnTokens, TokenScores, scorable, s
 from ggml_diffusion.evaluation.settings import EvaluationSettings
 from ggml_diffusion.formats.adapter_file import DiffusionCheckpoint
 from ggml_diffusion.formats.lora import LoraAdapter
-from ggml_diffusion.formats.model_file import file_sha256, read_model
+from ggml_diffusion.formats.model_check import read_model
+from ggml_diffusion.formats.model_file import file_sha256
 from ggml_diffusion.generation.diffusion_model import DiffusionModel
 from ggml_diffusion.text.loader import TextDataLoader, TokenBatch
 from ggml_diffusion.text.tokenizer import Tokenizer

@@ -17,7 +17,7 @@ from ggml_diffusion.engine.open import open_engine
 from ggml_diffusion.errors import UserError, quoted
 from ggml_diffusion.formats.adapter_file import DiffusionCheckpoint
 from ggml_diffusion.formats.lora import LoraAdapter
-from ggml_diffusion.formats.model_file import read_model
+from ggml_diffusion.formats.model_check import read_model
 from ggml_diffusion.generation.denoise import DEFAULT_BLOCK_LENGTH, DenoisingStep, GenerationConfig, denoise
 from ggml_diffusion.generation.reading import ReadingRule
 from ggml_diffusion.objective.output_rows import rows_of_positions

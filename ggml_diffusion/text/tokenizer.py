@@ -24,13 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ggml_diffusion.errors import UserError, one_line
-from ggml_diffusion.formats.model_file import (
-    BPE_TOKENIZERS,
-    TOKENIZERS_WITHOUT_VOCABULARY,
-    ModelFile,
-    check_tokenizer,
-    read_gguf,
-)
+from ggml_diffusion.formats.model_check import BPE_TOKENIZERS, TOKENIZERS_WITHOUT_VOCABULARY, check_tokenizer
+from ggml_diffusion.formats.model_file import ModelFile, read_gguf
 from ggml_diffusion.text.chat_template import ChatTemplate
 from ggml_diffusion.text.special_tokens import special_ids, token_id
 

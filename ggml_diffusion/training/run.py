@@ -34,7 +34,8 @@ from ggml_diffusion.engine.interface import Engine
 from ggml_diffusion.engine.open import open_engine
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.evaluation.held_out import MaskedScore, Score, as_rows, base_score, masked_scores
-from ggml_diffusion.formats.model_file import ModelFile, read_model
+from ggml_diffusion.formats.model_check import read_model
+from ggml_diffusion.formats.model_file import ModelFile
 from ggml_diffusion.generation.diffusion_model import DiffusionModel
 from ggml_diffusion.generation.reading import ReadingRule
 from ggml_diffusion.text.loader import TextDataLoader, TokenBatch

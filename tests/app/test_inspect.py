@@ -12,7 +12,7 @@ from gguf_bytes import F32, I32, STRING, U32, Gguf, Tensor, array, scalar, tiny_
 from rich.console import Console
 
 from ggml_diffusion.app.inspect import Description, describe_file
-from ggml_diffusion.formats.model_file import read_model
+from ggml_diffusion.formats.model_check import read_model
 
 
 def rows(description: Description) -> dict[str, dict[str, str]]:

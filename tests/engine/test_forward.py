@@ -33,7 +33,7 @@ from ggml_diffusion.engine.cpu.q4_model import Q4Model
 from ggml_diffusion.engine.interface import Batch
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.formats.adapter_file import write_gguf_adapter
-from ggml_diffusion.formats.model_file import read_model
+from ggml_diffusion.formats.model_check import read_model
 from ggml_diffusion.formats.tensor_types import TENSOR_TYPES
 
 FLOAT_TYPES = {"F32", "F16", "BF16"}  # always multiplied in float32

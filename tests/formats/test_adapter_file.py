@@ -10,29 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conversions import ALPHA, MASK_TOKEN, RANK, TIME_DIM, conversion, raw_safetensors, refusal, write
-from gguf_bytes import tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.formats.adapter_file import DiffusionCheckpoint, load_adapter
 from ggml_diffusion.formats.lora import TargetModule, lora_shapes
-from ggml_diffusion.formats.model_file import ModelFile, read_model
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> ModelFile:
-    path = tmp_path_factory.mktemp("base") / "untied.gguf"
-    path.write_bytes(tiny_llama().build())
-    return read_model(path)
-
-
-@pytest.fixture(scope="module")
-def tied_base(tmp_path_factory: pytest.TempPathFactory) -> ModelFile:
-    path = tmp_path_factory.mktemp("base") / "tied.gguf"
-    path.write_bytes(tiny_llama(tied=True).build())
-    return read_model(path)
-
+from ggml_diffusion.formats.model_file import ModelFile
 
 FORMS = pytest.mark.parametrize("name", ["adapter.safetensors", "adapter.gguf"])
 

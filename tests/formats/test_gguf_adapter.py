@@ -15,21 +15,8 @@ from llama_reference import Request, llama_logits
 from ggml_diffusion.formats.adapter_file import DiffusionCheckpoint, load_adapter
 from ggml_diffusion.formats.gguf_adapter import write_gguf_adapter
 from ggml_diffusion.formats.lora import LoraAdapter
-from ggml_diffusion.formats.model_file import ModelFile, read_gguf, read_model
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> ModelFile:
-    path = tmp_path_factory.mktemp("base") / "untied.gguf"
-    path.write_bytes(tiny_llama().build())
-    return read_model(path)
-
-
-@pytest.fixture(scope="module")
-def tied_base(tmp_path_factory: pytest.TempPathFactory) -> ModelFile:
-    path = tmp_path_factory.mktemp("base") / "tied.gguf"
-    path.write_bytes(tiny_llama(tied=True).build())
-    return read_model(path)
+from ggml_diffusion.formats.model_check import read_model
+from ggml_diffusion.formats.model_file import ModelFile, read_gguf
 
 
 def test_the_gguf_holds_what_llama_cpp_asks_of_an_adapter(tmp_path: Path, base: ModelFile):

@@ -39,11 +39,8 @@ from hypothesis import strategies as st
 
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.formats import gguf_reader
-from ggml_diffusion.formats.model_file import (
-    check_model,
-    read_gguf,
-    read_model,
-)
+from ggml_diffusion.formats.model_check import check_model, read_model
+from ggml_diffusion.formats.model_file import read_gguf
 from ggml_diffusion.formats.tensor_types import TENSOR_TYPES
 
 

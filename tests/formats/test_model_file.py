@@ -30,11 +30,8 @@ from gguf_bytes import (
 )
 
 from ggml_diffusion.errors import UserError
-from ggml_diffusion.formats.model_file import (
-    file_sha256,
-    read_gguf,
-    read_model,
-)
+from ggml_diffusion.formats.model_check import read_model
+from ggml_diffusion.formats.model_file import file_sha256, read_gguf
 
 
 @pytest.fixture

@@ -15,7 +15,8 @@ from make_tiny_gguf import make_tiny_gguf
 
 from ggml_diffusion.engine.cpu.q4_model import Q4Model
 from ggml_diffusion.engine.interface import Batch
-from ggml_diffusion.formats.model_file import file_sha256, read_model
+from ggml_diffusion.formats.model_check import read_model
+from ggml_diffusion.formats.model_file import file_sha256
 
 TOKENS = np.arange(20, 44, dtype=np.int32)
 

@@ -15,7 +15,7 @@ from ggml_diffusion.engine.cpu._native import ffi, lib
 from ggml_diffusion.engine.cpu.q4_model import Q4Model
 from ggml_diffusion.engine.interface import Batch
 from ggml_diffusion.errors import UserError
-from ggml_diffusion.formats.model_file import read_model
+from ggml_diffusion.formats.model_check import read_model
 from ggml_diffusion.formats.tensor_types import TENSOR_TYPES, TensorType
 
 MORE_THAN_GGML_HAS = 100

@@ -27,7 +27,7 @@ from rich.console import Console
 
 from ggml_diffusion.engine.cpu.q4_model import Q4Model
 from ggml_diffusion.engine.interface import Batch
-from ggml_diffusion.formats.model_file import read_model
+from ggml_diffusion.formats.model_check import read_model
 
 SMALL = {"L": 2, "C": 256, "H": 4, "G": 2, "F": 512, "V": 600}
 SMALL_HEADS = {"C": 64, "H": 4, "G": 2, "D": 16, "F": 96}

@@ -20,7 +20,7 @@ from tiny_architectures import ARCHITECTURES
 
 from ggml_diffusion.engine.cpu.q4_model import Q4Model
 from ggml_diffusion.engine.interface import Batch
-from ggml_diffusion.formats.model_file import read_model
+from ggml_diffusion.formats.model_check import read_model
 from ggml_diffusion.training.identity import mean_kl_divergence
 
 SMALL = {"C": 256, "H": 4, "G": 2, "F": 512, "V": 600}

@@ -24,7 +24,8 @@ from tiny_architectures import ARCHITECTURES
 
 from ggml_diffusion.formats.architectures import ARCHITECTURES as NETWORKS
 from ggml_diffusion.formats.lora import TargetModule
-from ggml_diffusion.formats.model_file import ModelFile, read_model
+from ggml_diffusion.formats.model_check import read_model
+from ggml_diffusion.formats.model_file import ModelFile
 
 BASE = "llama"
 TYPE = "Q4_0"

@@ -9,7 +9,8 @@ from rich.text import Text
 
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.formats.adapter_file import DiffusionCheckpoint
-from ggml_diffusion.formats.model_file import file_sha256, read_model
+from ggml_diffusion.formats.model_check import read_model
+from ggml_diffusion.formats.model_file import file_sha256
 
 
 def export(

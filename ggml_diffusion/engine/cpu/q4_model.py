@@ -21,7 +21,8 @@ from ggml_diffusion.engine.memory_plan import Keep, StepPlan, plan_step
 from ggml_diffusion.engine.segments import token_array
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.formats.lora import LoraAdapter, lora_ranks
-from ggml_diffusion.formats.model_file import ModelFile, file_sha256, read_model
+from ggml_diffusion.formats.model_check import read_model
+from ggml_diffusion.formats.model_file import ModelFile, file_sha256
 
 _COMPUTE = {"fast": lib.GGD_COMPUTE_FAST, "f32": lib.GGD_COMPUTE_F32}
 _INT8: dict[Int8, int] = {
