@@ -20,7 +20,6 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "bench"))
@@ -35,7 +34,7 @@ from ggml_diffusion.engine.interface import Engine
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.text.tokenizer import Tokenizer
 from ggml_diffusion.training import run
-from ggml_diffusion.training.identity import IdentityReport, check_identity
+from ggml_diffusion.training.identity import IdentityReport, check_identity, logits_in_context, open_llama
 from ggml_diffusion.training.trainer import ConversionTrainer
 
 Logits = NDArray[np.float32]
@@ -133,23 +132,11 @@ def llama_logits(
 
 
 def _llama_child(model: str, adapter: str, token_file: str, logits_file: str, n_threads: str) -> None:
-    import llama_cpp
-
-    api: Any = llama_cpp
     tokens = np.load(token_file)
-    model_params = api.llama_model_default_params()
-    model_params.n_gpu_layers = 0
-    model_params.use_extra_bufts = False  # no second, repacked copy of the weights
-    loaded = api.llama_model_load_from_file(model.encode(), model_params)
-    if not loaded:
-        raise SystemExit("llama.cpp does not load the model")
-    params = api.llama_context_default_params()
-    params.n_ctx = params.n_batch = params.n_ubatch = max(len(tokens), 32)
-    params.n_threads = params.n_threads_batch = int(n_threads)
-    context = api.llama_init_from_model(loaded, params)
+    api, loaded, context = open_llama(model, len(tokens), int(n_threads))
     lora = api.llama_adapter_lora_init(loaded, adapter.encode())
-    if not context or not lora:
-        raise SystemExit(f"llama.cpp does not load the {'adapter' if context else 'context'}")
+    if not lora:
+        raise SystemExit("llama.cpp does not load the adapter")
     adapters, scales = (api.llama_adapter_lora_p_ctypes * 1)(lora), (ctypes.c_float * 1)(1.0)
     logits: dict[str, Logits] = {}
     for n_adapters, which in ((0, "base"), (1, "adapted")):
@@ -157,25 +144,8 @@ def _llama_child(model: str, adapter: str, token_file: str, logits_file: str, n_
             raise SystemExit("llama.cpp does not take the adapter")
         for name in PASSES:
             api.llama_set_causal_attn(context, name == "causal")
-            logits[f"{name}_{which}"] = _decoded(api, loaded, context, tokens)
+            logits[f"{name}_{which}"] = logits_in_context(api, loaded, context, tokens)
     np.savez(logits_file, **logits)  # type: ignore[arg-type]
-
-
-def _decoded(api: Any, model: Any, context: Any, tokens: NDArray[np.int32]) -> Logits:
-    api.llama_memory_clear(api.llama_get_memory(context), True)
-    batch = api.llama_batch_init(len(tokens), 0, 1)
-    batch.n_tokens = len(tokens)
-    for position, token in enumerate(tokens):
-        batch.token[position] = int(token)
-        batch.pos[position] = position
-        batch.n_seq_id[position] = 1
-        batch.seq_id[position][0] = 0
-        batch.logits[position] = 1
-    if api.llama_decode(context, batch) != 0:
-        raise SystemExit("llama_decode failed")
-    vocabulary = api.llama_vocab_n_tokens(api.llama_model_get_vocab(model))
-    shape = (len(tokens), vocabulary)
-    return np.array(np.ctypeslib.as_array(api.llama_get_logits(context), shape=shape))
 
 
 if __name__ == "__main__":

@@ -140,21 +140,42 @@ def child() -> None:
 
 
 def _run_llama(path: str, tokens: NDArray[np.int32], n_threads: int) -> NDArray[np.float32]:
+    return logits_in_context(*open_llama(path, len(tokens), n_threads), tokens)
+
+
+def open_llama(path: str, n_tokens: int, n_threads: int) -> tuple[Any, Any, Any]:
+    """llama.cpp's C API, a model and a context for that many tokens, on the CPU; for a child process.
+
+    Raises:
+        SystemExit: llama.cpp loads no model from the file, or has no context of that size.
+
+    """
     import llama_cpp
 
     api: Any = llama_cpp
     model_params = api.llama_model_default_params()
     model_params.n_gpu_layers = 0
-    model_params.use_extra_bufts = False
+    model_params.use_extra_bufts = False  # no second, repacked copy of the weights
     model = api.llama_model_load_from_file(path.encode(), model_params)
     if not model:
         raise SystemExit("the file does not load")
     params = api.llama_context_default_params()
-    params.n_ctx = params.n_batch = params.n_ubatch = max(len(tokens), 32)
+    params.n_ctx = params.n_batch = params.n_ubatch = max(n_tokens, 32)
     params.n_threads = params.n_threads_batch = n_threads
     context = api.llama_init_from_model(model, params)
     if not context:
         raise SystemExit("no context of that size")
+    return api, model, context
+
+
+def logits_in_context(api: Any, model: Any, context: Any, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
+    """Logits (T, V) of T tokens from position 0 on, whatever the context held; from what `open_llama` gave.
+
+    Raises:
+        SystemExit: llama.cpp failed.
+
+    """
+    api.llama_memory_clear(api.llama_get_memory(context), True)
     batch = api.llama_batch_init(len(tokens), 0, 1)
     batch.n_tokens = len(tokens)
     for position, token in enumerate(tokens):
@@ -163,7 +184,9 @@ def _run_llama(path: str, tokens: NDArray[np.int32], n_threads: int) -> NDArray[
         batch.n_seq_id[position] = 1
         batch.seq_id[position][0] = 0
         batch.logits[position] = 1
-    if api.llama_decode(context, batch) != 0:
+    failed = api.llama_decode(context, batch) != 0
+    api.llama_batch_free(batch)
+    if failed:
         raise SystemExit("llama_decode failed")
     vocabulary = api.llama_vocab_n_tokens(api.llama_model_get_vocab(model))
     return np.array(np.ctypeslib.as_array(api.llama_get_logits(context), shape=(len(tokens), vocabulary)))
