@@ -5,6 +5,8 @@
 
 #include <string.h>
 
+#include "few_rows.h"
+
 enum {
     PIECE = 256,             // elements unpacked at a time along a row; a multiple of every block
     ROWS_PIECE = 64,         // rows unpacked at a time across; an int8 block
@@ -288,6 +290,10 @@ static gemm_job job_of(const ggd_compute *compute, const ggd_gemm *gemm) {
 
 void ggd_gemm_run(const ggd_compute *compute, const ggd_gemm *gemm) {
     if (gemm->m == 0) {
+        return;
+    }
+    if (ggd_is_few_rows(compute, gemm)) {
+        ggd_few_rows_run(compute, gemm);
         return;
     }
     gemm_job job = job_of(compute, gemm);

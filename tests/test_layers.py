@@ -39,7 +39,7 @@ C_LAYERS = (
     {"load"},
     {"rope"},
     {"arch", "keys", "model"},
-    {"gemm"},
+    {"gemm", "few_rows"},
     {"matrix", "kernels", "threads"},
     {"error", "include/ggd"},
 )

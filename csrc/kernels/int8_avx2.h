@@ -7,7 +7,7 @@
 
 #include "rows.h"
 
-enum { STRIP = 8 };  // columns of a vector of 32-bit lanes
+enum { STRIP = GGD_STRIP_COLUMNS };  // columns of a vector of 32-bit lanes
 
 static inline float largest_of(__m256 values) {
     __m128 four = _mm_max_ps(_mm256_castps256_ps128(values), _mm256_extractf128_ps(values, 1));
@@ -59,8 +59,8 @@ static inline __attribute__((always_inline)) void round_blocks(const float *sour
     }
 }
 
-static void round_rows(const void *source, ggd_element element, size_t n, size_t block, float size, int32_t offset,
-                       uint8_t *quants, float *scales, float *sums) {
+static inline void round_rows(const void *source, ggd_element element, size_t n, size_t block, float size, int32_t offset,
+                              uint8_t *quants, float *scales, float *sums) {
     size_t whole = 0;
     if (element == GGD_ELEMENT_F32 && block == 32) {
         whole = n / 32;
@@ -119,13 +119,10 @@ static inline __m256i round_group(const float *source, size_t ld, size_t left, _
     return _mm256_shuffle_epi8(narrow, by_column);
 }
 
-// Eight floats ld apart.
+// Eight floats ld apart. Written out: a vector loaded from an array of floats just stored would wait for the stores.
 static inline __m256 load_column(const float *source, size_t ld) {
-    float values[STRIP];
-    for (size_t i = 0; i < STRIP; i++) {
-        values[i] = source[i * ld];
-    }
-    return _mm256_loadu_ps(values);
+    return _mm256_setr_ps(source[0], source[ld], source[2 * ld], source[3 * ld], source[4 * ld], source[5 * ld], source[6 * ld],
+                          source[7 * ld]);
 }
 
 #endif

@@ -13,7 +13,7 @@
 
 #include "sizes.h"
 
-enum { GGD_PANEL_COLUMNS = 32, GGD_TILE_ROWS = 12 };
+enum { GGD_PANEL_COLUMNS = 32, GGD_TILE_ROWS = 12, GGD_STRIP_COLUMNS = 8 };
 
 // Element type of activations, panels and products. Sums are float32 in both.
 typedef enum { GGD_ELEMENT_F32 = 0, GGD_ELEMENT_BF16 = 1 } ggd_element;
@@ -119,6 +119,26 @@ typedef struct {
     ggd_element c_element;  // bfloat16 only in sets whose fast_element it is
 } ggd_int8_tile;
 
+// What will be read next, to be asked for a few cache lines at a time between other work: many requests at once wait for each other, and
+// pieces of several rows are a stream to nobody but their reader. `n_rows` pieces of `bytes`, bytes_row apart.
+typedef struct {
+    const uint8_t *row;
+    size_t n_rows, bytes, bytes_row;
+    size_t at;  // asked for so far, of the row
+} ggd_fetch;
+
+static inline void ggd_fetch_lines(ggd_fetch *f, size_t n_lines) {
+    for (; n_lines > 0 && f->n_rows > 0; n_lines--) {
+        __builtin_prefetch((const void *)((uintptr_t)f->row + f->at));
+        f->at += 64;
+        if (f->at >= f->bytes) {
+            f->at = 0;
+            f->row += f->bytes_row;
+            f->n_rows--;
+        }
+    }
+}
+
 typedef struct {
     const char *name;
     ggd_element fast_element;  // what GGD_COMPUTE_FAST uses with this set
@@ -154,6 +174,16 @@ typedef struct {
     // k columns of 32 such rows to a panel, from its beginning; row strides ld and ld_scales.
     void (*int8_pack_columns)(const ggd_int8_format *format, const int8_t *quants, size_t ld, const float *scales,
                               const float *minima, size_t ld_scales, size_t k, uint8_t *panel);
+
+    // The forward's int8 products for few rows, where packing is what takes the time: narrow panels of GGD_STRIP_COLUMNS columns, whose
+    // weights fit into the first-level cache in whole rows. The bits of int8_tile. NULL in a set that has wide panels only.
+    size_t (*int8_strip_bytes)(const ggd_int8_format *format);  // of a block
+    void (*int8_pack_strip)(const ggd_int8_format *format, const int8_t *quants, size_t ld, const float *scales,
+                            const float *minima, size_t ld_scales, size_t k, uint8_t *strip);
+    // int8_unpack and int8_pack_strip in one for types where that is quicker: n k of eight rows of weights as they are stored; asks for
+    // the bytes of `next` on the way.
+    void (*int8_pack_stored[GGD_N_TYPES])(const uint8_t *source, size_t bytes_row, size_t n, uint8_t *strip, ggd_fetch *next);
+    void (*int8_strip)(const ggd_int8_tile *tile);  // C in float32
 
     void (*to_bf16)(const float *source, uint16_t *target, size_t n);
     void (*from_bf16)(const uint16_t *source, float *target, size_t n);

@@ -1,6 +1,6 @@
 // simd_avx2.c - kernels for x86-64 with AVX2 and FMA: sixteen registers, so a tile is worked off in pieces, of 6 rows x 16 columns in
 // float32. In int8 there are no instructions that add to 32 bits: products are added up in 16 bits as far as their range allows it.
-#include "int8_avx2.h"
+#include "strip_types.h"
 
 enum { BLOCK_ROWS = 6, BLOCK_COLUMNS = 16 };
 
@@ -136,16 +136,14 @@ static inline void split_planes(__m256i *groups, size_t n_groups, __m256i *high)
     }
 }
 
-static void pack_strip(const ggd_int8_format *format, const int8_layout l, const int8_t *quants, size_t ld, __m256 scales,
-                       __m256 minima, uint8_t *target) {
+// The groups of a block of eight columns, its scales and minima to their place, whose end it returns; the groups are changed.
+static inline uint8_t *store_block(const ggd_int8_format *format, const int8_layout l, __m256i *groups, __m256 scales,
+                                   __m256 minima, uint8_t *target) {
     int centre = centre_of(format);
-    __m256i groups[GGD_INT8_FORWARD_BLOCK / 4], high[GGD_INT8_FORWARD_BLOCK / 4];
+    __m256i high[GGD_INT8_FORWARD_BLOCK / 4];
     size_t n_groups = l.block / 4;
-    for (size_t i = 0; i < n_groups; i += 4) {
-        load_groups(quants + 4 * i, ld, groups + i);
-        for (size_t j = i; j < i + 4; j++) {
-            groups[j] = _mm256_sub_epi8(groups[j], _mm256_set1_epi8((char)centre));
-        }
+    for (size_t i = 0; centre != 0 && i < n_groups; i++) {
+        groups[i] = _mm256_sub_epi8(groups[i], _mm256_set1_epi8((char)centre));
     }
     if (l.planes == 2) {
         split_planes(groups, n_groups, high);
@@ -155,17 +153,37 @@ static void pack_strip(const ggd_int8_format *format, const int8_layout l, const
         target = store_chunk(high, n_groups, OFFSET, target);
     }
     _mm256_storeu_ps((float *)target, scales);
+    target += sizeof scales;
     if (l.has_minima) {  // w = scale q + minimum = scale (q - centre) + (minimum + centre scale)
-        _mm256_storeu_ps((float *)target + STRIP, _mm256_fmadd_ps(_mm256_set1_ps((float)centre), scales, minima));
+        _mm256_storeu_ps((float *)target, _mm256_fmadd_ps(_mm256_set1_ps((float)centre), scales, minima));
+        target += sizeof minima;
     }
+    return target;
 }
 
-static void int8_pack_columns(const ggd_int8_format *format, const int8_t *quants, size_t ld, const float *scales,
-                              const float *minima, size_t ld_scales, size_t k, uint8_t *panel) {
+static void pack_strip(const ggd_int8_format *format, const int8_layout l, const int8_t *quants, size_t ld, __m256 scales,
+                       __m256 minima, uint8_t *target) {
+    __m256i groups[GGD_INT8_FORWARD_BLOCK / 4];
+    for (size_t i = 0; i < l.block / 4; i += 4) {
+        load_groups(quants + 4 * i, ld, groups + i);
+    }
+    store_block(format, l, groups, scales, minima, target);
+}
+
+static inline uint8_t *store_strip(const ggd_int8_format *format, const strip_block *block, uint8_t *target) {
+    const int8_layout layout = layout_of(format);
+    __m256i groups[8];
+    memcpy(groups, block->groups, sizeof groups);
+    target = store_block(format, layout, groups, block->scales[0], block->minima, target);
+    return layout.block == 32 ? target : store_block(format, layout, groups + 4, block->scales[1], block->minima, target);
+}
+
+static inline void pack_strips(const ggd_int8_format *format, const int8_t *quants, size_t ld, const float *scales,
+                               const float *minima, size_t ld_scales, size_t k, size_t n_strips, uint8_t *panel) {
     int8_layout layout = layout_of(format);
     size_t bytes_strip = strip_bytes(layout);
     for (size_t b = 0; b < k / format->block; b++) {
-        for (size_t column = 0; column < GGD_PANEL_COLUMNS; column += STRIP, panel += bytes_strip) {
+        for (size_t column = 0; column < n_strips * STRIP; column += STRIP, panel += bytes_strip) {
             __m256 minimum = _mm256_setzero_ps(), scale = load_column(scales + column * ld_scales + b, ld_scales);
             if (layout.has_minima) {
                 minimum = load_column(minima + column * ld_scales + b, ld_scales);
@@ -175,8 +193,18 @@ static void int8_pack_columns(const ggd_int8_format *format, const int8_t *quant
     }
 }
 
-static inline __attribute__((always_inline)) void int8_pack_strip(const float *source, size_t ld, const size_t rows,
-                                                                  int is_unsigned, uint8_t *target) {
+static void int8_pack_columns(const ggd_int8_format *format, const int8_t *quants, size_t ld, const float *scales,
+                              const float *minima, size_t ld_scales, size_t k, uint8_t *panel) {
+    pack_strips(format, quants, ld, scales, minima, ld_scales, k, GGD_PANEL_COLUMNS / STRIP, panel);
+}
+
+static void int8_pack_strip(const ggd_int8_format *format, const int8_t *quants, size_t ld, const float *scales,
+                            const float *minima, size_t ld_scales, size_t k, uint8_t *strip) {
+    pack_strips(format, quants, ld, scales, minima, ld_scales, k, 1, strip);
+}
+
+static inline __attribute__((always_inline)) void round_strip(const float *source, size_t ld, const size_t rows, int is_unsigned,
+                                                              uint8_t *target) {
     float size = is_unsigned ? COARSE_SIZE : GGD_INT8_SIZE;
     __m256 largest = largest_of_columns(source, ld, rows), inverse = inverse_or_zero(largest, size);
     __m256i total = _mm256_setzero_si256();
@@ -200,9 +228,9 @@ static void int8_pack(const float *source, size_t ld, size_t rows, int is_unsign
     size_t bytes_strip = strip_bytes(layout_of(&ggd_int8_backward_format));
     for (size_t column = 0; column < GGD_PANEL_COLUMNS; column += STRIP, block += bytes_strip) {
         if (rows == GGD_INT8_MAX_BLOCK) {  // a constant: no row is asked for its number
-            int8_pack_strip(source + column, ld, GGD_INT8_MAX_BLOCK, is_unsigned, block);
+            round_strip(source + column, ld, GGD_INT8_MAX_BLOCK, is_unsigned, block);
         } else {
-            int8_pack_strip(source + column, ld, rows, is_unsigned, block);
+            round_strip(source + column, ld, rows, is_unsigned, block);
         }
     }
 }
@@ -258,8 +286,10 @@ static inline __attribute__((always_inline)) const float *int8_products(const in
     return scales;
 }
 
-static inline __attribute__((always_inline)) void int8_strip(const int rows, const int8_layout l, const int is_unsigned,
-                                                             const ggd_int8_tile *t, size_t first_row, size_t column) {
+// Eight columns of a panel in whose blocks `n_strips` strips lie.
+static inline __attribute__((always_inline)) void strip_of_rows(const int rows, const int8_layout l, const int is_unsigned,
+                                                                const size_t n_strips, const ggd_int8_tile *t, size_t first_row,
+                                                                size_t column) {
     __m256 sums[INT8_ROWS];
 #pragma GCC unroll 6
     for (int row = 0; row < rows; row++) {
@@ -268,7 +298,7 @@ static inline __attribute__((always_inline)) void int8_strip(const int rows, con
     }
     const uint8_t *a = t->a.quants + first_row * t->a.ld, *panel = t->panel + column / STRIP * strip_bytes(l);
     const float *a_scales = t->a.scales + first_row * t->a.ld_scales, *a_sums = t->a.sums + first_row * t->a.ld_scales;
-    const size_t bytes_block = strip_bytes(l) * (GGD_PANEL_COLUMNS / STRIP), blocks_scale = l.block == 16 ? 2 : 1;
+    const size_t bytes_block = strip_bytes(l) * n_strips, blocks_scale = l.block == 16 ? 2 : 1;
     for (size_t b = 0; b < t->n_blocks; b++, a += l.block, panel += bytes_block) {
         __m256i products[INT8_ROWS];
         const float *scales = int8_products(rows, l, is_unsigned, a, t->a.ld, panel, products);
@@ -289,33 +319,45 @@ static inline __attribute__((always_inline)) void int8_strip(const int rows, con
 }
 
 // All strips of a tile, with their layout as a constant.
-static inline __attribute__((always_inline)) void int8_strips(const int8_layout l, const int is_unsigned,
+static inline __attribute__((always_inline)) void int8_strips(const int8_layout l, const int is_unsigned, const size_t n_strips,
                                                               const ggd_int8_tile *t) {
     for (size_t row = 0; row < t->n_rows; row += INT8_ROWS) {
         size_t rows = t->n_rows - row < INT8_ROWS ? t->n_rows - row : INT8_ROWS;
-        for (size_t column = 0; column < GGD_PANEL_COLUMNS; column += STRIP) {
-#define STRIP_OF_ROWS(rows) int8_strip(rows, l, is_unsigned, t, row, column)
+        for (size_t column = 0; column < n_strips * STRIP; column += STRIP) {
+#define STRIP_OF_ROWS(rows) strip_of_rows(rows, l, is_unsigned, n_strips, t, row, column)
             GGD_ROWS_6(rows, STRIP_OF_ROWS)
         }
     }
 }
 
-static void int8_tile(const ggd_int8_tile *t) {
+// The forward's formats, their layouts as constants.
+static inline __attribute__((always_inline)) void forward_strips(const size_t n_strips, const ggd_int8_tile *t) {
     int8_layout layout = layout_of(&t->format);
-    if (layout.is_backward && t->a.is_unsigned) {
-        int8_strips((int8_layout){64, CHUNK_OF_64, 1, 0, 1}, 1, t);
-    } else if (layout.is_backward) {
-        int8_strips((int8_layout){64, CHUNK_OF_64, 1, 0, 1}, 0, t);
-    } else if (layout.block == 16) {
-        int8_strips((int8_layout){16, 16, 1, 0, 0}, 0, t);
+    if (layout.block == 16) {
+        int8_strips((int8_layout){16, 16, 1, 0, 0}, 0, n_strips, t);
     } else if (layout.planes == 2) {
-        int8_strips((int8_layout){32, 32, 2, 0, 0}, 0, t);
+        int8_strips((int8_layout){32, 32, 2, 0, 0}, 0, n_strips, t);
     } else if (layout.has_minima) {
-        int8_strips((int8_layout){32, 32, 1, 1, 0}, 0, t);
+        int8_strips((int8_layout){32, 32, 1, 1, 0}, 0, n_strips, t);
     } else {
-        int8_strips((int8_layout){32, 32, 1, 0, 0}, 0, t);
+        int8_strips((int8_layout){32, 32, 1, 0, 0}, 0, n_strips, t);
     }
 }
+
+static void int8_tile(const ggd_int8_tile *t) {
+    enum { STRIPS = GGD_PANEL_COLUMNS / STRIP };
+    if (!layout_of(&t->format).is_backward) {
+        forward_strips(STRIPS, t);
+    } else if (t->a.is_unsigned) {
+        int8_strips((int8_layout){64, CHUNK_OF_64, 1, 0, 1}, 1, STRIPS, t);
+    } else {
+        int8_strips((int8_layout){64, CHUNK_OF_64, 1, 0, 1}, 0, STRIPS, t);
+    }
+}
+
+static void int8_strip(const ggd_int8_tile *t) { forward_strips(1, t); }
+
+static size_t int8_strip_bytes(const ggd_int8_format *format) { return strip_bytes(layout_of(format)); }
 
 const ggd_kernels ggd_kernels_avx2 = {
     .name = "avx2",
@@ -330,5 +372,9 @@ const ggd_kernels ggd_kernels_avx2 = {
     .int8_pack = int8_pack,
     .int8_quantise = int8_quantise,
     .int8_pack_columns = int8_pack_columns,
+    .int8_strip_bytes = int8_strip_bytes,
+    .int8_pack_strip = int8_pack_strip,
+    .int8_strip = int8_strip,
+    GGD_STRIP_TYPES,
     GGD_ROW_KERNELS,
 };

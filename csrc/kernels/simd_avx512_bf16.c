@@ -1,8 +1,6 @@
 // simd_avx512_bf16.c - kernels for x86-64 with AVX-512 and its bfloat16 dot product, which multiplies two pairs of bfloat16 in each
 // 32-bit lane and adds both to a float32: twice the float32 rate.
-#include <immintrin.h>
-
-#include "rows.h"
+#include "int8_vnni.h"
 
 static inline __m512bh as_bf16(__m512i lanes) { return (__m512bh)lanes; }
 
@@ -341,6 +339,8 @@ static void int8_tile(const ggd_int8_tile *t) {
     }
 }
 
+static inline __m256i dot_bytes(__m256i sum, __m256i a, __m256i w) { return _mm256_dpbusd_epi32(sum, a, w); }
+
 extern const ggd_kernels ggd_kernels_avx512;
 static void tile_f32(const ggd_tile *t) { ggd_kernels_avx512.tile[GGD_ELEMENT_F32](t); }
 
@@ -356,5 +356,9 @@ const ggd_kernels ggd_kernels_avx512_bf16 = {
     .int8_pack = int8_pack,
     .int8_quantise = int8_quantise,
     .int8_pack_columns = int8_pack_columns,
+    .int8_strip_bytes = vnni_strip_bytes,
+    .int8_pack_strip = vnni_pack_strip,
+    .int8_strip = vnni_strip,
+    GGD_STRIP_TYPES,
     GGD_ROW_KERNELS,
 };

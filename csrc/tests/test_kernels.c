@@ -325,6 +325,41 @@ static void test_int8_tile(const ggd_kernels *set, const ggd_int8_format *format
     }
 }
 
+// Strips beside the panel of which they are columns: the bits of the set's own tile, which is held to the reference.
+static void test_int8_strip(const ggd_kernels *set, const ggd_int8_format *format, size_t n, int extreme) {
+    static float source[GGD_TILE_ROWS * LD], scales[GGD_TILE_ROWS * 20], sums[GGD_TILE_ROWS * 20];
+    static uint8_t quants[2][GGD_TILE_ROWS * LD], panel[LD * GGD_PANEL_COLUMNS * 4], strip[LD * GGD_STRIP_COLUMNS * 4];
+    static float got[GGD_TILE_ROWS * GGD_PANEL_COLUMNS], expected[GGD_TILE_ROWS * GGD_PANEL_COLUMNS];
+    ggd_int8_rows a = {quants[0], LD, scales, sums, 20, 0}, a_twin = {quants[1], LD, scales, sums, 20, 0};
+    size_t k = n / format->block * format->block;
+    fill(source, GGD_TILE_ROWS * LD, 2.0f);
+    fill_quants(format, extreme);
+    fill_rows(set, format, n, extreme, source, &a, &a_twin);
+    set->int8_pack_columns(format, int8_quants, LD, int8_scales, int8_minima, N_SCALES, k, panel);
+    for (size_t rows = 1; rows <= GGD_TILE_ROWS; rows++) {
+        ggd_int8_tile tile = {.format = *format,
+                              .n_rows = rows,
+                              .n_blocks = k / format->block,
+                              .a = a,
+                              .panel = panel,
+                              .init = rows % 2 != 0 ? source : NULL,
+                              .ld_init = LD,
+                              .c = expected,
+                              .ld_c = GGD_PANEL_COLUMNS,
+                              .c_element = GGD_ELEMENT_F32};
+        set->int8_tile(&tile);
+        tile.panel = strip;
+        for (size_t column = 0; column < GGD_PANEL_COLUMNS; column += GGD_STRIP_COLUMNS) {
+            size_t at = column * N_SCALES;
+            set->int8_pack_strip(format, int8_quants + column * LD, LD, int8_scales + at, int8_minima + at, N_SCALES, k, strip);
+            tile.init = rows % 2 != 0 ? source + column : NULL;
+            tile.c = got + column;
+            set->int8_strip(&tile);
+        }
+        expect_bytes(set->name, "int8_strip", rows, got, expected, rows * GGD_PANEL_COLUMNS * sizeof *got);
+    }
+}
+
 static void test_int8(const ggd_kernels *set, size_t n) {
     for (int element = 0; element < 2; element++) {
         test_int8_quantising(set, n, (ggd_element)element, 32, 0);
@@ -339,8 +374,33 @@ static void test_int8(const ggd_kernels *set, size_t n) {
             if (format.block != 0) {
                 test_int8_tile(set, &format, n, 0, extreme);
             }
+            if (format.block != 0 && set->int8_strip != NULL) {
+                test_int8_strip(set, &format, n, extreme);
+            }
         }
     }
+}
+
+// Strips of stored weights beside the two steps that they replace.
+static void test_int8_pack_stored(const ggd_kernels *set, ggd_type type) {
+    enum { N = 512, ROW = 2 * N + 6 };
+    static uint8_t source[GGD_STRIP_COLUMNS * ROW], got[N * GGD_STRIP_COLUMNS * 4], expected[N * GGD_STRIP_COLUMNS * 4];
+    static int8_t quants[GGD_STRIP_COLUMNS * N];
+    static float scales[GGD_STRIP_COLUMNS * N / 16], minima[GGD_STRIP_COLUMNS * N / 16];
+    const ggd_int8_format format = ggd_int8_format_of(type);
+    for (size_t i = 0; i < sizeof source; i++) {
+        source[i] =
+            (uint8_t)(128 * (1 + uniform())) & (i % 2 != 0 ? 0xbf : 0xff);  // no float16 so large that its scale is no number
+    }
+    for (size_t row = 0; row < GGD_STRIP_COLUMNS; row++) {
+        set->int8_unpack[type](source + row * ROW, N, quants + row * N, scales + row * N / 16, minima + row * N / 16);
+    }
+    memset(got, 0, sizeof got);
+    memset(expected, 0, sizeof expected);
+    set->int8_pack_strip(&format, quants, N, scales, minima, N / 16, N, expected);
+    ggd_fetch next = {.row = source, .n_rows = GGD_STRIP_COLUMNS, .bytes = ROW, .bytes_row = ROW};
+    set->int8_pack_stored[type](source, ROW, N, got, &next);
+    expect_bytes(set->name, "int8_pack_stored", (size_t)type, got, expected, sizeof got);
 }
 
 static void compare_tile(const ggd_kernels *set, ggd_element element, ggd_tile tile, size_t n_case) {
@@ -521,6 +581,11 @@ static void test_set(const ggd_kernels *set) {
     const size_t sizes[] = {1, 2, 3, 7, 16, 31, 64, 65, 128, 255, 576, 599, MAX_N};
     test_unpacking(set);
     test_int8_unpacking(set);
+    for (int type = 0; type < GGD_N_TYPES; type++) {
+        if (set->int8_pack_stored[type] != NULL) {
+            test_int8_pack_stored(set, (ggd_type)type);
+        }
+    }
     for (int element = 0; element < 2; element++) {
         if (set->tile[element] != NULL) {
             test_packing(set, element);

@@ -191,6 +191,20 @@ def test_every_flag_has_a_help_text_and_settings_have_the_settings_own():
         assert by_flag[flag].help.startswith(GenerationConfig.model_fields[field].description)
 
 
+def test_the_list_of_commands_says_what_each_says_of_itself(capsys):
+    assert run("--help") == 0
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for name, command in cli.click_group().commands.items():
+        assert f"{name} {' '.join(command.help.split()).split('. ')[0].rstrip('.')}." in shown
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["inspect", "--help"]])
+def test_a_command_imports_only_what_it_needs(arguments):
+    code = f"import sys; from ggml_diffusion.app.cli import main; main._app({arguments[:-1]}); print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"numpy", "pydantic", "gguf", "llama_cpp"} & set(loaded.stdout.split())
+
+
 def test_convert_has_the_flags_of_its_settings():
     flags = {flag for parameter in cli.click_group().commands["convert"].params for flag in parameter.opts}
     assert {

@@ -1,6 +1,7 @@
 """What the engine promises beside its arithmetic: memory policies, bits, plans, profiles."""
 
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -186,6 +187,50 @@ def test_int8_gives_the_same_bits_for_any_threads_and_policy(
         _, gradients = step(path, keep, n_threads, int8=products)
         for name, gradient in expected.items():
             np.testing.assert_array_equal(gradients[name], gradient, err_msg=name)
+
+
+@pytest.mark.usefixtures("int8_kernels")
+@pytest.mark.parametrize("type_name", QUANTISED)
+def test_few_rows_in_int8_have_the_bits_that_they_have_among_many(
+    tiny_model: TinyModel, type_name: str
+) -> None:
+    # no multiples of a strip's rows and of the piece that is unpacked at a time
+    sizes = {**sizes_for(type_name), "V": 333, "F": 1280}
+    path = tiny_model(type=type_name, **sizes)
+    lora = lora_adapter(random_adapter(oracle.load_model(str(path)), rank=3, B=1))
+    tokens = np.random.default_rng(5).integers(0, 333, (7, 13), dtype=np.int32)
+    lengths = np.array([9, 13, 13, 13, 13, 13, 13])
+    for n_threads in (1, 3):
+        with Q4Model.from_gguf(path, n_threads) as model:
+            many = model.logits(Batch(tokens, 0.4, lengths=lengths), lora, int8="both")
+            few = model.logits(Batch(tokens[:1, :9], 0.4), lora, int8="both")
+        np.testing.assert_array_equal(few[0], many[0, :9])
+
+
+def test_an_adapter_that_changed_is_read_anew(tiny_model: TinyModel) -> None:
+    path = tiny_model(type="Q4_1")
+    lora = lora_adapter(random_adapter(oracle.load_model(str(path)), rank=3, B=1))
+    name = next(iter(lora.tensors))
+    batch = Batch(np.arange(6, dtype=np.int32)[None])
+    with Q4Model.from_gguf(path, 1) as model:
+
+        def logits() -> NDArray[np.float32]:
+            return model.logits(batch, lora)
+
+        first = logits()
+        np.testing.assert_array_equal(logits(), first)
+        lora.tensors[name] *= 2.0  # in place, as training does
+        in_place = logits()
+        lora.tensors[name] = lora.tensors[name] * np.float32(2.0)
+        replaced = logits()
+        lora.alpha *= 2.0
+        scaled = logits()
+        lora.tensors[name] = np.full_like(lora.tensors[name], np.nan)
+        with pytest.raises(UserError, match="NaN"):
+            logits()
+        assert not np.array_equal(model.logits(batch), scaled)
+    states = [first, in_place, replaced, scaled]
+    assert all(not np.array_equal(a, b) for a, b in pairwise(states))
 
 
 def test_int8_is_refused_where_the_model_computes_in_float32(tiny_model: TinyModel) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import bench
 import bench_architectures
+import bench_few_rows
 import bench_packing
 import bench_sections
 import numpy as np
@@ -38,6 +39,7 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     """No figure is looked at, so none has to be good."""
     monkeypatch.setattr(bench_sections, "PEAK_TIME_S", 0.01)
     monkeypatch.setattr(bench_sections, "DENOISING_STEPS", (1, 3))
+    monkeypatch.setattr(bench_few_rows, "REPEATS", 1)
 
 
 def settings_for(folder: Path, model: Path) -> Settings:
@@ -84,11 +86,11 @@ def test_the_benchmark_of_a_tiny_model_gives_tables_and_json(
 ) -> None:
     model, written = tiny_model(type="Q4_1", V=600), tmp_path / "figures.json"
     options = ["--model", str(model), "--rounds", "1", "--n-threads", "2", "--folder", str(tmp_path)]
-    sections = ["--machine", "--step", "--generation", "--work", "keep boundaries"]
+    sections = ["--machine", "--step", "--generation", "--few-rows", "--work", "keep boundaries"]
     assert bench.main([*sections, *options, "--json", str(written)]) == 0
     shown = capsys.readouterr().out
     figures = json.loads(written.read_text())
-    for title in ("Machine", "Training step", "Shares of the step's time", "Generation"):
+    for title in ("Machine", "Training step", "Shares of the step's time", "Generation", "few rows"):
         assert title in shown
     assert figures["machine"]["kernels"] and len(figures["machine"]["peak_gflops"]) >= 2
     (step,) = figures["step"]
@@ -104,6 +106,10 @@ def test_the_benchmark_of_a_tiny_model_gives_tables_and_json(
     assert parallel + ours["serial_share"] == pytest.approx(1.0, abs=1e-9)
     assert 0.0 < ours["optimizer_share"] <= ours["serial_share"]
     assert [row["steps"] for row in figures["generation"]] == [1, 3]
+    assert [row["n_rows"] for row in figures["few-rows"]] == [1, 4, 8, 16, 32]
+    assert all(
+        row["time_s"]["median"] > 0 and row["peer_time_s"]["median"] > 0 for row in figures["few-rows"]
+    )
 
 
 def test_a_section_with_nothing_to_measure_says_so(

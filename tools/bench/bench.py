@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the makers of mo
 import bench_sections as sections
 from bench_architectures import architectures
 from bench_arms import ArmFailed
+from bench_few_rows import few_rows
 from bench_packing import packing
 from bench_report import show
 from bench_sections import Settings
@@ -41,6 +42,7 @@ SECTIONS: Mapping[str, tuple[Callable[[Settings], Any], str]] = {
     "architectures": (architectures, "a training step of each architecture, beside llama of the same sizes"),
     "threads": (sections.threads, "one thread against all, and the projection to 7B on 16 cores"),
     "generation": (sections.generation, "denoising at several numbers of steps"),
+    "few-rows": (few_rows, "a pass of 1 to 32 rows, beside llama.cpp"),
     "kernels": (sections.kernels, "training steps with kernels switched off, against PyTorch float32"),
     "large": (sections.large, "one step of a whole 7B model: takes minutes and 4 GB of disk"),
 }
@@ -59,6 +61,9 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write the figures there too")
     parser.add_argument("--peer-python", type=Path, help="Python with torch, transformers, peft, gguf")
     parser.add_argument("--peer-dtype", choices=("bf16", "f32"), default="bf16", help="of the peer's steps")
+    parser.add_argument(
+        "--peer-llama", type=Path, help="Python with another llama-cpp-python for --few-rows than this one's"
+    )
     parser.add_argument("--model", type=Path, help="GGUF of the steps; SmolLM2-135M Q4_1 if left out")
     parser.add_argument("--folder", type=Path, help="keep generated models there, to be used again")
     parser.add_argument("--work", default="", help="only training steps whose name contains this")
@@ -81,7 +86,7 @@ def measure(chosen: Sequence[str], settings: Settings, console: Console, json_pa
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure what the command line asks for; 2 = something to put right."""
     options = parsed(arguments)
-    named = [name for name in SECTIONS if getattr(options, name)]
+    named = [name for name in SECTIONS if getattr(options, name.replace("-", "_"))]
     chosen = named or [name for name in SECTIONS if name not in LEFT_OUT]
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
@@ -95,6 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 peer_python=options.peer_python,
                 peer_dtype=options.peer_dtype,
                 work=options.work,
+                peer_llama=options.peer_llama,
             )
             console = Console(width=None if sys.stdout.isatty() else WIDTH_OF_FILES)
             measure(chosen, settings, console, options.json)

@@ -210,6 +210,24 @@ def generation_tables(result: Sequence[Row]) -> list[Table]:
     return [table_of(title, ["steps", "tokens/s", "s a step"], rows)]
 
 
+def few_rows_tables(result: Sequence[Row]) -> list[Table]:
+    """A pass of a few rows beside llama.cpp's."""
+    rows = [
+        [
+            str(row["n_rows"]),
+            *(_milliseconds(row[name]) for name in ("time_s", "peer_time_s")),
+            figure(row["ratio"], ".2f"),
+        ]
+        for row in result
+    ]
+    title = f"A pass of few rows, {result[0]['kernels']}, ms"
+    return [table_of(title, ["rows", "ggml-diffusion", "llama.cpp", "of it"], rows)]
+
+
+def _milliseconds(values: Mapping[str, float]) -> str:
+    return figure({name: 1e3 * value for name, value in values.items()}, ".1f")
+
+
 TABLES: Mapping[str, Callable[[Any], list[Table]]] = {
     "machine": machine_tables,
     "products": product_tables,
@@ -219,6 +237,7 @@ TABLES: Mapping[str, Callable[[Any], list[Table]]] = {
     "threads": thread_tables,
     "kernels": lambda result: step_tables("Kernels switched off, float32", result),
     "generation": generation_tables,
+    "few-rows": few_rows_tables,
     "large": lambda result: step_tables("A whole 7B model", result),
 }
 

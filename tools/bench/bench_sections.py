@@ -68,6 +68,7 @@ class Settings:
         peer_python: interpreter with PyTorch and PEFT, None = no peer.
         peer_dtype: "bf16" or "f32".
         work: only steps whose name contains this.
+        peer_llama: interpreter with another llama-cpp-python, None = this one.
 
     """
 
@@ -78,6 +79,7 @@ class Settings:
     peer_python: Path | None
     peer_dtype: str
     work: str
+    peer_llama: Path | None = None
 
 
 @dataclass(frozen=True)

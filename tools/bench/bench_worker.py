@@ -11,6 +11,7 @@ run would choose, or one of the engine's own names.
 from __future__ import annotations
 
 import pydoc_data.topics
+import statistics
 import time
 from typing import Any
 
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from ggml_diffusion.config.groups import MaskAnnealingConfig, NoiseScheduleConfig, QLoraConversionConfig
 from ggml_diffusion.config.settings import ConversionTrainingConfig
 from ggml_diffusion.engine.cpu.q4_model import Q4Model
-from ggml_diffusion.engine.interface import Batch, LossResult
+from ggml_diffusion.engine.interface import Batch, Int8, LossResult
 from ggml_diffusion.formats.lora import LoraAdapter, TargetModule
 from ggml_diffusion.generation.denoise import GenerationConfig
 from ggml_diffusion.generation.diffusion_model import DiffusionModel
@@ -206,6 +207,17 @@ class Worker:
         parts = self.model.profile()
         return {"forward_s": parts["frozen forward"], "backward_s": parts["frozen backward"]}
 
+    def pass_of(self, n_rows: int, repeats: int) -> Reply:
+        """Median seconds of a pass of a sequence of so many tokens, with all logits; in int8 where it can."""
+        batch = Batch(self._tokens(n_rows)[None], causal_ratio=0.0)
+        int8: Int8 = "both" if self.model.has_int8 else "none"
+        times_s = []
+        for _ in range(repeats):
+            started_s = time.perf_counter()
+            self.model.logits(batch, int8=int8)
+            times_s.append(time.perf_counter() - started_s)
+        return {"time_s": statistics.median(times_s), "parts_s": self.model.profile()}
+
     def generate(self, prompt_length: int, length: int, steps: int) -> Reply:
         """Denoise `length` tokens after a prompt in `steps` steps."""
         assert self.trainer is not None
@@ -220,7 +232,7 @@ class Worker:
 def start(job: Reply) -> dict[str, Action]:
     """The actions of a job by name."""
     worker = Worker(job)
-    names = ("describe", "peak", "packing", "memory", "step", "products", "generate")
+    names = ("describe", "peak", "packing", "memory", "step", "products", "pass_of", "generate")
     return {name: getattr(worker, name) for name in names}
 
 

@@ -7,36 +7,63 @@ SIGTERM with everything saved. Deliberately not here: any work, and the commands
 import contextlib
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from importlib import import_module
 from typing import Any, NoReturn
 
 import typer
 
-from ggml_diffusion.app.cli.convert import convert
-from ggml_diffusion.app.cli.demo import demo
-from ggml_diffusion.app.cli.evaluate import evaluate
-from ggml_diffusion.app.cli.export import export
-from ggml_diffusion.app.cli.generate import generate
-from ggml_diffusion.app.cli.inspect import inspect
 from ggml_diffusion.errors import UserError
 
-app = typer.Typer(
-    name="ggml-diffusion",
-    help="Turn an autoregressive GGUF language model into a masked-diffusion one, on the CPU.",
-    add_completion=False,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-)
-_EXAMPLES: dict[Callable[..., None], str] = {
-    convert: "convert model.gguf --data books/ --output run --preset laptop",
-    generate: 'generate model.gguf run --prompt "Once upon a time" --length 32',
-    evaluate: "evaluate model.gguf run --output run/evaluation",
-    export: "export run my-adapter.gguf",
-    inspect: "inspect model.gguf",
-    demo: "demo --output demo-run",
+# Name, what the list of commands says of it (the first sentence of its own help), and an example.
+_COMMANDS = {
+    "convert": (
+        "Convert a GGUF model: train its adapter on text and export it.",
+        "convert model.gguf --data books/ --output run --preset laptop",
+    ),
+    "generate": (
+        "Write text by denoising.",
+        'generate model.gguf run --prompt "Once upon a time" --length 32',
+    ),
+    "evaluate": (
+        "Measure a conversion on held-out text, beside the base and the base before the first step.",
+        "evaluate model.gguf run --output run/evaluation",
+    ),
+    "export": ("Write a conversion as another file.", "export run my-adapter.gguf"),
+    "inspect": (
+        "Show what a file holds: sizes, types, settings, and whether it can be converted.",
+        "inspect model.gguf",
+    ),
+    "demo": (
+        "Convert SmolLM2-135M on Python's own help texts, show figures before and after, and write a sample.",
+        "demo --output demo-run",
+    ),
 }
-for _command, _example in _EXAMPLES.items():
-    app.command(epilog=f"Example: ggml-diffusion {_example}")(_command)
+
+
+def _app(wanted: Collection[str]) -> typer.Typer:
+    """The command line. Commands that are not wanted are names in a list: importing all takes longer than most."""
+    app = typer.Typer(
+        name="ggml-diffusion",
+        help="Turn an autoregressive GGUF language model into a masked-diffusion one, on the CPU.",
+        add_completion=False,
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+    )
+    for name, (summary, example) in _COMMANDS.items():
+        command = _imported(name) if name in wanted else _listed
+        help_text = None if name in wanted else summary
+        app.command(name, help=help_text, epilog=f"Example: ggml-diffusion {example}")(command)
+    return app
+
+
+def _imported(name: str) -> Callable[..., None]:
+    command: Callable[..., None] = getattr(import_module(f"ggml_diffusion.app.cli.{name}"), name)
+    return command
+
+
+def _listed() -> None:
+    """Stand in the list for a command that is not run."""
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -45,7 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         with contextlib.suppress(AttributeError):  # a stream that a test put there
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
-        app(args=None if arguments is None else list(arguments))
+        given = sys.argv[1:] if arguments is None else list(arguments)
+        _app([name for name in _COMMANDS if name in given])(args=given)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -56,4 +84,4 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 def click_group() -> Any:
     """The commands as click sees them, with their parameters; docs/cli.md is made from them."""
-    return typer.main.get_command(app)
+    return typer.main.get_command(_app(_COMMANDS))

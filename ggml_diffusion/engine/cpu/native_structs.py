@@ -120,9 +120,9 @@ class NativeAdapter:
         self, adapter: LoraAdapter | None, gradients: Mapping[str, NDArray[np.float32]] | None
     ) -> None:
         self.struct = ffi.NULL
+        self._parts = _parts_of(adapter)  # the arrays live as long as the struct that points to them
         if adapter is None:
             return
-        self._adapter = adapter
         ranks = lora_ranks(adapter.tensors)
         self._pairs = ffi.new("ggd_lora_pair[]", max(len(ranks), 1))
         for pair, (name, rank) in zip(self._pairs, ranks.items(), strict=False):
@@ -143,6 +143,20 @@ class NativeAdapter:
             if gradients is not None and MASK_EMBEDDING in gradients:
                 shapes = {MASK_EMBEDDING: adapter.mask_embedding}
                 self.struct.grad_mask_embedding = _gradient(MASK_EMBEDDING, shapes, gradients)
+
+    def is_of(self, adapter: LoraAdapter | None) -> bool:
+        """Whether this is the struct of an adapter: of the same arrays, whatever they hold now."""
+        own, others = self._parts, _parts_of(adapter)
+        return len(own) == len(others) and all(
+            a is b or (not isinstance(a, np.ndarray) and a == b) for a, b in zip(own, others, strict=True)
+        )
+
+
+def _parts_of(adapter: LoraAdapter | None) -> list[Any]:
+    if adapter is None:
+        return []
+    parts = [adapter.alpha, adapter.mask_token_id, adapter.mask_embedding]
+    return [*parts, *adapter.tensors, *adapter.tensors.values()]
 
 
 def _gradient(

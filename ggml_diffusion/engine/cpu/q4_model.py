@@ -73,6 +73,7 @@ class Q4Model:
         self._compute = compute
         self._model: Any = ffi.NULL
         self._session: Any = ffi.NULL
+        self._adapter = NativeAdapter(None, None)  # of the last call without gradients
         model = ffi.new("ggd_model **")
         paths = [ffi.new("char[]", os.fsencode(part)) for part in file.parts]
         try:
@@ -361,6 +362,12 @@ class Q4Model:
     def _native_adapter(
         self, adapter: LoraAdapter | None, gradients: Mapping[str, NDArray[np.float32]] | None
     ) -> NativeAdapter:
+        """An adapter as a struct, kept by calls without gradients: its checks take as long as a few rows."""
+        if gradients is None and self._adapter.is_of(adapter):
+            return self._adapter
         if adapter is not None:
             adapter.check(self._file)
-        return NativeAdapter(adapter, gradients)
+        native = NativeAdapter(adapter, gradients)
+        if gradients is None:
+            self._adapter = native
+        return native
