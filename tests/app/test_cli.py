@@ -200,7 +200,8 @@ def test_the_list_of_commands_says_what_each_says_of_itself(capsys):
 
 @pytest.mark.parametrize("arguments", [["--help"], ["inspect", "--help"]])
 def test_a_command_imports_only_what_it_needs(arguments):
-    code = f"import sys; from ggml_diffusion.app.cli import main; main._app({arguments[:-1]}); print(*sys.modules)"
+    code = f"import sys; from ggml_diffusion.app.cli import main; main._app({arguments[:-1]})"
+    code += "; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"numpy", "pydantic", "gguf", "llama_cpp"} & set(loaded.stdout.split())
 
