@@ -42,7 +42,7 @@ _COMMANDS = {
 
 
 def _app(wanted: Collection[str]) -> typer.Typer:
-    """The command line. Commands that are not wanted are names in a list: importing all takes longer than most."""
+    """The command line. Commands that are not wanted are names in a list: importing all takes time."""
     app = typer.Typer(
         name="ggml-diffusion",
         help="Turn an autoregressive GGUF language model into a masked-diffusion one, on the CPU.",
