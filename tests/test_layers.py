@@ -33,7 +33,7 @@ PYTHON_LAYERS = (
 # Wings that do not know each other, though the order would let the upper ones see the lower ones.
 APART = ("objective", "engine", "text")
 C_LAYERS = (
-    {"api", "tests/test_kernels"},
+    {"api", "tests/test_kernels", "tests/test_int8", "tests/checks"},
     {"session", "transformer", "peak"},
     {"linear", "attention", "ops", "loss"},
     {"load"},

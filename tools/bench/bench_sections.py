@@ -156,6 +156,7 @@ class Work:
 WORKS = (
     Work("q,k,v,o 8x256", 8, 256),
     Work("q,k,v,o 8x256, 300 MiB", 8, 256, memory_mib=300),
+    Work("q,k,v,o 8x256, 700 MiB", 8, 256, memory_mib=700),
     Work("q,k,v,o 8x256, no int8", 8, 256, int8=False, has_peer=False),
     Work("q,k,v,o 8x256, keep without-ffn", 8, 256, keep="without-ffn", has_peer=False),
     Work("q,k,v,o 8x256, keep boundaries", 8, 256, keep="boundaries", has_peer=False),

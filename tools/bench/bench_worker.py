@@ -4,8 +4,8 @@ A training step is `ConversionTrainer.train_step`, all of it: drawing the noise,
 AdamW. What is measured with what is the business of bench_sections.py.
 
 The job (argv[1], JSON): model, n_threads, compute, keep, memory_mib, int8, batch_size, sequence_length, rank,
-targets, train. int8: False = no such products, True = as a
-run would choose, or one of the engine's own names.
+targets, train. int8: False = no such products, True = forward and
+backward where the engine can, or one of the engine's own names.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from ggml_diffusion.generation.diffusion_model import DiffusionModel
 from ggml_diffusion.objective.output_rows import to_output_rows
 from ggml_diffusion.text.loader import TokenBatch
 from ggml_diffusion.text.tokenizer import Tokenizer
-from ggml_diffusion.training.int8_gate import choose_int8
 from ggml_diffusion.training.trainer import ConversionTrainer
 
 CHARACTERS_A_TOKEN = 10  # surely more than a token has on average
@@ -65,7 +64,7 @@ def training_config(job: Reply) -> ConversionTrainingConfig:
             target_modules=tuple(TargetModule(name) for name in job["targets"]),
             mask_annealing=MaskAnnealingConfig(total_steps=0, final_causal_ratio=CAUSAL_RATIO),
         ),
-        noise_schedule=NoiseScheduleConfig(type="linear"),
+        noise_schedule=NoiseScheduleConfig(type="linear", min_time=0.05),  # as in the presets
     )
 
 
@@ -83,7 +82,7 @@ class Worker:
         self.tokenizer = Tokenizer.from_gguf(job["model"])
         self.trainer = ConversionTrainer(self.model, training_config(job)) if job["train"] else None
         if self.trainer is not None and job["int8"] is True:
-            choose_int8(self.trainer, self._batch(job["batch_size"], job["sequence_length"]))
+            self.trainer.int8 = "both" if model.has_int8 else "none"
         elif self.trainer is not None and job["int8"]:
             self.trainer.int8 = job["int8"]
 
