@@ -25,7 +25,7 @@ typedef struct {
     const ggd_compute *compute;
     const ggd_gemm *gemm;
     ggd_int8_format format;
-    size_t n_panels, panels_item;  // of 32 columns of C; together by one thread
+    size_t n_panels, n_items;  // of 32 columns of C; pieces of them that one thread takes together
 } few_job;
 
 int ggd_is_few_rows(const ggd_compute *compute, const ggd_gemm *gemm) {
@@ -142,8 +142,8 @@ static void few_panel(const few_job *job, size_t column, uint8_t *scratch) {
 
 static void few_item(void *context, size_t item, size_t thread) {
     const few_job *job = context;
-    size_t end = ggd_min((item + 1) * job->panels_item, job->n_panels);
-    for (size_t panel = item * job->panels_item; panel < end; panel++) {
+    size_t end = (item + 1) * job->n_panels / job->n_items;
+    for (size_t panel = item * job->n_panels / job->n_items; panel < end; panel++) {
         few_panel(job, panel * GGD_PANEL_COLUMNS, ggd_scratch(job->compute, thread));
     }
 }
@@ -152,6 +152,6 @@ static void few_item(void *context, size_t item, size_t thread) {
 void ggd_few_rows_run(const ggd_compute *compute, const ggd_gemm *gemm) {
     few_job job = {.compute = compute, .gemm = gemm, .format = ggd_gemm_int8_format(GGD_TIMES_WT, &gemm->w)};
     job.n_panels = ggd_ceil_div(gemm->w.n_rows, GGD_PANEL_COLUMNS);
-    job.panels_item = ggd_ceil_div(job.n_panels, ITEMS_A_THREAD * ggd_threads_count(compute->threads));
-    ggd_parallel(compute->threads, gemm->part, ggd_ceil_div(job.n_panels, job.panels_item), few_item, &job);
+    job.n_items = ggd_min(ITEMS_A_THREAD * ggd_threads_count(compute->threads), job.n_panels);
+    ggd_parallel(compute->threads, gemm->part, job.n_items, few_item, &job);
 }
