@@ -1,0 +1,83 @@
+"""Words remembered one by one have the tokens that llama.cpp gives the whole text, whatever the vocabulary."""
+
+import pydoc_data.topics
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf_changes import with_vocabulary_keys
+from tiny_vocabularies import FAMILIES
+
+from ggml_diffusion.formats.model_file import read_gguf
+from ggml_diffusion.text import word_cache
+from ggml_diffusion.text.tokenizer import Tokenizer
+from ggml_diffusion.text.word_cache import WordCache
+
+# What expressions of pre-tokenizers treat differently, and words that are cut.
+PARTS = (
+    *"aBzQ09.,'!-_/<>|\t\n\r\u00a0\u3000\u200d\x00\x7f",
+    *(" " * 6),
+    *("the", "Sand", "in", "SEA", "and", "'s", "'LL", "’t", "12", "1234567", "...", "),(", "\r\n", "\n\n", "  "),
+    *("ä", "ß", "É", "и", "Ж", "字", "かな", "한", "é", "🙂", "a🙂b", "Ⅻ", "½", "ﬁ", "ʼ"),
+    *("<think>", "</s>", "<tool_call>", "|||EMAIL_ADDRESS|||", "<|eos|>", "▁"),
+)
+
+
+def random_text(generator: random.Random) -> str:
+    parts = generator.choices(PARTS, k=generator.randint(0, 60))
+    return "".join(part + generator.choice(("", " ", " ", " a", "x ")) for part in parts)
+
+
+def assert_same_tokens(tokenizer: Tokenizer, n_texts: int) -> None:
+    cache = WordCache(tokenizer)
+    assert cache.cuts
+    generator = random.Random(7)
+    for _ in range(n_texts):
+        text = random_text(generator)
+        for continued in (False, True):
+            expected = tokenizer.encode(text, continued=continued)
+            assert np.array_equal(cache.encode(text, continued=continued), expected), repr(text)
+
+
+def with_tokens_across_blanks(source: Path, path: Path, pre: str) -> Path:
+    """A byte-level vocabulary that would merge the end of each word with the blank behind it, and more.
+
+    So where its pre-tokenizer does not end words, text that is cut there has other tokens.
+    """
+    metadata = read_gguf(source).metadata
+    tokens, types = list(metadata["tokenizer.ggml.tokens"]), list(metadata["tokenizer.ggml.token_type"])
+    merges = list(metadata["tokenizer.ggml.merges"])
+    across = [f"{end} Ġ" for end in "adeknxzAQLdES0129.,'!-/<>|)"] + ["dĠ s", "dĠs e", "xĠ a", ".Ġ t", "2Ġ a"]
+    unused = iter(place for place, kind in enumerate(types) if kind == 5)  # UNUSED
+    for merge in across:
+        if merge not in merges:
+            place = next(unused)
+            tokens[place], types[place] = merge.replace(" ", ""), 1  # NORMAL
+    merges = [*across, *(merge for merge in merges if merge not in across)]
+    keys = {"pre": pre, "tokens": tokens, "token_type": [int(kind) for kind in types], "merges": merges}
+    return with_vocabulary_keys(source, path, keys)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "spm", *FAMILIES])
+def test_every_family_has_the_tokens_of_the_whole_text(tiny_model, kind):
+    assert_same_tokens(Tokenizer.from_gguf(tiny_model(tokenizer=kind, V=512, L=1)), 150)
+
+
+@pytest.mark.parametrize("pre", sorted(word_cache._CUT_THERE - {""}))
+def test_every_pre_tokenizer_that_is_cut_has_the_tokens_of_the_whole_text(tiny_model, tmp_path, pre):
+    path = with_tokens_across_blanks(tiny_model(L=1, V=512), tmp_path / "pre.gguf", pre)
+    assert_same_tokens(Tokenizer.from_gguf(path), 40)
+
+
+@pytest.mark.parametrize("pre", ["superbpe", "exaone-moe"])
+def test_a_pre_tokenizer_that_ends_no_word_there_is_not_cut(tiny_model, tmp_path, monkeypatch, pre):
+    path = with_tokens_across_blanks(tiny_model(L=1, V=512), tmp_path / "pre.gguf", pre)
+    tokenizer = Tokenizer.from_gguf(path)
+    text = "the sand and the sea"
+    expected = tokenizer.encode(text).tolist()
+    cache = WordCache(tokenizer)
+    assert not cache.cuts
+    assert cache.encode(text).tolist() == expected
+    monkeypatch.setattr(cache, "cuts", True)  # so that the vocabulary of these tests shows the difference
+    assert cache.encode(text).tolist() != expected
