@@ -1,8 +1,8 @@
 """What this process may use of the machine: processors and memory, and the room on a disk.
 
-A container is a control group of Linux with limits of its own, and counts as the machine: version 1 and 2, and
-every group above the process's own. Deliberately not here: what is done with it. Sources: cgroups(7), the
-kernel's admin-guide/cgroup-v1/memory.rst and admin-guide/cgroup-v2.rst, proc(5).
+A container is a control group of Linux with limits of its own, and counts as the machine: version 1 and 2,
+and every group above the process's own. Deliberately not here: what is done with it. Sources: cgroups(7),
+the kernel's admin-guide/cgroup-v1/memory.rst and admin-guide/cgroup-v2.rst, proc(5).
 """
 
 import math
@@ -78,22 +78,19 @@ def _memory_limits(root: Path) -> Iterator[tuple[Path, int]]:
 
 def _control_groups(controller: str, root: Path) -> Iterator[Path]:
     """Folders of the control groups of this process, its own first, then those above it that can be seen."""
-    own = {}
+    own: dict[str, str] = {}
     for line in _text(root / "proc/self/cgroup").splitlines():
         _, _, rest = line.partition(":")
         names, _, group = rest.partition(":")
-        own |= dict.fromkeys(names.split(","), group)  # version 2 has the name ""
+        own.update(dict.fromkeys(names.split(","), group))  # version 2 has the name ""
     for line in _text(root / "proc/self/mountinfo").splitlines():
         place, _, mounted = line.partition(" - ")
-        fields, (kind, *_, options) = place.split(), mounted.split() or [""]
-        if kind == "cgroup2":
-            group = own.get("")
-        elif kind == "cgroup" and controller in options.split(","):
-            group = own.get(controller)
-        else:
+        fields, (kind, _, options) = place.split(), mounted.partition(" ")
+        is_one = kind == "cgroup" and controller in options.split(" ")[-1].split(",")
+        name = controller if is_one else ""
+        if not (is_one or kind == "cgroup2") or name not in own or len(fields) < 5:
             continue
-        if group is None or len(fields) < 5:
-            continue
+        group = own[name]
         # Inside a container the mount shows a part of the groups only, often none above the process's own.
         mount_root, mount = fields[3].rstrip("/"), root / fields[4].lstrip("/")
         inside = group[len(mount_root) :] if f"{group}/".startswith(f"{mount_root}/") else ""

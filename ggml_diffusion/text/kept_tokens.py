@@ -38,6 +38,7 @@ from ggml_diffusion.text.token_store import (
 from ggml_diffusion.text.tokenising import OnProgress, tokenise
 from ggml_diffusion.text.tokenizer import Tokenizer
 
+TOKENS = "tokens"  # the folder's name in that of a run
 _NAME_DIGITS = 16
 _SMALL_VOCABULARY = 1 << 16  # token numbers of two bytes
 

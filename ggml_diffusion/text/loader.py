@@ -31,6 +31,7 @@ from ggml_diffusion.randomness import Stream, generator_of
 from ggml_diffusion.text.kept_tokens import Reading, keep_only, open_tokens
 from ggml_diffusion.text.prompts import TextEncoder
 from ggml_diffusion.text.sequences import Sequences
+from ggml_diffusion.text.token_store import chunks
 
 Split = Literal["train", "held_out", "all"]
 
@@ -202,6 +203,14 @@ class TextDataLoader:
         """The split's sequences in the order of the text, none longer than T; each is read when asked for."""
         return _SplitSequences(self._sequences, self._rows)
 
+    def token_counts(self, n_tokens: int) -> NDArray[np.int64]:
+        """(n_tokens,) how often each token comes in the split's sequences; n_tokens as in the vocabulary."""
+        counts = np.zeros(n_tokens, dtype=np.int64)
+        for start, stop in chunks(self.n_sequences, 1 << 12):
+            several = [self._sequences.tokens(row) for row in self._rows[start:stop].tolist()]
+            counts += np.bincount(np.concatenate(several), minlength=n_tokens)
+        return counts
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the tokens, of where documents start and of how long prompts are, of the whole text, as
@@ -261,9 +270,7 @@ def _compact(numbers: NDArray[np.int64]) -> NDArray[np.unsignedinteger]:
     return numbers.astype(np.uint32 if len(numbers) <= 1 << 32 else np.uint64)
 
 
-def _rows_of_split(
-    n_sequences: int, split: Split, held_out_fraction: float
-) -> NDArray[np.unsignedinteger]:
+def _rows_of_split(n_sequences: int, split: Split, held_out_fraction: float) -> NDArray[np.unsignedinteger]:
     """Which sequences belong to a split. It does not depend on the seed, so that runs can be compared."""
     n_held_out = 0
     if held_out_fraction > 0:

@@ -63,9 +63,7 @@ def describe_sources(files: Sequence[Path], now_ns: int) -> list[SourceFile]:
         is_settled = now_ns - max(stamp[1], stamp[2]) > _SETTLED_NS
         digest = hashlib.sha256("\n".join(sums.sha256_of_parts).encode()).hexdigest()
         found.append(
-            SourceFile(
-                path=str(file.absolute()), stamp=stamp if is_settled else UNKNOWN, sha256=digest
-            )
+            SourceFile(path=str(file.absolute()), stamp=stamp if is_settled else UNKNOWN, sha256=digest)
         )
     return found
 

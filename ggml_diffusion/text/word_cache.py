@@ -1,10 +1,10 @@
 """Plain text to tokens, each word of it once: the tokens that llama.cpp gives, several times as fast.
 
 llama.cpp cuts a text into words before it merges bytes to tokens, so no token reaches from one word into the
-next; with SentencePiece, which cuts nothing, the vocabulary shows whether one could. What stands between two
-blanks then has the same tokens wherever it stands, and most of a text is words that came before. Text is cut
-at single blanks between a printable ASCII character and an ASCII letter, where all pre-tokenizers in
-`_CUT_THERE` begin a new word. What could have other tokens when it is cut goes to llama.cpp as a whole.
+next; with SentencePiece, which cuts nothing, the vocabulary shows whether one could. So a word has the same
+tokens wherever it stands, and most of a text is words that came before. Text is cut in front of a blank with
+an ASCII letter behind it, and of such a letter at the beginning of a line, each behind printable ASCII, where
+all pre-tokenizers in `_CUT_THERE` begin a new word. What could have other tokens when it is cut goes to llama.cpp as a whole.
 
 Deliberately not here: what llama.cpp does with a word (tokenizer.py).
 Sources: llama.cpp, src/llama-vocab.cpp (regular expressions of the pre-tokenizers, text around added tokens)
@@ -21,9 +21,14 @@ from numpy.typing import NDArray
 from ggml_diffusion.text.tokenizer import Tokenizer
 
 _SPM_BLANK = "\u2581"
-# Where a word ends, and the next one begins with its blank.
-_BETWEEN_WORDS = re.compile(r" (?<=[!-~] )(?=[A-Za-z])")
-_FOLLOWED = re.compile(r"[!-~]\Z")  # a word that another one may follow
+# Where words begin: with a blank in front of a letter, or with a letter at the beginning of a line.
+_CUTS = re.compile(r"(?<=[!-~])(?= [A-Za-z])|(?<=[!-~]\n)(?=[A-Za-z])")
+_FOLLOWED = re.compile(r"[!-~]\n?\Z")  # a word that another one may follow
+_LINE, _BEGIN = " x\n", "x"  # for the second kind: what may stand in front of a word, and behind it
+# A name in which a text could be cut, whatever follows it.
+_CUT_INSIDE = re.compile(r"[!-~] (?:[A-Za-z]|\Z)|(?:\A|[!-~])\n[A-Za-z]")
+# A token of SentencePiece's across a cut.
+_ACROSS = re.compile(f"[!-~]{_SPM_BLANK}|\n[A-Za-z]")
 _MAX_HEADS, _MAX_HEAD_CHARS = 1 << 16, 64
 _MAX_WORDS = 1 << 18  # some 40 MB; then the cache starts anew
 
@@ -55,8 +60,7 @@ class WordCache:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        # Tokens as the bytes of int32: of words, less the blank in front of them, and of what stands in front
-        # of a text's first word.
+        # Tokens as the bytes of int32: of words, and of what stands in front of a text's first one.
         self._words: dict[str, bytes] = {}
         self._heads: dict[tuple[str, bool], bytes] = {}
         self.cuts = _is_cut(tokenizer)
@@ -67,7 +71,7 @@ class WordCache:
         """The tokens (n,) of a text; see `Tokenizer.encode`."""
         if not self.cuts or (self._kept_whole is not None and self._kept_whole.search(text)):
             return self._tokenizer.encode(text, continued=continued)
-        head, *words = _BETWEEN_WORDS.split(text)
+        head, *words = _CUTS.split(text)
         new = set(words).difference(self._words)
         if len(self._words) + len(new) > _MAX_WORDS:
             self._words.clear()
@@ -91,20 +95,32 @@ class WordCache:
         """Encode words as one text, since each call of llama.cpp takes its time, and cut the tokens apart."""
         if not words:
             return
-        tokens = self._tokenizer.encode("".join(f" {word}" for word in words), continued=True)
-        ends = _ends_of_words(words, self._sizes[tokens]) if len(words) > 1 else [len(tokens)]
-        if ends is None:
+        laid_out = [part for word in words for part in _laid_out(word)]
+        tokens = self._tokenizer.encode("".join(laid_out), continued=True)
+        ends = _ends_of_words(laid_out, self._sizes[tokens])
+        if ends is not None:
+            data = tokens.tobytes()
+            for word, start, end in zip(laid_out, [0, *ends[:-1]], ends, strict=True):
+                self._words[word] = data[4 * start : 4 * end]
+        elif len(words) == 1:
+            self._words[words[0]] = self._tokenizer.encode(words[0], continued=True).tobytes()
+        else:
             self._learn(words[: len(words) // 2])
             self._learn(words[len(words) // 2 :])
-            return
-        data = tokens.tobytes()
-        for word, start, end in zip(words, [0, *ends], ends):  # noqa: B905 -- one start more than ends
-            self._words[word] = data[4 * start : 4 * end]
 
     @cached_property
     def _sizes(self) -> NDArray[np.int64]:
         """(V,) bytes of text that each token stands for."""
         return np.array([self._tokenizer.n_bytes(token) for token in range(self._tokenizer.vocab_size)])
+
+
+def _laid_out(word: str) -> Iterator[str]:
+    """A word between others that may stand there."""
+    if word[0] != " ":
+        yield _LINE
+    yield word
+    if word[-1] == "\n":
+        yield _BEGIN
 
 
 def _ends_of_words(words: list[str], sizes: NDArray[np.int64]) -> list[int] | None:
@@ -113,30 +129,29 @@ def _ends_of_words(words: list[str], sizes: NDArray[np.int64]) -> list[int] | No
     None if that is not clear: a token stands for no text, or a character is none of the vocabulary's.
     """
     token_ends = np.cumsum(sizes)
-    word_ends = np.cumsum([1 + len(word.encode()) for word in words])
+    word_ends = np.cumsum([len(word.encode()) for word in words])
     if not sizes.all() or len(sizes) == 0 or token_ends[-1] != word_ends[-1]:
         return None
     last = np.searchsorted(token_ends, word_ends)
-    return list(last + 1) if np.array_equal(token_ends[last], word_ends) else None
+    return (last + 1).tolist() if np.array_equal(token_ends[last], word_ends) else None
 
 
 def _is_cut(tokenizer: Tokenizer) -> bool:
     """Whether no token of this vocabulary reaches across the blank between two words."""
     if tokenizer.kind == "llama":
-        return not any(re.search(f"[!-~]{_SPM_BLANK}", token) for token in tokenizer.vocabulary)
+        return not any(_ACROSS.search(token) for token in tokenizer.vocabulary)
     return tokenizer.kind == "gpt2" and tokenizer.pre in _CUT_THERE
 
 
 def _names_to_keep_whole(tokenizer: Tokenizer) -> Iterator[str]:
     """The added tokens with one of which a text is not cut.
 
-    llama.cpp finds them in the text first, wherever they stand. They matter where they hold the blank between
-    two words; where they take blanks beside them away; and where SentencePiece writes a blank of its own
-    behind them, so that what follows is no text that goes on.
+    llama.cpp finds them in the text first, wherever they stand. They matter where a text could be cut inside
+    them; where they take blanks beside them away; and where SentencePiece writes a blank of its own behind
+    them, so that what follows is no text that goes on.
     """
     for token in tokenizer.added_tokens:
         for name in {tokenizer.vocabulary[token], tokenizer.vocabulary[token].replace(_SPM_BLANK, " ")}:
-            holds_it = re.search(r"[!-~] ([A-Za-z]|\Z)", name)
-            ends_a_word = re.search(r"[!-~]\Z", name)
-            if name and (holds_it or tokenizer.strips(token) or (tokenizer.writes_blanks and ends_a_word)):
+            goes_on = tokenizer.writes_blanks and re.search(r"[!-~]\Z", name)
+            if name and (_CUT_INSIDE.search(name) or goes_on or tokenizer.strips(token)):
                 yield name

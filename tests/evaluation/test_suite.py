@@ -32,9 +32,13 @@ SETTINGS = EvaluationSettings(
 class Recorder:
     def __init__(self):
         self.notes, self.planned, self.parts, self.stopped = [], 0, {}, 0
+        self.tokenised = []
 
     def note(self, text):
         self.notes.append(text)
+
+    def tokenise(self, done_bytes, total_bytes):
+        self.tokenised.append((done_bytes, total_bytes))
 
     def start(self, n_tokens):
         self.planned = n_tokens

@@ -1,6 +1,5 @@
-"""Words remembered one by one have the tokens that llama.cpp gives the whole text, whatever the vocabulary."""
+"""Words remembered one by one have the tokens that llama.cpp gives the whole text."""
 
-import pydoc_data.topics
 import random
 from pathlib import Path
 
@@ -18,7 +17,25 @@ from ggml_diffusion.text.word_cache import WordCache
 PARTS = (
     *"aBzQ09.,'!-_/<>|\t\n\r\u00a0\u3000\u200d\x00\x7f",
     *(" " * 6),
-    *("the", "Sand", "in", "SEA", "and", "'s", "'LL", "’t", "12", "1234567", "...", "),(", "\r\n", "\n\n", "  "),
+    *("\n" * 4),
+    *("\nand", "\nQ", ",\nthe", "\n  in", "\n    Sand", "   the", "\t\n x", "\n\n\n", " \n", ".\n", "\r\na"),
+    *(
+        "the",
+        "Sand",
+        "in",
+        "SEA",
+        "and",
+        "'s",
+        "'LL",
+        "’t",
+        "12",
+        "1234567",
+        "...",
+        "),(",
+        "\r\n",
+        "\n\n",
+        "  ",
+    ),
     *("ä", "ß", "É", "и", "Ж", "字", "かな", "한", "é", "🙂", "a🙂b", "Ⅻ", "½", "ﬁ", "ʼ"),
     *("<think>", "</s>", "<tool_call>", "|||EMAIL_ADDRESS|||", "<|eos|>", "▁"),
 )
@@ -48,7 +65,9 @@ def with_tokens_across_blanks(source: Path, path: Path, pre: str) -> Path:
     metadata = read_gguf(source).metadata
     tokens, types = list(metadata["tokenizer.ggml.tokens"]), list(metadata["tokenizer.ggml.token_type"])
     merges = list(metadata["tokenizer.ggml.merges"])
-    across = [f"{end} Ġ" for end in "adeknxzAQLdES0129.,'!-/<>|)"] + ["dĠ s", "dĠs e", "xĠ a", ".Ġ t", "2Ġ a"]
+    ends = "adeknxzAQLES0129.,'!-/<>|)Ċ"  # Ċ is a line feed
+    across = [f"{end} Ġ" for end in ends] + ["dĠ s", "dĠs e", "xĠ a", ".Ġ t", "2Ġ a"]
+    across += ["ĊĠ a", "ĠĠ a", "Ċ a", "Ċ t", "Ċ B", "Ġ Ġ", "Ċ Ċ"]
     unused = iter(place for place, kind in enumerate(types) if kind == 5)  # UNUSED
     for merge in across:
         if merge not in merges:
@@ -64,7 +83,17 @@ def test_every_family_has_the_tokens_of_the_whole_text(tiny_model, kind):
     assert_same_tokens(Tokenizer.from_gguf(tiny_model(tokenizer=kind, V=512, L=1)), 150)
 
 
-@pytest.mark.parametrize("pre", sorted(word_cache._CUT_THERE - {""}))
+# One of each expression; the others are slow.
+OFTEN = ("default", "gpt-2", "smollm", "falcon", "llama-bpe", "qwen2", "tekken", "gpt-4o")
+
+
+@pytest.mark.parametrize(
+    "pre",
+    [
+        *OFTEN,
+        *(pytest.param(pre, marks=pytest.mark.slow) for pre in sorted(word_cache._CUT_THERE - {"", *OFTEN})),
+    ],
+)
 def test_every_pre_tokenizer_that_is_cut_has_the_tokens_of_the_whole_text(tiny_model, tmp_path, pre):
     path = with_tokens_across_blanks(tiny_model(L=1, V=512), tmp_path / "pre.gguf", pre)
     assert_same_tokens(Tokenizer.from_gguf(path), 40)

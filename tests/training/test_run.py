@@ -29,9 +29,13 @@ class Recorder:
 
     def __init__(self):
         self.notes, self.warnings, self.steps, self.started = [], [], [], None
+        self.tokenised = []
 
     def note(self, text):
         self.notes.append(text)
+
+    def tokenise(self, done_bytes, total_bytes):
+        self.tokenised.append((done_bytes, total_bytes))
 
     def warn(self, text):
         self.warnings.append(text)
