@@ -196,7 +196,9 @@ def _is_sound(lengths: Any, tokens: Any, reasons: object, vocab_size: int) -> bo
     kinds, counts = lengths[:, 0], lengths[:, 1]
     if not isinstance(reasons, list) or not all(isinstance(reason, str) for reason in reasons):
         return False
-    if (counts < 0).any() or (kinds < REFUSED).any() or int((kinds == REFUSED).sum()) != len(reasons):
+    if (counts < 0).any() or (kinds < REFUSED).any():
+        return False
+    if counts[kinds == REFUSED].tolist() != list(range(len(reasons))):
         return False
     n_tokens = int(counts[kinds != REFUSED].sum(dtype=np.int64) + kinds[kinds > TEXT].sum(dtype=np.int64))
     return n_tokens == len(tokens) and (
