@@ -2,9 +2,10 @@
 
 llama.cpp cuts a text into words before it merges bytes to tokens, so no token reaches from one word into the
 next; with SentencePiece, which cuts nothing, the vocabulary shows whether one could. So a word has the same
-tokens wherever it stands, and most of a text is words that came before. Text is cut in front of a blank with
-an ASCII letter behind it, and of such a letter at the beginning of a line, each behind printable ASCII, where
-all pre-tokenizers in `_CUT_THERE` begin a new word. What could have other tokens when it is cut goes to llama.cpp as a whole.
+tokens wherever it stands, and most of a text is words that came before. Text is cut behind printable ASCII,
+in front of a blank with an ASCII letter, or of such a letter at the beginning of the next line: there all
+pre-tokenizers in `_CUT_THERE` begin a new word. What could have other tokens when it is cut goes to llama.cpp
+as a whole.
 
 Deliberately not here: what llama.cpp does with a word (tokenizer.py).
 Sources: llama.cpp, src/llama-vocab.cpp (regular expressions of the pre-tokenizers, text around added tokens)
@@ -29,8 +30,9 @@ _LINE, _BEGIN = " x\n", "x"  # for the second kind: what may stand in front of a
 _CUT_INSIDE = re.compile(r"[!-~] (?:[A-Za-z]|\Z)|(?:\A|[!-~])\n[A-Za-z]")
 # A token of SentencePiece's across a cut.
 _ACROSS = re.compile(f"[!-~]{_SPM_BLANK}|\n[A-Za-z]")
-_MAX_HEADS, _MAX_HEAD_CHARS = 1 << 16, 64
-_MAX_WORDS = 1 << 18  # some 40 MB; then the cache starts anew
+_MAX_CHARS = 64  # of a word that is remembered
+_MAX_WORDS, _MAX_HEADS = 1 << 18, 1 << 14  # some 50 MB; then words are learnt anew
+_MAX_NAMES = 256
 
 # Values of tokenizer.ggml.pre whose expressions end a word in front of such a blank: they take letters, or
 # digits, or other characters that are no blanks, in a run; what follows is one blank and the letters behind.
@@ -65,6 +67,7 @@ class WordCache:
         self._heads: dict[tuple[str, bool], bytes] = {}
         self.cuts = _is_cut(tokenizer)
         names = sorted(set(_names_to_keep_whole(tokenizer))) if self.cuts else []
+        self.cuts &= len(names) <= _MAX_NAMES  # each is looked for in every text
         self._kept_whole = re.compile("|".join(map(re.escape, names))) if names else None
 
     def encode(self, text: str, *, continued: bool = False) -> NDArray[np.int32]:
@@ -81,13 +84,16 @@ class WordCache:
         for word in new.difference(followed):  # the last one of a text may end otherwise
             self._learn([word])
         parts = [self._head(head, continued), *map(self._words.__getitem__, words)]
+        for word in new:
+            if len(word) > _MAX_CHARS:  # hardly comes again
+                del self._words[word]
         return np.frombuffer(b"".join(parts), dtype=np.int32)
 
     def _head(self, head: str, continued: bool) -> bytes:
         tokens = self._heads.get((head, continued))
         if tokens is None:
             tokens = self._tokenizer.encode(head, continued=continued).tobytes()
-            if len(head) <= _MAX_HEAD_CHARS and len(self._heads) < _MAX_HEADS:
+            if len(head) <= _MAX_CHARS and len(self._heads) < _MAX_HEADS:
                 self._heads[head, continued] = tokens
         return tokens
 

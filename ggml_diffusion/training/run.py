@@ -4,7 +4,7 @@
 llama.cpp, resume from the last checkpoint or start again, measure, train, save and export, measure again.
 
 The output folder holds adapter.safetensors and adapter.gguf (the exports), metrics.jsonl (one object a step),
-config.toml (as resolved), evaluation.json (if it was asked for), checkpoints/, and tokens/ (those of the text).
+config.toml (as resolved), evaluation.json (if it was asked for), checkpoints/ and tokens/ (of the text).
 
 Deliberately not here: what a step does (trainer.py), how it looks on the screen (app/display.py), flags
 (app/cli/).

@@ -1,17 +1,12 @@
-"""Tokens are made once: found again, refused when damaged, made anew when the text changed, never half there."""
+"""Tokens are made once: found again, made anew if they are damaged or the text changed, never half there."""
 
 import dataclasses
 import errno
 import hashlib
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 from texts import ByteTokenizer, write_jsonl
 
