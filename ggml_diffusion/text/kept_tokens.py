@@ -183,7 +183,8 @@ def _nameless(files: Sequence[Path], tokenizer: TextEncoder, reading: Reading) -
             return TokenStore(folder, manifest, writer.finish())
     except OSError as error:
         raise UserError(
-            f"{tempfile.gettempdir()}: the tokens could not be written: {error.strerror or error}"
+            f"{tempfile.gettempdir()}: the tokens could not be written: {error.strerror or error}; the "
+            f"environment variable TMPDIR names another folder"
         ) from error
 
 

@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ggml_diffusion.durable import fsync_path, replace_file
 from ggml_diffusion.errors import UserError
+from ggml_diffusion.machine import processors
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -116,7 +117,7 @@ def sums_of_parts(path: Path) -> StoredFile:
                 place += len(data)
             return digest.hexdigest()
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(processors()) as pool:
             return StoredFile(
                 n_bytes=n_bytes, sha256_of_parts=list(pool.map(of_part, range(0, n_bytes, PART_BYTES)))
             )

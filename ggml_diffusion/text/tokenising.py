@@ -147,11 +147,14 @@ def _n_processes(at_most: int | None, text_bytes: int) -> int:
 
 def _check_room(writer: TokenWriter, whole: float) -> None:
     """Refuse to go on where the rest, at `whole` times what is written in all, will not fit on the disk."""
+    folder = writer.folder.parent
+    while not folder.exists():  # files without a name
+        folder = folder.parent
     needed = int(writer.n_bytes * (whole - 1))
-    free = disk_free(writer.folder.parent)
+    free = disk_free(folder)
     if needed > free:
         raise UserError(
-            f"{writer.folder.parent}: the tokens of this text take about "
+            f"{folder}: the tokens of this text take about "
             f"{in_bytes(int(writer.n_bytes * whole))}, of which {in_bytes(needed)} are not written, but the "
             f"disk has {in_bytes(free)} left: make room, or train on less text"
         )

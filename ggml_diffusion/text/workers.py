@@ -30,20 +30,17 @@ from ggml_diffusion.text.encoding import REFUSED, TEXT, Batch, BatchEncoder, Enc
 from ggml_diffusion.text.tokenizer import Tokenizer
 
 _IN_FLIGHT = 2  # batches a process, so that none waits for this one
-_SIZE = struct.Struct("<Q")  # of a message to a process, and of the vocabulary's answer
-_REPLY = struct.Struct("<QQQ")  # items, tokens, bytes of the reasons as JSON
-_MAX_REASONS_BYTES = 64 << 20
+_REQUEST = struct.Struct("<Q")  # bytes of a request, a pickle
+_REPLY = struct.Struct("<?Q")  # whether it is a fault, and bytes of the reply
+_MAX_REPLY_BYTES = 1 << 30
+# Libraries that start threads for each processor need none in a process that is one of so many.
+_ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 # Isolated, so that nothing of the current folder is imported; the module path is the one of this process.
 _CHILD = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from ggml_diffusion.text.workers import _serve; _serve()"
 )
-
-
-def usable_cpus() -> int:
-    """Processors that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class EncodingPool:
@@ -114,13 +111,14 @@ class _Process:
     """One process, as its parent sees it."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._path, self._fingerprint = tokenizer.path, tokenizer.fingerprint
+        self._path, self._fingerprint = tokenizer.path, tokenizer.fingerprint.encode()
         self._is_ready = False
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-c", _CHILD, json.dumps(sys.path)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
+            env={**os.environ, **_ONE_THREAD},
             start_new_session=True,  # Ctrl-C is for the parent, which ends it
         )
         self._send(str(tokenizer.path.absolute()), "its vocabulary")
@@ -128,21 +126,14 @@ class _Process:
     def encode(self, batch: Batch, vocab_size: int) -> Encoded:
         what = _name(batch)
         if not self._is_ready:
-            fingerprint = self._receive(_SIZE.unpack(self._receive(_SIZE.size, what))[0] & 0xFFFF, what)
-            if fingerprint.decode("ascii", "replace") != self._fingerprint:
+            if self._receive(what) != self._fingerprint:
                 raise UserError(f"{self._path}: changed while it was in use")
             self._is_ready = True
         self._send(batch.items, what)
-        n_items, n_tokens, n_reason_bytes = _REPLY.unpack(self._receive(_REPLY.size, what))
-        n_bytes = sum(len(getattr(item, "text", "")) for item in batch.items)
-        if n_items != len(batch.items) or n_reason_bytes > _MAX_REASONS_BYTES or n_tokens > 1 << 31:
-            self._fail(what, f"answered {n_tokens} tokens for {n_bytes} characters")
-        lengths = np.frombuffer(self._receive(8 * n_items, what), dtype=np.int32).reshape(-1, 2)
-        tokens = np.frombuffer(self._receive(4 * n_tokens, what), dtype=np.int32)
-        reasons = json.loads(self._receive(n_reason_bytes, what))
-        if not _is_sound(lengths, tokens, reasons, vocab_size):
+        encoded = _unpacked(self._receive(what), len(batch.items), vocab_size)
+        if encoded is None:
             self._fail(what, "answered nonsense")
-        return Encoded(tokens, lengths, reasons)
+        return encoded
 
     def kill(self) -> None:
         self._process.kill()
@@ -158,13 +149,23 @@ class _Process:
         assert self._process.stdin is not None
         data = pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL)
         try:
-            self._process.stdin.write(_SIZE.pack(len(data)))
+            self._process.stdin.write(_REQUEST.pack(len(data)))
             self._process.stdin.write(data)
             self._process.stdin.flush()
         except BrokenPipeError:
             self._fail(what)
 
-    def _receive(self, n_bytes: int, what: str) -> bytes:
+    def _receive(self, what: str) -> bytes:
+        """A reply; one that says what is wrong is raised, and leaves the process to be used again."""
+        is_fault, n_bytes = _REPLY.unpack(self._read(_REPLY.size, what))
+        if n_bytes > _MAX_REPLY_BYTES:
+            self._fail(what, "answered nonsense")
+        reply = self._read(n_bytes, what)
+        if is_fault:
+            raise UserError(f"{what}: {one_line(reply.decode(errors='replace'))}")
+        return reply
+
+    def _read(self, n_bytes: int, what: str) -> bytes:
         assert self._process.stdout is not None
         data = self._process.stdout.read(n_bytes)
         if len(data) < n_bytes:
@@ -192,18 +193,29 @@ def _signal_name(number: int) -> str:
     return f"{name}, as if out of memory" if number == signal.SIGKILL else name
 
 
-def _is_sound(lengths: Any, tokens: Any, reasons: object, vocab_size: int) -> bool:
+def _unpacked(reply: bytes, n_items: int, vocab_size: int) -> Encoded | None:
+    """What a process says of a batch, None if it cannot be true."""
+    if len(reply) < 8 * n_items:
+        return None
+    lengths = np.frombuffer(reply, dtype=np.int32, count=2 * n_items).reshape(-1, 2)
     kinds, counts = lengths[:, 0], lengths[:, 1]
-    if not isinstance(reasons, list) or not all(isinstance(reason, str) for reason in reasons):
-        return False
     if (counts < 0).any() or (kinds < REFUSED).any():
-        return False
-    if counts[kinds == REFUSED].tolist() != list(range(len(reasons))):
-        return False
+        return None
     n_tokens = int(counts[kinds != REFUSED].sum(dtype=np.int64) + kinds[kinds > TEXT].sum(dtype=np.int64))
-    return n_tokens == len(tokens) and (
-        n_tokens == 0 or (int(tokens.min()) >= 0 and int(tokens.max()) < vocab_size)
-    )
+    if len(reply) < 8 * n_items + 4 * n_tokens:
+        return None
+    tokens = np.frombuffer(reply, dtype=np.int32, count=n_tokens, offset=8 * n_items)
+    if n_tokens and (int(tokens.min()) < 0 or int(tokens.max()) >= vocab_size):
+        return None
+    try:
+        reasons = json.loads(reply[8 * n_items + 4 * n_tokens :])
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(reasons, list) or not all(isinstance(reason, str) for reason in reasons):
+        return None
+    if counts[kinds == REFUSED].tolist() != list(range(len(reasons))):
+        return None
+    return Encoded(tokens, lengths, [one_line(reason) for reason in reasons])
 
 
 # -- inside the process ----------------------------------------------------------------------------
@@ -212,31 +224,38 @@ def _is_sound(lengths: Any, tokens: Any, reasons: object, vocab_size: int) -> bo
 def _serve() -> None:
     """Load a vocabulary, say whose it is, and answer batches until the input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    answers = os.fdopen(os.dup(1), "wb")  # what anything else prints does not mix with them
+    replies = os.fdopen(os.dup(1), "wb")  # what anything else prints does not mix with them
     os.dup2(2, 1)
     source = sys.stdin.buffer
-    with contextlib.suppress(BrokenPipeError):
-        tokenizer = Tokenizer.from_gguf(Path(_read(source)))
-        fingerprint = tokenizer.fingerprint.encode()
-        answers.write(_SIZE.pack(len(fingerprint)) + fingerprint)
-        answers.flush()
-        with BatchEncoder(tokenizer) as encoder:
-            while (items := _read(source)) is not None:
-                _answer(answers, encoder.encode(items))
+    with contextlib.suppress(BrokenPipeError), contextlib.ExitStack() as stack:
+        try:
+            tokenizer = Tokenizer.from_gguf(Path(_next_request(source)))
+            encoder = stack.enter_context(BatchEncoder(tokenizer))
+            _reply(replies, tokenizer.fingerprint.encode())
+        except UserError as error:
+            _reply(replies, str(error).encode(), is_fault=True)
+            return
+        while (items := _next_request(source)) is not None:
+            try:
+                _reply(replies, _packed(encoder.encode(items)))
+            except UserError as error:
+                _reply(replies, str(error).encode(), is_fault=True)
 
 
-def _read(source: IO[bytes]) -> Any:
-    size = source.read(_SIZE.size)
-    if len(size) < _SIZE.size:
-        return None
-    data = source.read(_SIZE.unpack(size)[0])
-    return pickle.loads(data) if len(data) == _SIZE.unpack(size)[0] else None  # written by the parent
+def _next_request(source: IO[bytes]) -> Any:
+    """What the parent sent, None at the end."""
+    size = source.read(_REQUEST.size)
+    data = source.read(_REQUEST.unpack(size)[0]) if len(size) == _REQUEST.size else b""
+    return pickle.loads(data) if data else None
 
 
-def _answer(answers: IO[bytes], encoded: Encoded) -> None:
-    reasons = json.dumps([one_line(reason) for reason in encoded.reasons]).encode()
-    answers.write(_REPLY.pack(len(encoded.lengths), len(encoded.tokens), len(reasons)))
-    for part in (encoded.lengths, encoded.tokens):
-        answers.write(np.ascontiguousarray(part).data)
-    answers.write(reasons)
-    answers.flush()
+def _packed(encoded: Encoded) -> bytes:
+    return b"".join(
+        (encoded.lengths.tobytes(), encoded.tokens.tobytes(), json.dumps(encoded.reasons).encode())
+    )
+
+
+def _reply(replies: IO[bytes], data: bytes, *, is_fault: bool = False) -> None:
+    replies.write(_REPLY.pack(is_fault, len(data)))
+    replies.write(data)
+    replies.flush()

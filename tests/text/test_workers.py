@@ -149,8 +149,24 @@ def test_a_model_file_that_was_replaced_meanwhile_is_refused(tokenizer, tiny_mod
     ],
 )
 def test_answers_are_checked_as_if_they_came_from_a_file(lengths, tokens, reasons, is_sound):
-    arrays = np.array(lengths, dtype=np.int32), np.array(tokens, dtype=np.int32)
-    assert workers._is_sound(*arrays, reasons, 10) == is_sound
+    reply = np.array(lengths, np.int32).tobytes() + np.array(tokens, np.int32).tobytes()
+    reply += json.dumps(reasons).encode()
+    encoded = workers._unpacked(reply, len(lengths), 10)
+    assert (encoded is not None) == is_sound
+    if encoded is not None:
+        assert workers._packed(encoded) == reply
+    assert workers._unpacked(reply[:-1], len(lengths), 10) is None
+    assert workers._unpacked(reply[:7], len(lengths), 10) is None
+
+
+def test_a_fault_that_a_process_finds_is_reported_in_its_own_words(tokenizer, tmp_path, tiny_model):
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(tokenizer.path.read_bytes()[:100])
+    other = Tokenizer.from_gguf(tokenizer.path)
+    other.path = broken
+    (tmp_path / "a.txt").write_text(SENTENCE)
+    with pytest.raises(UserError, match=rf"a\.txt: {broken}: "):
+        TextDataLoader(tmp_path / "a.txt", other, 8, 1, reading=Reading(n_processes=1))
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
