@@ -82,7 +82,7 @@ def batches(documents: Iterable[Iterator[str] | Record], position: Position) -> 
         for item in (document,) if isinstance(document, Record) else _pieces(document):
             batch.items.append(item)
             batch.places.append(position.place)
-            n_chars += len(item.text) if isinstance(item, Piece) else 1024
+            n_chars += len(item.text) if isinstance(item, Piece) else item.n_chars
             if n_chars >= _BATCH_CHARS or len(batch.items) >= _BATCH_ITEMS:
                 batch.n_bytes = position.n_bytes
                 yield batch

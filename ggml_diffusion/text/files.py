@@ -20,9 +20,16 @@ _BLOCK_CHARS = 1 << 20
 
 @dataclass(frozen=True)
 class Record:
-    """A JSON object without a string "text", which is to become an example."""
+    """A JSON object without a string "text", which is to become an example.
+
+    Attributes:
+        value: the object.
+        n_chars: about how long it is, as text.
+
+    """
 
     value: dict[str, Any]
+    n_chars: int = 1024
 
 
 @dataclass
@@ -117,7 +124,7 @@ def _records(file: Path, position: Position) -> Iterator[str | Record]:
             continue
         position.place = f"{file}, line {number}"
         try:
-            yield _text_or_record(_parsed(line))
+            yield _text_or_record(_parsed(line), len(line))
         except UserError as error:
             raise UserError(f"{position.place}: {error}") from None
 
@@ -130,10 +137,10 @@ def _parsed(line: str) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def _text_or_record(record: dict[str, Any]) -> str | Record:
+def _text_or_record(record: dict[str, Any], n_chars: int) -> str | Record:
     text = record.get("text")
     if not isinstance(text, str):
-        return Record(record)
+        return Record(record, n_chars)
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -72,6 +72,15 @@ def test_processes_give_the_tokens_of_this_one_in_its_order(tokenizer, tmp_path)
     assert children() == []
 
 
+@pytest.mark.parametrize("key", ["text", "prompt"])
+def test_a_batch_of_long_records_is_as_small_as_one_of_short_ones(tmp_path, key):
+    line = json.dumps({key: "x" * 900, "completion": "x"})
+    (tmp_path / "a.jsonl").write_text("\n".join([line] * 40))
+    position = Position()
+    sizes = [len(one.items) for one in batches(documents([tmp_path / "a.jsonl"], position), position)]
+    assert sum(sizes) == 40 and max(sizes) <= 3
+
+
 def test_no_more_batches_are_read_than_the_processes_are_about_to_need(tokenizer, tmp_path):
     position = Position()
     n_read = n_done = ahead = 0
@@ -172,21 +181,24 @@ def test_a_fault_that_a_process_finds_is_reported_in_its_own_words(tokenizer, tm
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_processes_end_with_their_parent(tokenizer, tmp_path, number):
-    (tmp_path / "a.txt").write_text(f"{SENTENCE}\n" * 500_000)
+    (tmp_path / "a.txt").write_text(f"{SENTENCE}\n" * 250_000)  # so large that it goes to processes
     program = (
         "import sys; from pathlib import Path\n"
+        "def wait(done, total):\n"
+        "    print('x', flush=True)\n"
+        "    if done: sys.stdin.read()\n"
         "from ggml_diffusion.text.kept_tokens import Reading\n"
         "from ggml_diffusion.text.loader import TextDataLoader\n"
         "from ggml_diffusion.text.tokenizer import Tokenizer\n"
         "TextDataLoader(sys.argv[2], Tokenizer.from_gguf(sys.argv[1]), 8, 1, reading=Reading(\n"
-        "    Path(sys.argv[3]), keep=True, n_processes=2, on_progress=lambda *_: print('x', flush=True)))\n"
+        "    Path(sys.argv[3]), keep=True, n_processes=2, on_progress=wait))\n"
     )
     parent = subprocess.Popen(
         [sys.executable, "-c", program, tokenizer.path, tmp_path / "a.txt", tmp_path / "tokens"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
     assert parent.stdout is not None and parent.stderr is not None
-    for _ in range(3):
+    for _ in range(2):
         assert parent.stdout.read(2) == b"x\n"
     found = [
         int(one)
@@ -195,8 +207,7 @@ def test_processes_end_with_their_parent(tokenizer, tmp_path, number):
     ]
     assert len(found) == 2
     os.killpg(parent.pid, number)
-    parent.communicate()
-    assert parent.returncode == -number
+    assert parent.wait() == -number
     deadline_s = time.monotonic() + 30
     while time.monotonic() < deadline_s and any(_is_alive(pid) for pid in found):
         time.sleep(0.05)
