@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ggml_diffusion.objective.annealing import AnnealingSchedule, AttentionMaskAnnealer
     from ggml_diffusion.objective.corruption import NoiseSchedule
     from ggml_diffusion.objective.time_embedding import TimeEmbedding
+    from ggml_diffusion.text.kept_tokens import Reading
     from ggml_diffusion.text.loader import TextDataLoader, TokenBatch
     from ggml_diffusion.text.tokenizer import Tokenizer
     from ggml_diffusion.training.metrics import TrainMetrics
@@ -42,6 +43,7 @@ _HOMES = {
     "NoiseSchedule": "objective.corruption",
     "Q4Model": "engine.cpu.q4_model",
     "QLoraConversionConfig": "config.groups",
+    "Reading": "text.kept_tokens",
     "TargetModule": "formats.lora",
     "Teacher": "engine.interface",
     "TextDataLoader": "text.loader",
@@ -73,6 +75,7 @@ __all__ = [
     "NoiseSchedule",
     "Q4Model",
     "QLoraConversionConfig",
+    "Reading",
     "TargetModule",
     "Teacher",
     "TextDataLoader",

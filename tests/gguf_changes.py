@@ -11,7 +11,7 @@ import numpy as np
 
 
 def with_vocabulary_keys(source: Path, path: Path, keys: Mapping[str, Any]) -> Path:
-    """Copy a GGUF with keys tokenizer.ggml.* changed: bool, str, and int as uint32; None takes a key away.
+    """Copy a GGUF with keys tokenizer.ggml.* changed: bool, str, lists, int as uint32; None takes a key away.
 
     "chat_template" stands without the "ggml".
     """
@@ -27,7 +27,9 @@ def with_vocabulary_keys(source: Path, path: Path, keys: Mapping[str, Any]) -> P
         sub_type = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
         writer.add_key_value(name, field.contents(), field.types[0], sub_type=sub_type)
     for name, value in changes.items():
-        if value is not None:
+        if isinstance(value, list):
+            writer.add_array(name, value)
+        elif value is not None:
             kind = {bool: "BOOL", int: "UINT32", str: "STRING"}[type(value)]
             writer.add_key_value(name, value, gguf.GGUFValueType[kind])
     for tensor in reader.tensors:

@@ -78,6 +78,9 @@ class Quiet:
         """A warning."""
         print(f"warning: {text}", file=sys.stderr)
 
+    def tokenise(self, done_bytes: int, total_bytes: int) -> None:
+        """Nothing."""
+
     def start(self, first_step: int, tokens_seen: int, total_steps: int) -> None:
         """Nothing."""
 

@@ -21,6 +21,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from ggml_diffusion.evaluation.tables import TokenisingProgress
 from ggml_diffusion.generation.denoise import DenoisingStep
 from ggml_diffusion.text.tokenizer import Tokenizer
 from ggml_diffusion.training.metrics import TrainMetrics
@@ -78,6 +79,7 @@ class TrainingDisplay:
         self._started_s = clock()
         self._last_line_s = -np.inf
         self._live: Live | None = None
+        self._reading = TokenisingProgress(console, clock)
 
     def note(self, text: str) -> None:
         """A line of what is going on."""
@@ -86,6 +88,10 @@ class TrainingDisplay:
     def warn(self, text: str) -> None:
         """A line of what the user should know."""
         self._console.print(Text(f"warning: {text}", style="yellow"), soft_wrap=True)
+
+    def tokenise(self, done_bytes: int, total_bytes: int) -> None:
+        """Show how much of the text has been tokenised."""
+        self._reading.show(done_bytes, total_bytes)
 
     def start(self, first_step: int, tokens_seen: int, total_steps: int) -> None:
         """Begin the loop: steps are counted to `total_steps`, speed from here on."""
@@ -109,6 +115,7 @@ class TrainingDisplay:
 
     def stop(self) -> None:
         """End the loop; the last state stays on the screen."""
+        self._reading.stop()
         if self._live is not None:
             self._live.stop()
             self._live = None

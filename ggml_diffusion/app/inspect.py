@@ -1,4 +1,4 @@
-"""What a file holds, for people: a GGUF model, a GGUF LoRA adapter, or a conversion of ours.
+"""What a file holds, for people: a GGUF model, a GGUF LoRA adapter, a conversion of ours, or a run's folder.
 
 Describes whatever can be read, and says of a model whether it can be converted, and if not, why. Deliberately
 not here: printing (the command line shows a `Description` through rich), and the weights themselves.
@@ -26,7 +26,10 @@ from ggml_diffusion.formats.lora import TargetModule, lora_ranks
 from ggml_diffusion.formats.model_check import check_model, check_tokenizer
 from ggml_diffusion.formats.model_file import ModelFile, read_gguf
 from ggml_diffusion.formats.tensor_types import TENSOR_TYPES
+from ggml_diffusion.text.kept_tokens import TOKENS
 from ggml_diffusion.text.special_tokens import choose_mask_token, token_id
+from ggml_diffusion.text.token_store import Manifest, read_manifest
+from ggml_diffusion.training.run import exported_weights
 
 Rows = tuple[tuple[str, str], ...]
 
@@ -55,7 +58,7 @@ class Description:
     """What a file holds; `rich` can print it."""
 
     path: Path
-    kind: str  # "GGUF model", "GGUF LoRA adapter" or "conversion"
+    kind: str  # "GGUF model", "GGUF LoRA adapter", "conversion" or "run"
     sections: tuple[Section, ...]
 
     def __rich__(self) -> RenderableType:
@@ -71,13 +74,15 @@ class Description:
 
 
 def describe_file(path: str | Path) -> Description:
-    """Look into a file; its content decides what it is.
+    """Look into a file, whose content decides what it is, or into the folder of a run.
 
     Raises:
         UserError: it cannot be read, or is damaged.
 
     """
     path = Path(path)
+    if path.is_dir():
+        return Description(path, "run", _run_sections(path))
     if not is_gguf(path):
         return Description(path, "conversion", _conversion_sections(DiffusionCheckpoint.load(path)))
     file = read_gguf(path)
@@ -89,6 +94,28 @@ def describe_file(path: str | Path) -> Description:
     adapter, _ = read_gguf_adapter(path)
     lora = Section("LoRA", _lora_rows(adapter.tensors, adapter.alpha))
     return Description(path, "GGUF LoRA adapter", (_file_section(file), lora))
+
+
+def _run_sections(folder: Path) -> tuple[Section, ...]:
+    weights = exported_weights(folder)
+    sections = _conversion_sections(DiffusionCheckpoint.load(weights)) if weights.exists() else ()
+    kept = [read_manifest(place) for place in sorted((folder / TOKENS).glob("[!.]*"))]
+    texts = tuple(Section("Text", _text_rows(manifest)) for manifest in kept if manifest is not None)
+    if not sections and not texts:
+        raise UserError(f"{folder}: the folder holds no conversion and no text of one")
+    return (*sections, *texts)
+
+
+def _text_rows(text: Manifest) -> Rows:
+    names = [_printable(source.path) for source in text.sources]
+    return (
+        ("files", names[0] if len(names) == 1 else f"{len(names):,}, from {names[0]} to {names[-1]}"),
+        ("documents", f"{text.n_documents:,}, {text.n_skipped:,} of them without text"),
+        ("examples", f"{text.n_examples:,}"),
+        ("tokens", f"{text.n_text_tokens + text.n_example_tokens:,}, {text.token_bytes} bytes each"),
+        ("size on disk", _bytes(sum(file.n_bytes for file in text.files.values()))),
+        ("sha256", f"{text.fingerprint}, in sequences of {text.fingerprint_length}"),
+    )
 
 
 def _model_sections(file: ModelFile) -> tuple[Section, ...]:

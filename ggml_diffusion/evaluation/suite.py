@@ -40,6 +40,7 @@ from ggml_diffusion.formats.lora import LoraAdapter
 from ggml_diffusion.formats.model_check import read_model
 from ggml_diffusion.formats.model_file import file_sha256
 from ggml_diffusion.generation.diffusion_model import DiffusionModel
+from ggml_diffusion.text.kept_tokens import TOKENS, Reading
 from ggml_diffusion.text.loader import TextDataLoader, TokenBatch
 from ggml_diffusion.text.tokenizer import Tokenizer
 
@@ -49,6 +50,9 @@ class EvaluationListener(Protocol):
 
     def note(self, text: str) -> None:
         """Something that happened."""
+
+    def tokenise(self, done_bytes: int, total_bytes: int) -> None:
+        """So much of the text has been tokenised: 0 first, all of it last."""
 
     def start(self, n_tokens: int) -> None:
         """So many tokens, at most, are to go through the model."""
@@ -133,6 +137,12 @@ def run_evaluation(
             data=inputs.data,
             sequence_length=inputs.sequence_length,
             held_out_fraction=inputs.held_out_fraction,
+            reading=Reading(
+                inputs.adapter.parent / TOKENS,
+                n_processes=inputs.n_threads,
+                warn=listener.note,
+                on_progress=listener.tokenise,
+            ),
         )
         listener.note(
             f"data: {len(data.held_out)} held-out sequences of {data.held_out.tokens.shape[1]} tokens"
@@ -149,6 +159,7 @@ def load_held_out(
     data: Sequence[str | Path] = (),
     sequence_length: int | None = None,
     held_out_fraction: float | None = None,
+    reading: Reading | None = None,
 ) -> HeldOutData:
     """Read the held-out split that a conversion was not trained on.
 
@@ -160,6 +171,7 @@ def load_held_out(
         sequence_length: T.
         held_out_fraction: of the text. With another fraction or sequence length than in training, the split
             is another one, and the model may have seen some of it.
+        reading: where tokens of the text may have been kept, and who is told of progress.
 
     Raises:
         UserError: no data are known, none is held out, or a file cannot be read.
@@ -179,11 +191,15 @@ def load_held_out(
             "text that it was not trained on"
         )
     loader = TextDataLoader(
-        paths, tokenizer, length, n_sequences, split="held_out", held_out_fraction=float(fraction)
+        paths,
+        tokenizer,
+        length,
+        n_sequences,
+        split="held_out",
+        held_out_fraction=float(fraction),
+        reading=reading,
     )
-    counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
-    for sequence in loader.with_split("train").sequences:
-        counts += np.bincount(sequence, minlength=len(counts))
+    counts = loader.with_split("train").token_counts(tokenizer.vocab_size)
     return HeldOutData(loader.batch_at(0), counts, loader.fingerprint, float(fraction))
 
 

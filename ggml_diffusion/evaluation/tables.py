@@ -10,14 +10,23 @@ from types import TracebackType
 import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
 from ggml_diffusion.evaluation.estimates import Estimate
 from ggml_diffusion.evaluation.results import Evaluation
+from ggml_diffusion.units import duration
 
 PLAIN_LINE_EVERY_S = 10.0
+BAR_AFTER_S = 1.0
 ARM_NAMES = {
     "converted": "converted",
     "converted_causal": "converted, causal",
@@ -42,6 +51,54 @@ GAIN_NAMES = {
 }
 
 
+class TokenisingProgress:
+    """Shows how much of a text has been tokenised, if that takes a while: a bar, or a line now and then."""
+
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+        self._console = console
+        self._clock = clock
+        self._started_s = self._last_s = 0.0
+        self._bar: Progress | None = None
+
+    def show(self, done_bytes: int, total_bytes: int) -> None:
+        """So much is done: 0 first, all of it last."""
+        now_s = self._clock()
+        if done_bytes == 0:
+            self._started_s = self._last_s = now_s
+        elif done_bytes >= total_bytes:
+            self.stop()
+        elif self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=done_bytes)
+        elif self._console.is_terminal and now_s - self._started_s >= BAR_AFTER_S:
+            self._bar = Progress(
+                TextColumn("tokenising the text"),
+                BarColumn(),
+                DownloadColumn(binary_units=False),
+                TransferSpeedColumn(),
+                TimeRemainingColumn(),
+                console=self._console,
+                transient=True,
+            )
+            self._bar.add_task("", total=total_bytes, completed=done_bytes)
+            self._bar.start()
+        elif not self._console.is_terminal and now_s - self._last_s >= PLAIN_LINE_EVERY_S:
+            self._last_s = now_s
+            speed = done_bytes / max(now_s - self._started_s, 1e-9)
+            self._console.print(
+                Text(
+                    f"tokenising the text: {done_bytes / 1e6:,.0f} of {total_bytes / 1e6:,.0f} MB, "
+                    f"{speed / 1e6:.1f} MB/s, {duration((total_bytes - done_bytes) / speed)} left"
+                ),
+                soft_wrap=True,
+            )
+
+    def stop(self) -> None:
+        """The bar goes."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
 class EvaluationProgress:
     """Shows how much of an evaluation is done; a context manager.
 
@@ -54,10 +111,15 @@ class EvaluationProgress:
         self._total = self._done = 0
         self._started_s = self._last_line_s = clock()
         self._bar: Progress | None = None
+        self._reading = TokenisingProgress(console, clock)
 
     def note(self, text: str) -> None:
         """A line of what is going on."""
         self._console.print(Text(text), soft_wrap=True)
+
+    def tokenise(self, done_bytes: int, total_bytes: int) -> None:
+        """Show how much of the text has been tokenised."""
+        self._reading.show(done_bytes, total_bytes)
 
     def start(self, n_tokens: int) -> None:
         """Begin: at most so many tokens are to go through the model."""
@@ -95,6 +157,7 @@ class EvaluationProgress:
 
     def stop(self) -> None:
         """End: the bar goes."""
+        self._reading.stop()
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

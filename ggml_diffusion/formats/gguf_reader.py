@@ -59,10 +59,14 @@ class StringArray(Sequence[str]):
     """An array of strings as it lies in the file; each is decoded when it is asked for, which saves memory.
 
     Bytes that are not UTF-8 become U+FFFD; `raw` has them as they are.
+
+    Attributes:
+        data: the bytes of the array in the file: 8 of a length and the text, n times.
+
     """
 
     def __init__(self, data: bytes, ends: "array[int]") -> None:
-        self._data = data  # (8-byte length, text) n times
+        self.data = data
         self._ends = ends  # where each text ends in data
 
     def __len__(self) -> int:
@@ -71,13 +75,13 @@ class StringArray(Sequence[str]):
     def raw(self, index: int) -> bytes:
         """The bytes of one string, 0 <= index < len."""
         start = self._ends[index - 1] if index else 0
-        return self._data[start + 8 : self._ends[index]]
+        return self.data[start + 8 : self._ends[index]]
 
     def iter_raw(self) -> Iterator[bytes]:
         """The bytes of every string in turn."""
         start = 0
         for end in self._ends:
-            yield self._data[start + 8 : end]
+            yield self.data[start + 8 : end]
             start = end
 
     @overload

@@ -2,34 +2,78 @@
 
 Files are read line by line, so that a fault has a line number. A long document comes in blocks, which bounds
 the memory that tokenising takes.
-Deliberately not here: tokens (loader.py), how a record becomes an example (prompts.py).
+Deliberately not here: tokens (encoding.py), how a record becomes an example (prompts.py).
 """
 
 import codecs
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ggml_diffusion.errors import UserError
-from ggml_diffusion.text.prompts import Example, ExampleReader
 
 MAX_LINE_BYTES = 16 << 20
 _BLOCK_CHARS = 1 << 20
 
 
-def documents(paths: list[Path], reader: ExampleReader) -> Iterator[Iterator[str] | Example]:
-    """Every document in turn, as the blocks of text that it consists of, or as an example."""
-    for path in paths:
-        for file in _files(path):
-            if file.suffix.lower() == ".jsonl":
-                for record in _records(file, reader):
-                    if isinstance(record, str):
-                        yield _blocks(record.splitlines(keepends=True))
-                    else:
-                        yield record
-            else:
-                yield _blocks(_lines(file))
+@dataclass(frozen=True)
+class Record:
+    """A JSON object without a string "text", which is to become an example.
+
+    Attributes:
+        value: the object.
+        n_chars: about how long it is, as text.
+
+    """
+
+    value: dict[str, Any]
+    n_chars: int = 1024
+
+
+@dataclass
+class Position:
+    """How far the reading has come.
+
+    Attributes:
+        place: what was read last, "FILE" or "FILE, line N".
+        n_bytes: of all files so far.
+
+    """
+
+    place: str = ""
+    n_bytes: int = 0
+
+
+def documents(files: Sequence[Path], position: Position) -> Iterator[Iterator[str] | Record]:
+    """Every document in turn, as the blocks of text that it consists of, or as a record.
+
+    Args:
+        files: as `text_files` gives them.
+        position: kept up to date.
+
+    Raises:
+        UserError: a file that cannot be read, or a line that cannot be used, named.
+
+    """
+    for file in files:
+        position.place = str(file)
+        if file.suffix.lower() == ".jsonl":
+            for document in _records(file, position):
+                yield _blocks(document.splitlines(keepends=True)) if isinstance(document, str) else document
+        else:
+            yield _blocks(_lines(file, position))
+
+
+def text_files(paths: Iterable[Path]) -> list[Path]:
+    """The files that paths stand for, in the order in which they are read.
+
+    Raises:
+        UserError: a path leads nowhere or to no text.
+
+    """
+    return [file for path in paths for file in _files(path)]
 
 
 def _files(path: Path) -> list[Path]:
@@ -48,13 +92,14 @@ def _files(path: Path) -> list[Path]:
     return [path]
 
 
-def _lines(file: Path) -> Iterator[str]:
+def _lines(file: Path, position: Position) -> Iterator[str]:
     """A file's lines with their line feeds, checked one by one, so that a fault has a line number."""
     try:
         with file.open("rb") as stream:
             number = 0
             while line := stream.readline(MAX_LINE_BYTES + 1):
                 number += 1
+                position.n_bytes += len(line)
                 yield _decoded(line, file, number)
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from None
@@ -72,15 +117,16 @@ def _decoded(line: bytes, file: Path, number: int) -> str:
     return text[:-2] + "\n" if text.endswith("\r\n") else text
 
 
-def _records(file: Path, reader: ExampleReader) -> Iterator[str | Example]:
-    """The texts and examples of a file of JSON lines; empty lines are passed over."""
-    for number, line in enumerate(_lines(file), start=1):
+def _records(file: Path, position: Position) -> Iterator[str | Record]:
+    """The texts and records of a file of JSON lines; empty lines are passed over."""
+    for number, line in enumerate(_lines(file, position), start=1):
         if not line.strip():
             continue
+        position.place = f"{file}, line {number}"
         try:
-            yield _record(_parsed(line), reader)
+            yield _text_or_record(_parsed(line), len(line))
         except UserError as error:
-            raise UserError(f"{file}, line {number}: {error}") from None
+            raise UserError(f"{position.place}: {error}") from None
 
 
 def _parsed(line: str) -> dict[str, Any]:
@@ -91,20 +137,15 @@ def _parsed(line: str) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def _record(record: dict[str, Any], reader: ExampleReader) -> str | Example:
+def _text_or_record(record: dict[str, Any], n_chars: int) -> str | Record:
     text = record.get("text")
-    if isinstance(text, str):
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise UserError('"text" holds half of a surrogate pair') from None
-        return text
-    example = reader.read(record)
-    if example is None:
-        raise UserError(
-            'not an object with a string "text", with strings "prompt" and "completion", or with "messages"'
-        )
-    return example
+    if not isinstance(text, str):
+        return Record(record, n_chars)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError('"text" holds half of a surrogate pair') from None
+    return text
 
 
 def _blocks(lines: Iterable[str]) -> Iterator[str]:

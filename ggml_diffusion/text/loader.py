@@ -1,34 +1,37 @@
 """Training text: from files to batches of token sequences.
 
 Documents are tokenised one by one, each followed by end-of-text, and with BOS in front where the base wants
-it, and laid end to end in one stream of int32; a sequence is a view of it. A long document continues in the
-next sequence, short ones share one, and every batch says which token belongs to which document, so that
-attention can stay inside. Part of the sequences is held out, the same ones whatever the seed is.
+it, and laid end to end. A long document continues in the next sequence, short ones share one, and every batch
+says which token belongs to which document, so that attention can stay inside. Part of the sequences is held
+out, the same ones whatever the seed is.
 
 An example, a prompt with its response, is a sequence by itself: it is never cut in two, and its padding costs
 nothing. The prompt is never a target. All text comes first, then all examples.
 
-Deliberately not here: masking (corruption.py), the vocabulary (tokenizer.py), files and lines (files.py), how
-a record becomes an example (prompts.py).
+In memory are the order of the sequences, some 12 bytes each, and the batch that is asked for; tokens stay on
+the disk.
+
+Deliberately not here: masking (corruption.py), where tokens come from and are kept (kept_tokens.py), how they
+are cut (sequences.py).
 Letters: B sequences, T tokens.
 """
 
 import copy
-import hashlib
-from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.randomness import Stream, generator_of
-from ggml_diffusion.text.files import documents
-from ggml_diffusion.text.prompts import Example, ExampleReader, TextEncoder, with_start
+from ggml_diffusion.text.kept_tokens import Reading, keep_only, open_tokens
+from ggml_diffusion.text.prompts import TextEncoder
+from ggml_diffusion.text.sequences import Sequences
+from ggml_diffusion.text.token_store import chunks
 
 Split = Literal["train", "held_out", "all"]
 
@@ -87,8 +90,9 @@ class TextDataLoader:
         *,
         split: Split = "train",
         held_out_fraction: float = 0.0,
+        reading: Reading | None = None,
     ) -> None:
-        """Read and tokenise all text.
+        """Read and tokenise all text, or find its tokens where they were kept.
 
         Args:
             paths: .txt files (one document each), .jsonl files (one document a line, in its "text", or one
@@ -100,9 +104,11 @@ class TextDataLoader:
             seed: of the order.
             split: the sequences to train on, those held out, or all.
             held_out_fraction: share of the sequences that is held out: none at 0, else at least one.
+            reading: where tokens are kept, who is told of progress; None = they go with this process.
 
         Raises:
-            UserError: a file or line that cannot be used, named; or no sequence is left.
+            UserError: a file or line that cannot be used, named; no room for the tokens; or no sequence is
+                left.
 
         """
         if sequence_length < 2 or batch_size < 1:
@@ -116,7 +122,22 @@ class TextDataLoader:
         self.epoch = 0
         self.held_out_fraction = held_out_fraction
         self._paths = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
-        self._read(tokenizer)
+        self._store = open_tokens(self._paths, tokenizer, sequence_length, reading or Reading())
+        self._sequences = Sequences(self._store, sequence_length)
+        text = self._store.manifest
+        self.n_documents, self.n_skipped = text.n_documents, text.n_skipped
+        self.n_examples, self.n_too_long = self._sequences.n_examples, self._sequences.n_too_long
+        if len(self._sequences) == 0:
+            raise UserError(
+                f"{self._names()}: no text to train on: {self.n_documents} documents, {self.n_skipped} of "
+                f"them empty"
+                + (
+                    f", and {self.n_too_long} prompts that leave no room for a response in "
+                    f"{sequence_length} tokens"
+                    if self.n_too_long
+                    else ""
+                )
+            )
         self._select(split)
 
     def with_split(
@@ -140,9 +161,13 @@ class TextDataLoader:
         other._select(split)
         return other
 
+    def keep_only_this_text(self) -> None:
+        """Delete the tokens of other texts beside those of this one, if these are kept."""
+        keep_only(self._store)
+
     def _select(self, split: Split) -> None:
         """Take the sequences of one split, in the order of the text."""
-        n_all = len(self._starts)
+        n_all = len(self._sequences)
         self._rows = _rows_of_split(n_all, split, self.held_out_fraction)
         if len(self._rows) == 0:
             raise UserError(
@@ -150,72 +175,12 @@ class TextDataLoader:
                 f"none of which is left for the split '{split}': add text, or shorten the sequences"
             )
         self.n_sequences = len(self._rows)
-        self.n_tokens = int(self._lengths[self._rows].sum())
+        self.n_tokens = int(self._sequences.lengths(self._rows).sum(dtype=np.int64))
         self._ordered_epoch = -1
-        self._order: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+        self._order: NDArray[np.unsignedinteger] = np.empty(0, dtype=np.uint32)
 
     def _names(self) -> str:
         return ", ".join(str(path) for path in self._paths) or "no data"
-
-    def _read(self, tokenizer: TextEncoder) -> None:
-        stream, starts = array("i"), array("q")
-        examples: list[Example] = []
-        self.n_documents = self.n_skipped = self.n_too_long = 0
-        with ExampleReader(tokenizer) as reader:
-            for document in documents(self._paths, reader):
-                self.n_documents += 1
-                if isinstance(document, Example):
-                    if len(document.prompt) < self.sequence_length:
-                        examples.append(document)
-                    else:
-                        self.n_too_long += 1
-                    continue
-                start = len(stream)
-                for number, text in enumerate(document):
-                    tokens = tokenizer.encode(text, continued=number > 0)
-                    if number == 0 and len(tokens):
-                        tokens = with_start(tokens, tokenizer)
-                    stream.frombytes(tokens.astype(np.int32, copy=False).tobytes())
-                if len(stream) == start:
-                    self.n_skipped += 1
-                    continue
-                starts.append(start)
-                if tokenizer.eos_id is not None:
-                    stream.append(tokenizer.eos_id)
-        self.n_examples = len(examples)
-        self._lay_out(stream, starts, examples)
-
-    def _lay_out(self, stream: "array[int]", starts: "array[int]", examples: list[Example]) -> None:
-        """Cut the text into sequences of T tokens, and put each example after it as one."""
-        T, n_text = self.sequence_length, len(stream)
-        sequence_starts, lengths = list(range(0, n_text, T)), [T] * (n_text // T)
-        if n_text % T == 1:
-            sequence_starts.pop()  # a single token has nothing to be predicted from
-        elif n_text % T:
-            lengths.append(n_text % T)
-        prompt_lengths = [0] * len(sequence_starts)
-        for example in examples:
-            tokens = np.concatenate([example.prompt, example.response])[:T]
-            sequence_starts.append(len(stream))
-            lengths.append(len(tokens))
-            prompt_lengths.append(len(example.prompt))
-            starts.append(len(stream))
-            stream.frombytes(tokens.astype(np.int32, copy=False).tobytes())
-        if not sequence_starts:
-            raise UserError(
-                f"{self._names()}: no text to train on: {self.n_documents} documents, {self.n_skipped} of "
-                f"them empty"
-                + (
-                    f", and {self.n_too_long} prompts that leave no room for a response in {T} tokens"
-                    if self.n_too_long
-                    else ""
-                )
-            )
-        self._stream: NDArray[np.int32] = np.frombuffer(stream, dtype=np.int32)
-        self._document_starts: NDArray[np.int64] = np.frombuffer(starts, dtype=np.int64)
-        self._starts: NDArray[np.int64] = np.array(sequence_starts, dtype=np.int64)
-        self._lengths: NDArray[np.int64] = np.array(lengths, dtype=np.int64)
-        self._prompt_lengths: NDArray[np.int64] = np.array(prompt_lengths, dtype=np.int64)
 
     def __len__(self) -> int:
         """Batches an epoch."""
@@ -234,48 +199,82 @@ class TextDataLoader:
         return self._batch(self._rows[order[batch * self.batch_size : (batch + 1) * self.batch_size]])
 
     @property
-    def sequences(self) -> list[NDArray[np.int32]]:
-        """The split's sequences in the order of the text: views of the stream, none longer than T."""
-        starts, lengths = self._starts[self._rows], self._lengths[self._rows]
-        return [self._stream[start : start + length] for start, length in zip(starts, lengths, strict=True)]
+    def sequences(self) -> "Sequence[NDArray[np.int32]]":
+        """The split's sequences in the order of the text, none longer than T; each is read when asked for."""
+        return _SplitSequences(self._sequences, self._rows)
+
+    def token_counts(self, n_tokens: int) -> NDArray[np.int64]:
+        """(n_tokens,) how often each token comes in the split's sequences; n_tokens as in the vocabulary."""
+        counts = np.zeros(n_tokens, dtype=np.int64)
+        for start, stop in chunks(self.n_sequences, 1 << 12):
+            several = [self._sequences.tokens(row) for row in self._rows[start:stop].tolist()]
+            counts += np.bincount(np.concatenate(several), minlength=n_tokens)
+        return counts
 
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the tokens, of where documents start and of how long prompts are, of the whole text, as
         hexadecimal digits."""
-        digest = hashlib.sha256(self._stream.astype("<i4", copy=False).data)
-        digest.update(self._document_starts.astype("<i8", copy=False).data)
-        if self.n_examples:
-            digest.update(self._prompt_lengths[-self.n_examples :].astype("<i8", copy=False).data)
-        return digest.hexdigest()
+        text = self._store.manifest
+        if text.fingerprint and text.fingerprint_length == self.sequence_length:
+            return text.fingerprint
+        return self._sequences.fingerprint()
 
-    def _order_of(self, epoch: int) -> NDArray[np.int64]:
+    def _order_of(self, epoch: int) -> NDArray[np.unsignedinteger]:
         """The order of the split's sequences in an epoch; that of the last epoch asked for is kept."""
         if self._ordered_epoch != epoch:
             generator = generator_of(self.seed, epoch, Stream.DATA_ORDER)
-            self._order = generator.permutation(self.n_sequences)
+            self._order = _compact(generator.permutation(self.n_sequences))
             self._ordered_epoch = epoch
         return self._order
 
-    def _batch(self, rows: NDArray[np.int64]) -> TokenBatch:
-        starts, lengths = self._starts[rows, None], self._lengths[rows, None]
-        positions = np.arange(self.sequence_length)
-        # Padding repeats a sequence's last token: it is never looked at.
-        places = starts + np.minimum(positions, lengths - 1)
-        documents = np.searchsorted(self._document_starts, places, side="right")
-        return TokenBatch(
-            tokens=self._stream[places],
-            lengths=lengths[:, 0].astype(np.int32),
-            document_ids=(documents - documents[:, :1]).astype(np.int32),
-            maskable=positions >= self._prompt_lengths[rows, None] if self.n_examples else None,
-        )
+    def _batch(self, rows: NDArray[np.unsignedinteger]) -> TokenBatch:
+        tokens = np.empty((len(rows), self.sequence_length), dtype=np.int32)
+        document_ids = np.empty_like(tokens)
+        lengths = self._sequences.lengths(rows)
+        for row, length, its_tokens, its_ids in zip(
+            rows.tolist(), lengths.tolist(), tokens, document_ids, strict=True
+        ):
+            its_tokens[:length] = self._sequences.tokens(row)
+            its_ids[:length] = self._sequences.document_ids(row)
+            # Padding repeats a sequence's last token: it is never looked at.
+            its_tokens[length:], its_ids[length:] = its_tokens[length - 1], its_ids[length - 1]
+        maskable = None
+        if self.n_examples:
+            maskable = np.arange(self.sequence_length) >= self._sequences.prompt_lengths(rows)[:, None]
+        return TokenBatch(tokens, lengths, document_ids, maskable)
 
 
-def _rows_of_split(n_sequences: int, split: Split, held_out_fraction: float) -> NDArray[np.int64]:
+class _SplitSequences(Sequence[NDArray[np.int32]]):
+    """Sequences of one split, read one by one."""
+
+    def __init__(self, sequences: Sequences, rows: NDArray[np.unsignedinteger]) -> None:
+        self._sequences = sequences
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> NDArray[np.int32]: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[NDArray[np.int32]]: ...
+    def __getitem__(self, index: int | slice) -> NDArray[np.int32] | Sequence[NDArray[np.int32]]:
+        if isinstance(index, slice):
+            return _SplitSequences(self._sequences, self._rows[index])
+        return self._sequences.tokens(int(self._rows[index]))
+
+
+def _compact(numbers: NDArray[np.int64]) -> NDArray[np.unsignedinteger]:
+    """Numbers of sequences in half of the memory, unless there are more than 2^32."""
+    return numbers.astype(np.uint32 if len(numbers) <= 1 << 32 else np.uint64)
+
+
+def _rows_of_split(n_sequences: int, split: Split, held_out_fraction: float) -> NDArray[np.unsignedinteger]:
     """Which sequences belong to a split. It does not depend on the seed, so that runs can be compared."""
     n_held_out = 0
     if held_out_fraction > 0:
         n_held_out = min(n_sequences - 1, max(1, round(n_sequences * held_out_fraction)))
-    shuffled = generator_of(_HELD_OUT_SEED, 0, Stream.HELD_OUT_SPLIT).permutation(n_sequences)
+    shuffled = _compact(generator_of(_HELD_OUT_SEED, 0, Stream.HELD_OUT_SPLIT).permutation(n_sequences))
     chosen = {"train": shuffled[n_held_out:], "held_out": shuffled[:n_held_out], "all": shuffled}[split]
     return np.sort(chosen)

@@ -12,9 +12,10 @@ Source: the C API of llama.cpp (llama.h), through llama-cpp-python.
 """
 
 import ctypes
+import hashlib
 import re
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ggml_diffusion.errors import UserError, one_line
+from ggml_diffusion.formats.gguf_reader import StringArray
 from ggml_diffusion.formats.model_check import BPE_TOKENIZERS, TOKENIZERS_WITHOUT_VOCABULARY, check_tokenizer
 from ggml_diffusion.formats.model_file import ModelFile, read_gguf
 from ggml_diffusion.text.chat_template import ChatTemplate
@@ -32,6 +34,7 @@ from ggml_diffusion.text.special_tokens import special_ids, token_id
 _NOT_TEXT = llama_cpp.LLAMA_TOKEN_ATTR_CONTROL | llama_cpp.LLAMA_TOKEN_ATTR_UNKNOWN
 # llama.cpp cuts a text at such tokens, and starts anew behind them.
 _CUTS_TEXT = _NOT_TEXT | llama_cpp.LLAMA_TOKEN_ATTR_USER_DEFINED
+_STRIPS = llama_cpp.LLAMA_TOKEN_ATTR_LSTRIP | llama_cpp.LLAMA_TOKEN_ATTR_RSTRIP
 _ERROR_LEVEL = 4  # GGML_LOG_LEVEL_ERROR
 
 # One of these stands in front of a text while it is tokenised as one that goes on: no piece contains it, so
@@ -61,17 +64,27 @@ class Tokenizer:
         eos_id: the end-of-text token, None if there is none.
         start_id: the token that the base was trained to see in front of every text, None if there is none; it
             may be the end-of-text token.
+        kind: as tokenizer.ggml.model names it: "gpt2" merges bytes, "llama" is SentencePiece.
+        pre: its pre-tokenizer, as tokenizer.ggml.pre names it, "" if it names none.
+        vocabulary: (V,) the names of the tokens, as the file has them.
+        writes_blanks: whether a blank comes in front of a text, and behind a token that cuts it.
+        path: the GGUF.
         warnings: what is in doubt about the vocabulary, a sentence each.
 
     """
 
-    def __init__(self, model: Any, metadata: Mapping[str, Any]) -> None:
+    def __init__(self, model: Any, metadata: Mapping[str, Any], path: Path) -> None:
         """Take over a loaded llama.cpp model; see `from_gguf`."""
         self._release = weakref.finalize(self, llama_cpp.llama_model_free, model)
         self._vocab = llama_cpp.llama_model_get_vocab(model)
         self._pieces: dict[int, bytes] = {}
-        self._starts_with_space = metadata["tokenizer.ggml.model"] == "llama" and metadata.get(
-            "tokenizer.ggml.add_space_prefix", True
+        self._metadata = metadata
+        self.path = path
+        self.kind: str = metadata["tokenizer.ggml.model"]
+        self.pre: str = str(metadata.get("tokenizer.ggml.pre", ""))
+        self.vocabulary: Sequence[str] = metadata["tokenizer.ggml.tokens"]
+        self.writes_blanks = self.kind == "llama" and bool(
+            metadata.get("tokenizer.ggml.add_space_prefix", True)
         )
         self.vocab_size: int = llama_cpp.llama_vocab_n_tokens(self._vocab)
         self.bos_id, self.eos_id = special_ids(metadata)
@@ -117,11 +130,26 @@ class Tokenizer:
         model = llama_cpp.llama_model_load_from_file(str(file.path).encode(), parameters)
         if not model:
             file.fail(f"llama.cpp cannot load its vocabulary: {one_line(' '.join(_errors))}")
-        return cls(model, file.metadata)
+        return cls(model, file.metadata, file.path)
 
     def close(self) -> None:
         """Free the vocabulary; the tokenizer is of no use after that."""
         self._release()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of all that decides which tokens a text has: the file's keys and llama.cpp's version."""
+        digest = hashlib.sha256(f"llama-cpp-python {llama_cpp.__version__}".encode())
+        for key in sorted(self._metadata):
+            if key.startswith("tokenizer.") or key == "general.architecture":
+                value = self._metadata[key]
+                if isinstance(value, StringArray):
+                    data = value.data
+                else:
+                    data = value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode()
+                digest.update(f"\n{key} {type(value).__name__} {len(data)}\n".encode())
+                digest.update(data)
+        return digest.hexdigest()
 
     def open_chat_template(self) -> ChatTemplate | None:
         """The chat template of the model's metadata, in a process of its own; None if there is none."""
@@ -135,6 +163,24 @@ class Tokenizer:
         """The tokens that no plain text contains, by name; those of one character are left out."""
         hidden = (token for token in range(self.vocab_size) if self._is_hidden(token))
         return {name: token for token in hidden if len(name := self.token_text(token)) > 1}
+
+    @cached_property
+    def added_tokens(self) -> Sequence[int]:
+        """The tokens that llama.cpp looks for in a text before it cuts it into words."""
+        return [
+            token
+            for token in range(self.vocab_size)
+            if self._attributes(token) & llama_cpp.LLAMA_TOKEN_ATTR_USER_DEFINED
+        ]
+
+    def strips(self, token: int) -> bool:
+        """Whether a token takes blanks beside it away.
+
+        Raises:
+            UserError: a token outside of the vocabulary.
+
+        """
+        return bool(self._attributes(token) & _STRIPS)
 
     @cached_property
     def end_ids(self) -> frozenset[int]:
@@ -164,7 +210,7 @@ class Tokenizer:
         """
         if special and mark is not None and mark in text:
             return self._encode_marked(text, mark, continued)
-        if not continued or not self._starts_with_space or not text:
+        if not continued or not self.writes_blanks or not text:
             return self._encode(text, special)
         for anchor in _ANCHORS:
             front, tokens = self._encode(anchor, special), self._encode(anchor + text, special)
@@ -223,7 +269,7 @@ class Tokenizer:
 
         """
         pieces = [self._piece(int(token)) for token in ids if special or not self._is_hidden(int(token))]
-        if self._starts_with_space and pieces and not continued:  # SentencePiece put it there in `encode`
+        if self.writes_blanks and pieces and not continued:  # SentencePiece put it there in `encode`
             pieces[0] = pieces[0].removeprefix(b" ")
         return b"".join(pieces).decode(errors="replace")
 

@@ -4,7 +4,7 @@
 llama.cpp, resume from the last checkpoint or start again, measure, train, save and export, measure again.
 
 The output folder holds adapter.safetensors and adapter.gguf (the exports), metrics.jsonl (one object a step),
-config.toml (as resolved), evaluation.json (if it was asked for) and checkpoints/.
+config.toml (as resolved), evaluation.json (if it was asked for), checkpoints/ and tokens/ (of the text).
 
 Deliberately not here: what a step does (trainer.py), how it looks on the screen (app/display.py), flags
 (app/cli/).
@@ -38,6 +38,7 @@ from ggml_diffusion.formats.model_check import read_model
 from ggml_diffusion.formats.model_file import ModelFile
 from ggml_diffusion.generation.diffusion_model import DiffusionModel
 from ggml_diffusion.generation.reading import ReadingRule
+from ggml_diffusion.text.kept_tokens import TOKENS, Reading
 from ggml_diffusion.text.loader import TextDataLoader, TokenBatch
 from ggml_diffusion.text.tokenizer import Tokenizer
 from ggml_diffusion.training.identity import check_identity
@@ -59,6 +60,9 @@ class RunListener(Protocol):
 
     def warn(self, text: str) -> None:
         """Something that the user should know."""
+
+    def tokenise(self, done_bytes: int, total_bytes: int) -> None:
+        """So much of the text has been tokenised: 0 first, all of it last."""
 
     def start(self, first_step: int, tokens_seen: int, total_steps: int) -> None:
         """The loop begins after `first_step` steps."""
@@ -137,7 +141,7 @@ def run_conversion(
         tokenizer = Tokenizer.from_file(base)
         for warning in tokenizer.warnings:
             listener.warn(warning)
-        data = _training_data(config, tokenizer, base, listener)
+        data = _training_data(config, tokenizer, base, output, listener)
         held_out = _held_out(data, evaluate_on)
         hardware = config.hardware
         with closing(
@@ -158,6 +162,7 @@ def run_conversion(
                 _delete_run(output)
             if not _resume(trainer, output, listener) and hardware.int8:
                 listener.note(str(choose_int8(trainer, data.batch_at(0))))
+            data.keep_only_this_text()
             _write_text(output / CONFIG, to_toml(config))
             before = None
             if held_out is not None:
@@ -221,7 +226,11 @@ def _read_pid(output: Path) -> str:
 
 
 def _training_data(
-    config: ConversionTrainingConfig, tokenizer: Tokenizer, base: ModelFile, listener: RunListener
+    config: ConversionTrainingConfig,
+    tokenizer: Tokenizer,
+    base: ModelFile,
+    output: Path,
+    listener: RunListener,
 ) -> TextDataLoader:
     """The text to train on; one batch is what one optimizer step takes."""
     if config.sequence_length > base.context_length:
@@ -237,9 +246,16 @@ def _training_data(
         config.seed,
         split="train",
         held_out_fraction=config.held_out_fraction,
+        reading=Reading(
+            output / TOKENS,
+            keep=True,
+            n_processes=config.hardware.num_threads,
+            warn=listener.warn,
+            on_progress=listener.tokenise,
+        ),
     )
     listener.note(
-        f"data: {data.n_documents} documents, {data.n_tokens} training tokens in {len(data.sequences)} "
+        f"data: {data.n_documents} documents, {data.n_tokens} training tokens in {data.n_sequences} "
         f"sequences of {config.sequence_length}"
     )
     if data.n_skipped:

@@ -86,6 +86,29 @@ def test_on_a_terminal_the_panel_shows_all_fields_and_the_sparkline():
         assert part in out
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_text_that_takes_long_to_tokenise_is_shown_and_a_short_one_is_not(terminal):
+    out, clock = io.StringIO(), Clock()
+    display = TrainingDisplay(Console(file=out, force_terminal=terminal, width=100), clock)
+    display.tokenise(0, 2_000_000_000)
+    clock.now_s += 0.5
+    display.tokenise(2_000_000_000, 2_000_000_000)
+    assert out.getvalue() == ""
+    display.tokenise(0, 2_000_000_000)
+    for done in range(1, 4):
+        clock.now_s += 6
+        display.tokenise(done * 500_000_000, 2_000_000_000)
+    clock.now_s += 6
+    display.tokenise(2_000_000_000, 2_000_000_000)
+    display.stop()
+    if terminal:
+        assert "tokenising the text" in out.getvalue() and "/2.0 GB" in out.getvalue()
+        assert out.getvalue().rstrip().endswith("\x1b[2K")  # the bar goes
+    else:
+        line = "tokenising the text: 1,000 of 2,000 MB, 83.3 MB/s, 0:12 left\n"
+        assert out.getvalue() == line
+
+
 def test_what_stands_in_a_message_is_no_markup():
     out = io.StringIO()
     display = TrainingDisplay(Console(file=out, width=40))

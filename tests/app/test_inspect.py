@@ -10,9 +10,13 @@ from conftest import TinyModel
 from conversions import conversion, refusal
 from gguf_bytes import F32, I32, STRING, U32, Gguf, Tensor, array, scalar, tiny_llama
 from rich.console import Console
+from texts import write_jsonl
 
 from ggml_diffusion.app.inspect import Description, describe_file
 from ggml_diffusion.formats.model_check import read_model
+from ggml_diffusion.text.kept_tokens import Reading
+from ggml_diffusion.text.loader import TextDataLoader
+from ggml_diffusion.text.tokenizer import Tokenizer
 
 
 def rows(description: Description) -> dict[str, dict[str, str]]:
@@ -138,6 +142,24 @@ def test_a_conversion_is_described_in_both_of_its_forms(tmp_path: Path, model_pa
         "time_embedding.bias": "(32,)",
     }
     assert said["Settings"]["training.learning_rate"] == "0.0001"
+
+
+def test_a_run_is_described_with_its_conversion_and_its_text(tmp_path: Path, tiny_model: TinyModel):
+    model_path = tiny_model(L=1)
+    tokenizer = Tokenizer.from_gguf(model_path)
+    path = write_jsonl(tmp_path / "text.jsonl", "the sand", "", "and the sea")
+    run = tmp_path / "run"
+    TextDataLoader(path, tokenizer, 8, 1, reading=Reading(run / "tokens", keep=True))
+    description = describe_file(run)
+    assert description.kind == "run" and [section.title for section in description.sections] == ["Text"]
+    said = rows(description)["Text"]
+    assert said["files"] == str(path)
+    assert said["documents"] == "3, 1 of them without text"
+    n_tokens = len(tokenizer.encode("the sand")) + len(tokenizer.encode("and the sea")) + 2
+    assert said["tokens"] == f"{n_tokens}, 2 bytes each"
+    conversion(read_model(model_path)).save(run / "adapter.safetensors")
+    assert {"Conversion", "Text"} <= rows(describe_file(run)).keys()
+    assert "holds no conversion" in refusal(lambda: describe_file(tmp_path))
 
 
 def test_a_lora_of_another_program_is_described(tmp_path: Path):

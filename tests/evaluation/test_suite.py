@@ -19,7 +19,10 @@ from ggml_diffusion.evaluation.plots import draw_page, save_evaluation
 from ggml_diffusion.evaluation.settings import EvaluationSettings
 from ggml_diffusion.evaluation.suite import EvaluationInputs, load_held_out, run_evaluation
 from ggml_diffusion.evaluation.tables import EvaluationProgress, evaluation_tables
+from ggml_diffusion.formats.adapter_file import DiffusionCheckpoint
 from ggml_diffusion.formats.model_file import file_sha256
+from ggml_diffusion.text import kept_tokens
+from ggml_diffusion.text.kept_tokens import Reading
 from ggml_diffusion.text.loader import TextDataLoader
 from ggml_diffusion.text.tokenizer import Tokenizer
 
@@ -32,9 +35,13 @@ SETTINGS = EvaluationSettings(
 class Recorder:
     def __init__(self):
         self.notes, self.planned, self.parts, self.stopped = [], 0, {}, 0
+        self.tokenised = []
 
     def note(self, text):
         self.notes.append(text)
+
+    def tokenise(self, done_bytes, total_bytes):
+        self.tokenised.append((done_bytes, total_bytes))
 
     def start(self, n_tokens):
         self.planned = n_tokens
@@ -104,6 +111,19 @@ def test_everything_is_measured(measured):
     assert evaluation.seconds > 0
     assert listener.stopped == 1
     assert list(listener.parts) == ["base", "NELBO", "masked tokens", "infilling", "writing"]
+
+
+def test_the_tokens_that_a_run_kept_are_not_made_again(base, folder, tmp_path, monkeypatch):
+    tokenizer = Tokenizer.from_gguf(base)
+    text = folder / "text.txt"
+    checkpoint = DiffusionCheckpoint.load(folder / "adapter.safetensors")
+    expected = load_held_out(checkpoint, tokenizer, 6, data=[text])
+    TextDataLoader(text, tokenizer, 40, 6, reading=Reading(tmp_path / "tokens", keep=True))
+    monkeypatch.setattr(kept_tokens, "tokenise", None)
+    found = load_held_out(checkpoint, tokenizer, 6, data=[text], reading=Reading(tmp_path / "tokens"))
+    assert found.fingerprint == expected.fingerprint
+    assert np.array_equal(found.held_out.tokens, expected.held_out.tokens)
+    assert np.array_equal(found.training_counts, expected.training_counts)
 
 
 def test_the_cost_is_said_before_and_is_not_exceeded(measured):

@@ -29,9 +29,13 @@ class Recorder:
 
     def __init__(self):
         self.notes, self.warnings, self.steps, self.started = [], [], [], None
+        self.tokenised = []
 
     def note(self, text):
         self.notes.append(text)
+
+    def tokenise(self, done_bytes, total_bytes):
+        self.tokenised.append((done_bytes, total_bytes))
 
     def warn(self, text):
         self.warnings.append(text)
@@ -231,6 +235,51 @@ def test_fresh_starts_anew_and_deletes_nothing_of_the_users(settings, tmp_path):
     assert conversion.step == 5
     assert steps_in(tmp_path / "run") == [1, 2, 3, 4, 5]
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+
+
+def test_the_text_is_tokenised_once_for_a_run_its_measures_and_what_resumes_it(settings, tmp_path):
+    _, recorder = run(settings, evaluate_on=4)
+    assert recorder.tokenised[0][0] == 0 and recorder.tokenised[-1] == (len(TEXT), len(TEXT))
+    assert sum(done == 0 for done, _ in recorder.tokenised) == 1
+    for options in ({}, {"evaluate_on": 4}, {"fresh": True}):
+        _, recorder = run(settings, **options)
+        assert recorder.tokenised == []
+    assert len(list((tmp_path / "run" / "tokens").iterdir())) == 1
+
+
+def test_a_run_with_kept_tokens_ends_with_the_same_bytes(settings, tmp_path, monkeypatch):
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    run(settings)
+    first = (tmp_path / "run" / "adapter.safetensors").read_bytes()
+    _, recorder = run(settings, fresh=True)
+    assert recorder.tokenised == []
+    assert (tmp_path / "run" / "adapter.safetensors").read_bytes() == first
+
+
+def test_a_run_that_is_refused_for_its_text_keeps_the_tokens_of_the_old_one(settings, tmp_path):
+    run(settings)
+    (tmp_path / "text.txt").write_text(TEXT + "more of it ")
+    for _ in range(2):
+        with pytest.raises(UserError, match="training data"):
+            run(settings)
+    assert len(list((tmp_path / "run" / "tokens").iterdir())) == 2
+    (tmp_path / "text.txt").write_text(TEXT)
+    _, recorder = run(settings)
+    assert recorder.tokenised == []
+    assert len(list((tmp_path / "run" / "tokens").iterdir())) == 1
+
+
+def test_a_run_interrupted_while_it_tokenises_leaves_no_tokens(settings, tmp_path):
+    class Interrupting(Recorder):
+        def tokenise(self, done_bytes, total_bytes):
+            if done_bytes:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_conversion(load_config(overrides=settings), Interrupting())
+    assert list((tmp_path / "run" / "tokens").iterdir()) == []
+    _, recorder = run(settings)
+    assert recorder.tokenised
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,8 @@ def run_and_show(config: ConversionTrainingConfig, *, fresh: bool, evaluate_on: 
     from ggml_diffusion.training.run import run_conversion
 
     console = Console()
-    conversion = run_conversion(config, TrainingDisplay(console), fresh=fresh, evaluate_on=evaluate_on)
+    with TrainingDisplay(console) as display:
+        conversion = run_conversion(config, display, fresh=fresh, evaluate_on=evaluate_on)
     if conversion.interrupted_by is not None or conversion.safetensors is None:
         console.print(
             Text(

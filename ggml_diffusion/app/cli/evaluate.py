@@ -63,21 +63,18 @@ def evaluate(
     from ggml_diffusion.evaluation.tables import EvaluationProgress, evaluation_tables
     from ggml_diffusion.training.run import exported_weights
 
-    progress = EvaluationProgress(Console(stderr=json))
-    evaluation = run_evaluation(
-        EvaluationInputs(
-            base,
-            exported_weights(adapter),
-            control=None if control is None else exported_weights(control),
-            data=tuple(data or ()),
-            sequence_length=sequence_length,
-            held_out_fraction=held_out_fraction,
-            n_threads=threads,
-            allow_other_base=allow_other_base,
-        ),
-        settings,
-        progress,
+    inputs = EvaluationInputs(
+        base,
+        exported_weights(adapter),
+        control=None if control is None else exported_weights(control),
+        data=tuple(data or ()),
+        sequence_length=sequence_length,
+        held_out_fraction=held_out_fraction,
+        n_threads=threads,
+        allow_other_base=allow_other_base,
     )
+    with EvaluationProgress(Console(stderr=json)) as progress:
+        evaluation = run_evaluation(inputs, settings, progress)
     if json:
         print(evaluation.as_json(), end="")
     else:

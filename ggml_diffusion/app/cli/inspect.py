@@ -9,7 +9,10 @@ from rich.console import Console
 
 def inspect(
     file: Annotated[
-        Path, typer.Argument(help="A GGUF model, a GGUF adapter or adapter.safetensors.", metavar="FILE")
+        Path,
+        typer.Argument(
+            help="A GGUF model, a GGUF adapter, adapter.safetensors or the folder of a run.", metavar="FILE"
+        ),
     ],
 ) -> None:
     """Show what a file holds: sizes, types, settings, and whether it can be converted."""
