@@ -169,7 +169,9 @@ def _checked(message: Mapping[str, Any], number: int) -> dict[str, Any]:
     checked = dict(message)
     calls = message.get("tool_calls") or None
     if calls is not None:
-        checked["tool_calls"] = [_call(call, number) for call in calls] if isinstance(calls, list) else calls
+        checked["tool_calls"] = [
+            _call(call, number) for call in (calls if isinstance(calls, list) else [None])
+        ]
     content = message.get("content")
     if isinstance(content, list):
         content = "".join(_text_of_part(part, number) for part in content)

@@ -86,7 +86,7 @@ def test_rows_of_parquet_are_examples(tmp_path):
 
 
 def test_messages_of_parquet_have_no_keys_of_other_messages(tmp_path):
-    """Parquet gives every message the keys of all: those that are null are taken away, but for the content."""
+    """Parquet gives every message the keys of all: those that are null go, but for the content."""
     rows = [
         {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "calls": "f"}]}
     ]
@@ -262,12 +262,12 @@ def test_standard_input_is_a_text_or_json_lines(monkeypatch, data, texts):
 
 def test_faults_of_standard_input_name_it(monkeypatch):
     with_input(monkeypatch, b"fine\n\xff")
-    with pytest.raises(UserError, match="^standard input, line 2: not UTF-8"):
+    with pytest.raises(UserError, match=r"^standard input, line 2: not UTF-8"):
         tokens_in("-")
     with pytest.raises(UserError, match="can only be read once"):
         tokens_in(["-", "-"])
     with_input(monkeypatch, b"")
-    with pytest.raises(UserError, match="^standard input: no text to train on"):
+    with pytest.raises(UserError, match=r"^standard input: no text to train on"):
         tokens_in(["-"])
 
 
