@@ -91,7 +91,8 @@ def describe_file(path: str | Path) -> Description:
     if KEY_PREFIX + "format" in file.metadata:
         sections = _conversion_sections(DiffusionCheckpoint.load(path))
         return Description(path, "GGUF LoRA adapter, a conversion", (_file_section(file), *sections))
-    return Description(path, "GGUF adapter", (_file_section(file), *_foreign_adapter_sections(file)))
+    kind = "GGUF LoRA adapter" if file.metadata.get("adapter.type", "lora") == "lora" else "GGUF adapter"
+    return Description(path, kind, (_file_section(file), *_foreign_adapter_sections(file)))
 
 
 def _foreign_adapter_sections(file: ModelFile) -> tuple[Section, ...]:

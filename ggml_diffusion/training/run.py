@@ -11,6 +11,7 @@ Deliberately not here: what a step does (trainer.py), how it looks on the screen
 """
 
 import errno
+import fcntl
 import json
 import os
 import re
@@ -24,8 +25,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
-
-from filelock import FileLock, Timeout
 
 from ggml_diffusion.config.fit import scaled_to_run
 from ggml_diffusion.config.settings import ConversionTrainingConfig
@@ -244,14 +243,17 @@ def _exclusive(output: Path, warn: Callable[[str], None]) -> Iterator[None]:
     """Make the output folder and keep other processes out of it; the operating system lifts the lock."""
     try:
         output.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(output / LOCK)
+        lock = (output / LOCK).open("ab")
         try:
-            lock.acquire(timeout=0)
-        except (NotImplementedError, OSError) as error:
-            if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            raise
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
                 raise
             warn(f"{output}: its file system has no locks: no other process may convert into it meanwhile")
-    except Timeout:
+    except BlockingIOError:
         raise UserError(f"{output}: process {_read_pid(output)} is converting into this folder") from None
     except OSError as error:
         raise UserError(f"{output}: cannot be used as output folder: {error.strerror or error}") from None
@@ -259,7 +261,7 @@ def _exclusive(output: Path, warn: Callable[[str], None]) -> Iterator[None]:
         _write_text(output / PID, f"{os.getpid()}\n")
         yield
     finally:
-        lock.release()
+        lock.close()
 
 
 def _read_pid(output: Path) -> str:

@@ -28,8 +28,8 @@ PARTS = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}
 {{- '<|im_end|>\\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 # Leaves out what it does not know.
-PLAIN = """{% for m in messages %}{% if m.role in ('user', 'assistant') %}{{ '<|im_start|>' + m.role + '\\n' }}
-{{- m.content }}{{ '<|im_end|>\\n' }}{% endif %}{% endfor %}
+PLAIN = """{% for m in messages %}{% if m.role in ('user', 'assistant') %}
+{{- '<|im_start|>' + m.role + '\\n' + m.content }}{{ '<|im_end|>\\n' }}{% endif %}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 
 
@@ -114,9 +114,7 @@ def test_calls_and_answers_of_tools_are_written():
 
 @pytest.mark.parametrize("call", [CALL, {"name": "add", "arguments": {"a": 1}}])
 def test_a_call_can_be_the_answer(call):
-    prompt, response = written(
-        {"messages": [say("user", "sum?"), say("assistant", tool_calls=[call])]}, TOOLS
-    )
+    _, response = written({"messages": [say("user", "sum?"), say("assistant", tool_calls=[call])]}, TOOLS)
     assert response == '<call>add {"a": 1}</call>|'
 
 

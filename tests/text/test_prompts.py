@@ -17,8 +17,8 @@ from ggml_diffusion.generation.denoise import GenerationConfig
 from ggml_diffusion.generation.diffusion_model import DiffusionModel
 from ggml_diffusion.objective.corruption import maskable
 from ggml_diffusion.text.chat_template import ChatTemplate
-from ggml_diffusion.text.loader import TextDataLoader
 from ggml_diffusion.text.examples import ExampleReader
+from ggml_diffusion.text.loader import TextDataLoader
 from ggml_diffusion.text.tokenizer import Tokenizer
 from ggml_diffusion.training.resume import resume_run, save_run
 from ggml_diffusion.training.trainer import ConversionTrainer
