@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ggml_diffusion.objective.time_embedding import TimeEmbedding
     from ggml_diffusion.text.kept_tokens import Reading
     from ggml_diffusion.text.loader import TextDataLoader, TokenBatch
+    from ggml_diffusion.text.sources import Records
     from ggml_diffusion.text.tokenizer import Tokenizer
     from ggml_diffusion.training.metrics import TrainMetrics
     from ggml_diffusion.training.resume import resume_run, save_run
@@ -44,6 +45,7 @@ _HOMES = {
     "Q4Model": "engine.cpu.q4_model",
     "QLoraConversionConfig": "config.groups",
     "Reading": "text.kept_tokens",
+    "Records": "text.sources",
     "TargetModule": "formats.lora",
     "Teacher": "engine.interface",
     "TextDataLoader": "text.loader",
@@ -76,6 +78,7 @@ __all__ = [
     "Q4Model",
     "QLoraConversionConfig",
     "Reading",
+    "Records",
     "TargetModule",
     "Teacher",
     "TextDataLoader",

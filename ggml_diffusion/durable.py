@@ -6,25 +6,38 @@ folder that holds the name has been flushed as well.
 """
 
 import contextlib
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 from ggml_diffusion.errors import UserError
 
+# What network and shared drives answer where they cannot do what is asked of them.
+_UNSUPPORTED = {
+    *(errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF),
+    *(errno.EPERM, errno.EACCES, errno.EISDIR),
+}
+
 
 def fsync_path(path: Path) -> None:
     """Flush a file's content, or a folder's list of names, to the disk.
+
+    A file system that cannot do so for a folder is left to itself.
 
     Raises:
         OSError: it cannot be opened, or the disk refuses.
 
     """
-    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED or not path.is_dir():
+            raise
 
 
 def _umask() -> int:
@@ -44,7 +57,8 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> None:
     temporary = path.with_name(f".{path.name}.tmp")  # what a killed process left is overwritten by the next
     try:
         write(temporary)
-        os.chmod(temporary, 0o666 & ~_umask())  # some writers make private files; these are for everyone
+        with contextlib.suppress(OSError):  # not every file system has modes
+            os.chmod(temporary, 0o666 & ~_umask())  # some writers make private files; these are for everyone
         fsync_path(temporary)
         os.replace(temporary, path)
         fsync_path(path.parent)

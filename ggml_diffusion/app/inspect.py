@@ -26,7 +26,7 @@ from ggml_diffusion.formats.lora import TargetModule, lora_ranks
 from ggml_diffusion.formats.model_check import check_model, check_tokenizer
 from ggml_diffusion.formats.model_file import ModelFile, read_gguf
 from ggml_diffusion.formats.tensor_types import TENSOR_TYPES
-from ggml_diffusion.text.kept_tokens import TOKENS
+from ggml_diffusion.run_folder import CHECKPOINTS, EXPORTS, TOKENS
 from ggml_diffusion.text.special_tokens import choose_mask_token, token_id
 from ggml_diffusion.text.token_store import Manifest, read_manifest
 from ggml_diffusion.training.run import exported_weights
@@ -91,14 +91,24 @@ def describe_file(path: str | Path) -> Description:
     if KEY_PREFIX + "format" in file.metadata:
         sections = _conversion_sections(DiffusionCheckpoint.load(path))
         return Description(path, "GGUF LoRA adapter, a conversion", (_file_section(file), *sections))
-    adapter, _ = read_gguf_adapter(path)
-    lora = Section("LoRA", _lora_rows(adapter.tensors, adapter.alpha))
-    return Description(path, "GGUF LoRA adapter", (_file_section(file), lora))
+    kind = "GGUF LoRA adapter" if file.metadata.get("adapter.type", "lora") == "lora" else "GGUF adapter"
+    return Description(path, kind, (_file_section(file), *_foreign_adapter_sections(file)))
+
+
+def _foreign_adapter_sections(file: ModelFile) -> tuple[Section, ...]:
+    """Another program's adapter, and whether it can be applied."""
+    tensors = Section("Tensors", tuple(_type_rows(file)))
+    try:
+        adapter, _ = read_gguf_adapter(file.path)
+    except UserError as error:
+        return tensors, Section("LoRA", (("can be applied", f"no: {_fault(file, error)}"),))
+    can = ("can be applied", "yes, to its base model; it cannot denoise, since it has no mask")
+    return tensors, Section("LoRA", (*_lora_rows(adapter.tensors, adapter.alpha), can))
 
 
 def _run_sections(folder: Path) -> tuple[Section, ...]:
-    weights = exported_weights(folder)
-    sections = _conversion_sections(DiffusionCheckpoint.load(weights)) if weights.exists() else ()
+    has_weights = any((folder / name).exists() for name in (*EXPORTS, CHECKPOINTS))
+    sections = _conversion_sections(DiffusionCheckpoint.load(exported_weights(folder))) if has_weights else ()
     kept = [read_manifest(place) for place in sorted((folder / TOKENS).glob("[!.]*"))]
     texts = tuple(Section("Text", _text_rows(manifest)) for manifest in kept if manifest is not None)
     if not sections and not texts:

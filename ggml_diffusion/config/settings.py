@@ -30,7 +30,19 @@ class ConversionTrainingConfig(Settings):
 
     base_model: str | None = Field(default=None, min_length=1, description="The GGUF file to convert.")
     data: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
-        default=(), strict=False, description="Training text: .txt or .jsonl files, or folders of them."
+        default=(),
+        strict=False,
+        description="Training text: files of text, .jsonl or .parquet, each perhaps as .gz, folders of them, "
+        "or - for standard input.",
+    )
+    include: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        default=(),
+        strict=False,
+        description="Names of other files that are read as text in folders, as '*.py'.",
+    )
+    strict: bool = Field(
+        default=False,
+        description="Stop at the first document that cannot be used; else up to a tenth are left out.",
     )
     output: str | None = Field(
         default=None, min_length=1, description="Output folder; one that holds a run resumes it."
@@ -182,6 +194,8 @@ SETTINGS: Mapping[str, Setting] = {
 _FREE_SETTINGS = {
     "model.base_model",
     "training.data",
+    "training.include",
+    "training.strict",
     "training.output",
     "training.checkpoint_every",
     "hardware.num_threads",

@@ -40,8 +40,10 @@ from ggml_diffusion.formats.lora import LoraAdapter
 from ggml_diffusion.formats.model_check import read_model
 from ggml_diffusion.formats.model_file import file_sha256
 from ggml_diffusion.generation.diffusion_model import DiffusionModel
-from ggml_diffusion.text.kept_tokens import TOKENS, Reading
+from ggml_diffusion.run_folder import TOKENS
+from ggml_diffusion.text.kept_tokens import Reading
 from ggml_diffusion.text.loader import TextDataLoader, TokenBatch
+from ggml_diffusion.text.sources import STANDARD_INPUT
 from ggml_diffusion.text.tokenizer import Tokenizer
 
 
@@ -179,28 +181,36 @@ def load_held_out(
     """
     trained = checkpoint.config
     paths = list(data) or list(trained.get("data") or [])
-    if not paths:
+    if not paths or (not data and STANDARD_INPUT in paths):
         raise UserError(
             "which text? give --data: the text of the training, whose held-out part is measured on"
         )
     length = sequence_length or int(trained.get("sequence_length") or 128)
     fraction = trained.get("held_out_fraction") if held_out_fraction is None else held_out_fraction
-    if not fraction or not 0.0 < float(fraction) < 1.0:
-        raise UserError(
-            "the conversion held nothing out of its text: give --held-out-fraction, above 0 and below 1, and "
-            "text that it was not trained on"
-        )
+    fraction = float(fraction or 0.0)
     loader = TextDataLoader(
         paths,
         tokenizer,
         length,
         n_sequences,
-        split="held_out",
-        held_out_fraction=float(fraction),
+        split="train",
+        held_out_fraction=fraction if 0.0 < fraction < 1.0 else 0.0,
+        include=[str(pattern) for pattern in trained.get("include") or []],
         reading=reading,
     )
-    counts = loader.with_split("train").token_counts(tokenizer.vocab_size)
-    return HeldOutData(loader.batch_at(0), counts, loader.fingerprint, float(fraction))
+    if loader.held_out_fraction == 0.0 and not loader.has_own_split:
+        raise UserError(
+            "the conversion held nothing out of its text: give --held-out-fraction, above 0 and below 1, and "
+            "text that it was not trained on"
+        )
+    counts = loader.token_counts(tokenizer.vocab_size)
+    held_out = loader.with_split("held_out")
+    fraction = (
+        held_out.n_sequences / (held_out.n_sequences + loader.n_sequences)
+        if loader.has_own_split
+        else fraction
+    )
+    return HeldOutData(held_out.batch_at(0), counts, loader.fingerprint, fraction)
 
 
 def evaluate_conversion(

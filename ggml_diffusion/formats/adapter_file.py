@@ -170,9 +170,19 @@ class DiffusionCheckpoint:
 
 
 def creation_time() -> str:
-    """Now, in UTC; SOURCE_DATE_EPOCH overrides it, so that equal runs can write equal files."""
-    fixed = os.environ.get("SOURCE_DATE_EPOCH")
-    now = datetime.now(timezone.utc) if fixed is None else datetime.fromtimestamp(int(fixed), timezone.utc)
+    """Now, in UTC; SOURCE_DATE_EPOCH overrides it, so that equal runs can write equal files.
+
+    Raises:
+        UserError: it is no number of seconds, or of a time that no calendar has.
+
+    """
+    fixed = os.environ.get("SOURCE_DATE_EPOCH", "").strip()
+    try:
+        now = datetime.fromtimestamp(int(fixed), timezone.utc) if fixed else datetime.now(timezone.utc)
+    except (ValueError, OverflowError, OSError):
+        raise UserError(
+            f"the environment's SOURCE_DATE_EPOCH is {quoted(fixed)}: it must be seconds since 1970"
+        ) from None
     return now.isoformat(timespec="seconds")
 
 

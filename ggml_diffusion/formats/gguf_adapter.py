@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 from gguf import GGUFWriter
-from gguf.constants import GGUFType, GGUFValueType
+from gguf.constants import GGMLQuantizationType, GGUFType, GGUFValueType
+from gguf.quants import dequantize
 from numpy.typing import NDArray
 
 from ggml_diffusion.durable import replace_file
@@ -37,7 +38,6 @@ _ALPHA_KEY = "adapter.lora.alpha"
 _FUSED_KEY = KEY_PREFIX + "fused"
 _MASK_TOKEN_KEY = KEY_PREFIX + "mask_token_id"
 _MASK_EMBEDDING_KEY = KEY_PREFIX + MASK_EMBEDDING
-_READABLE_TYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 KeyValue = bool | int | float | str | NDArray[np.float32]
 
@@ -122,7 +122,7 @@ def _mask_pair(
 def read_gguf_adapter(path: str | Path) -> tuple[LoraAdapter, ModelFile]:
     """Read any LoRA adapter for llama.cpp, ours or another's, and the header that it came with.
 
-    Half-precision tensors become float32. Without alpha, or with 0, llama.cpp scales by 1: that becomes alpha
+    Tensors of other types become float32. Without alpha, or with 0, llama.cpp scales by 1: that becomes alpha
     1 here, with R multiplied into B.
 
     Raises:
@@ -158,19 +158,17 @@ def read_gguf_adapter(path: str | Path) -> tuple[LoraAdapter, ModelFile]:
 
 def _read_tensor(file: ModelFile, info: TensorInfo) -> NDArray[np.float32]:
     """A tensor of the file as C-contiguous float32."""
-    dtype = _READABLE_TYPES.get(info.type_name)
-    if dtype is None:
-        file.fail(
-            f"tensor {quoted(info.name)} has type {info.type_name}; "
-            f"supported in adapters: {', '.join(_READABLE_TYPES)}"
-        )
     try:
-        data = np.fromfile(file.path, dtype, int(np.prod(info.shape)), offset=info.offset_bytes)
+        data = np.fromfile(file.path, np.uint8, info.n_bytes, offset=info.offset_bytes)
     except OSError as error:
         file.fail(f"cannot be read: {error.strerror}")
-    if info.type_name == "BF16":  # the upper half of a float32
-        data = (data.astype("<u4") << np.uint32(16)).view("<f4")
-    array = np.ascontiguousarray(data.reshape(info.shape), dtype=np.float32)
+    rows = data.reshape(*info.shape[:-1], -1)
+    try:
+        with np.errstate(all="ignore"):  # what is not finite is refused below
+            values = dequantize(rows, GGMLQuantizationType[info.type_name])
+    except (KeyError, NotImplementedError):
+        file.fail(f"tensor {quoted(info.name)} has type {info.type_name}, which is not supported in adapters")
+    array = np.array(values.reshape(info.shape), dtype=np.float32, order="C")
     if not np.isfinite(array).all():
         file.fail(f"tensor {quoted(info.name)} holds NaN or infinite values")
     return array

@@ -21,7 +21,8 @@ from ggml_diffusion.formats.model_check import read_model
 from ggml_diffusion.generation.denoise import DEFAULT_BLOCK_LENGTH, DenoisingStep, GenerationConfig, denoise
 from ggml_diffusion.generation.reading import ReadingRule
 from ggml_diffusion.objective.output_rows import rows_of_positions
-from ggml_diffusion.text.prompts import Chat, with_start
+from ggml_diffusion.text.chat import Chat
+from ggml_diffusion.text.prompts import with_start
 from ggml_diffusion.text.tokenizer import Tokenizer
 
 

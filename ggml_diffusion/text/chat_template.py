@@ -3,7 +3,7 @@
 A template is a program by an unknown author. It runs in jinja2's immutable sandbox, which keeps it from
 Python's internals, inside a process of its own, which can be ended when it takes too long or too much memory.
 The names that templates expect are those of the Hugging Face libraries: messages, add_generation_prompt,
-tools and documents (both None), bos_token, eos_token, unk_token, pad_token, raise_exception, tojson,
+tools, documents (None), bos_token, eos_token, unk_token, pad_token, raise_exception, tojson,
 strftime_now, break and continue, and generation, which marks an answer and changes no text. Only the clock
 stands still, so that the same messages give the same text on every day.
 
@@ -55,12 +55,19 @@ class ChatTemplate:
         self._setup = {"template": template, "names": names}
         self._process: subprocess.Popen[bytes] | None = None
 
-    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool,
+        tools: Sequence[Any] | None = None,
+    ) -> str:
         """The text of messages.
 
         Args:
             messages: each with "role" and "content".
             add_generation_prompt: end with what opens an answer.
+            tools: what the assistant may call, as JSON schemas.
 
         Raises:
             UserError: the template is no template, refuses the messages, or reaches a limit.
@@ -68,9 +75,8 @@ class ChatTemplate:
         """
         if self._process is None:
             self._start()
-        return self._ask(
-            {"messages": list(messages), "add_generation_prompt": add_generation_prompt}, TIME_LIMIT_S
-        )
+        request = {"messages": list(messages), "add_generation_prompt": add_generation_prompt, "tools": tools}
+        return self._ask(request, TIME_LIMIT_S)
 
     def close(self) -> None:
         """End the process."""
@@ -146,7 +152,7 @@ def _serve() -> None:
         request = json.loads(line)
         try:
             assert template is not None
-            text = template.render(tools=None, documents=None, **setup["names"], **request)
+            text = template.render(documents=None, **setup["names"], **request)
             reply = {"text": text}
         except Exception as error:
             reply = {"error": _reason(error)}

@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ggml_diffusion.errors import UserError
-from ggml_diffusion.text.files import Position, Record
-from ggml_diffusion.text.prompts import ExampleReader, TextEncoder, with_start
+from ggml_diffusion.text.examples import ExampleReader
+from ggml_diffusion.text.files import Document, Position, Record, Refusal
+from ggml_diffusion.text.prompts import TextEncoder, with_start
 from ggml_diffusion.text.tokenizer import Tokenizer
 from ggml_diffusion.text.word_cache import WordCache
 
@@ -47,13 +48,13 @@ class Batch:
     """What one process encodes at a time.
 
     Attributes:
-        items: pieces and records in their order.
+        items: pieces, records and refusals in their order.
         places: of each item, "FILE" or "FILE, line N".
         n_bytes: of the files, read up to its end.
 
     """
 
-    items: list[Piece | Record] = field(default_factory=list)
+    items: list[Piece | Record | Refusal] = field(default_factory=list)
     places: list[str] = field(default_factory=list)
     n_bytes: int = 0
 
@@ -75,11 +76,11 @@ class Encoded:
     reasons: list[str]
 
 
-def batches(documents: Iterable[Iterator[str] | Record], position: Position) -> Iterator[Batch]:
+def batches(documents: Iterable[Document], position: Position) -> Iterator[Batch]:
     """Documents, in batches that are worth a process's while and small beside its memory."""
     batch, n_chars = Batch(), 0
     for document in documents:
-        for item in (document,) if isinstance(document, Record) else _pieces(document):
+        for item in (document,) if isinstance(document, Record | Refusal) else _pieces(document):
             batch.items.append(item)
             batch.places.append(position.place)
             n_chars += len(item.text) if isinstance(item, Piece) else item.n_chars
@@ -120,7 +121,7 @@ class BatchEncoder:
     def __exit__(self, *_: object) -> None:
         self._reader.__exit__()
 
-    def encode(self, items: Iterable[Piece | Record]) -> Encoded:
+    def encode(self, items: Iterable[Piece | Record | Refusal]) -> Encoded:
         """The tokens of a batch's items."""
         tokens: list[NDArray[np.int32]] = [np.empty(0, dtype=np.int32)]
         lengths: list[tuple[int, int]] = []
@@ -131,6 +132,8 @@ class BatchEncoder:
                 lengths.append((TEXT, len(tokens[-1])))
                 continue
             try:
+                if isinstance(item, Refusal):
+                    raise UserError(item.reason)
                 example = self._reader.read(item.value)
                 if example is None:
                     raise UserError(NOT_USABLE)

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ggml_diffusion.errors import UserError
-from ggml_diffusion.text.files import text_files
 from ggml_diffusion.text.prompts import TextEncoder
 from ggml_diffusion.text.sequences import Sequences
+from ggml_diffusion.text.sources import TextFile
 from ggml_diffusion.text.text_key import describe_sources, is_as_recorded, key_of, stamp_of
 from ggml_diffusion.text.token_store import (
     FILES,
@@ -35,10 +35,9 @@ from ggml_diffusion.text.token_store import (
     sums_of_parts,
     write_manifest,
 )
-from ggml_diffusion.text.tokenising import OnProgress, tokenise
+from ggml_diffusion.text.tokenising import OnProgress, check_refusals, tokenise
 from ggml_diffusion.text.tokenizer import Tokenizer
 
-TOKENS = "tokens"  # the folder's name in that of a run
 _NAME_DIGITS = 16
 _SMALL_VOCABULARY = 1 << 16  # token numbers of two bytes
 
@@ -52,6 +51,7 @@ class Reading:
         keep: put them there, if they are not there; nobody else may write there meanwhile.
         n_processes: that tokenise a large text; None = as many as there are processors.
         warn: told in a sentence why kept tokens are not used.
+        strict: refuse a text with any document that cannot be used; else up to a tenth are left out.
         on_progress: told how far a text is that has to be tokenised, from (0, total) to (total, total).
 
     """
@@ -60,24 +60,32 @@ class Reading:
     keep: bool = False
     n_processes: int | None = None
     warn: Callable[[str], None] = lambda text: None
+    strict: bool = False
     on_progress: OnProgress = lambda done, total: None
 
 
-def open_tokens(paths: Sequence[Path], tokenizer: TextEncoder, T: int, reading: Reading) -> TokenStore:
+def open_tokens(files: Sequence[TextFile], tokenizer: TextEncoder, T: int, reading: Reading) -> TokenStore:
     """The tokens of a text.
 
     Args:
-        paths: files and folders.
+        files: of the text, in their order.
         tokenizer: only the tokens of a `Tokenizer`, which has a fingerprint, are kept.
         T: sequence length that the fingerprint of a new store is taken for.
         reading: how.
 
     Raises:
-        UserError: a file or line that cannot be used, named; the text changed meanwhile; or the disk has no
-            room.
+        UserError: a file or documents that cannot be used, named; the text changed meanwhile; or the disk has
+            no room.
 
     """
-    files = text_files(paths)
+    store = _open_tokens(files, tokenizer, T, reading)
+    check_refusals(
+        store.manifest.n_documents, store.manifest.n_refused, store.manifest.refusals, reading.strict
+    )
+    return store
+
+
+def _open_tokens(files: Sequence[TextFile], tokenizer: TextEncoder, T: int, reading: Reading) -> TokenStore:
     if reading.folder is None or not isinstance(tokenizer, Tokenizer):
         return _nameless(files, tokenizer, reading)
     if reading.keep:
@@ -88,7 +96,7 @@ def open_tokens(paths: Sequence[Path], tokenizer: TextEncoder, T: int, reading: 
             return TokenStore.open(place, manifest)
     if not kept and not reading.keep:
         return _nameless(files, tokenizer, reading)
-    stamps = [stamp_of(file) for file in files]
+    stamps = [stamp_of(file.path) for file in files]
     sources = describe_sources(files, time.time_ns())
     key = key_of(sources, tokenizer.fingerprint)
     place = reading.folder / key[:_NAME_DIGITS]
@@ -102,11 +110,12 @@ def open_tokens(paths: Sequence[Path], tokenizer: TextEncoder, T: int, reading: 
     return _new(place, key, files, stamps, sources, tokenizer, T, reading)
 
 
-def keep_only(store: TokenStore) -> None:
-    """Delete the stores beside one, of other texts or vocabularies."""
-    if store.folder.parent.is_dir():
-        for other in store.folder.parent.iterdir():
-            if other.name != store.folder.name:
+def keep_only(stores: Sequence[TokenStore]) -> None:
+    """Delete the stores beside these, of other texts or vocabularies."""
+    kept = {store.folder for store in stores}
+    for folder in {place.parent for place in kept if place.is_dir()}:
+        for other in folder.iterdir():
+            if other not in kept:
                 shutil.rmtree(other, ignore_errors=True)
 
 
@@ -140,7 +149,7 @@ def _delete_unfinished(folder: Path) -> None:
 def _new(
     place: Path,
     key: str,
-    files: Sequence[Path],
+    files: Sequence[TextFile],
     stamps: Sequence[tuple[int, int, int, int]],
     sources: list[SourceFile],
     tokenizer: Tokenizer,
@@ -153,8 +162,10 @@ def _new(
         with TokenWriter(unfinished, 2 if tokenizer.vocab_size <= _SMALL_VOCABULARY else 4) as writer:
             manifest = _write(writer, files, tokenizer, reading, key, tokenizer.fingerprint, sources)
             for file, stamp in zip(files, stamps, strict=True):
-                if stamp_of(file) != stamp:
-                    raise UserError(f"{file}: changed while it was read: start again once it is finished")
+                if stamp_of(file.path) != stamp:
+                    raise UserError(
+                        f"{file.place()}: changed while it was read: start again once it is finished"
+                    )
             store = TokenStore(place, manifest, writer.finish())
             manifest = manifest.model_copy(
                 update={
@@ -173,7 +184,7 @@ def _new(
     return store
 
 
-def _nameless(files: Sequence[Path], tokenizer: TextEncoder, reading: Reading) -> TokenStore:
+def _nameless(files: Sequence[TextFile], tokenizer: TextEncoder, reading: Reading) -> TokenStore:
     """Tokenise a text into files that go with this process."""
     try:
         folder = Path(tempfile.mkdtemp(prefix="ggml-diffusion-"))
@@ -190,7 +201,7 @@ def _nameless(files: Sequence[Path], tokenizer: TextEncoder, reading: Reading) -
 
 def _write(
     writer: TokenWriter,
-    files: Sequence[Path],
+    files: Sequence[TextFile],
     tokenizer: TextEncoder,
     reading: Reading,
     key: str = "",
@@ -198,7 +209,7 @@ def _write(
     sources: Sequence[SourceFile] = (),
 ) -> Manifest:
     """Write all tokens of a text; the manifest lacks sums and fingerprint."""
-    text = tokenise(files, tokenizer, writer, reading.n_processes, reading.on_progress)
+    text = tokenise(files, tokenizer, writer, reading.n_processes, reading.on_progress, strict=reading.strict)
     return Manifest(
         format=FORMAT,
         key=key,
@@ -207,6 +218,8 @@ def _write(
         token_bytes=writer.token_bytes,
         n_documents=text.n_documents,
         n_skipped=text.n_skipped,
+        n_refused=text.n_refused,
+        refusals=text.refusals,
         n_text_tokens=writer.n_text_tokens,
         n_examples=writer.n_examples,
         n_example_tokens=writer.n_example_tokens,

@@ -3,7 +3,7 @@
 Documents are tokenised one by one, each followed by end-of-text, and with BOS in front where the base wants
 it, and laid end to end. A long document continues in the next sequence, short ones share one, and every batch
 says which token belongs to which document, so that attention can stay inside. Part of the sequences is held
-out, the same ones whatever the seed is.
+out, the same ones whatever the seed is, unless the text comes with a split of its own.
 
 An example, a prompt with its response, is a sequence by itself: it is never cut in two, and its padding costs
 nothing. The prompt is never a target. All text comes first, then all examples.
@@ -20,7 +20,6 @@ import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Literal, overload
 
 import numpy as np
@@ -30,7 +29,8 @@ from ggml_diffusion.errors import UserError
 from ggml_diffusion.randomness import Stream, generator_of
 from ggml_diffusion.text.kept_tokens import Reading, keep_only, open_tokens
 from ggml_diffusion.text.prompts import TextEncoder
-from ggml_diffusion.text.sequences import Sequences
+from ggml_diffusion.text.sequences import JoinedSequences, Sequences
+from ggml_diffusion.text.sources import Data, find_sources, names_of
 from ggml_diffusion.text.token_store import chunks
 
 Split = Literal["train", "held_out", "all"]
@@ -71,9 +71,12 @@ class TextDataLoader:
         batch_size: B.
         n_documents: documents in the text, examples included.
         n_skipped: documents without any token, which are left out.
+        n_refused: documents that could not be used, which are left out and not counted by `n_documents`.
+        refusals: the first of these, a line each with its place and the reason.
         n_examples: prompts with their responses.
         n_too_long: examples whose prompts alone fill a sequence, which are left out.
-        held_out_fraction: share of the sequences that the split "held_out" has.
+        held_out_fraction: share of the sequences that the split "held_out" has, if it is drawn.
+        has_own_split: whether the text comes with a split of its own.
         n_sequences: sequences of the split.
         n_tokens: tokens of the split, end-of-text included.
         epoch: of the next pass.
@@ -82,7 +85,7 @@ class TextDataLoader:
 
     def __init__(
         self,
-        paths: str | Path | Sequence[str | Path],
+        data: Data,
         tokenizer: TextEncoder,
         sequence_length: int,
         batch_size: int,
@@ -90,25 +93,29 @@ class TextDataLoader:
         *,
         split: Split = "train",
         held_out_fraction: float = 0.0,
+        include: Sequence[str] = (),
         reading: Reading | None = None,
     ) -> None:
         """Read and tokenise all text, or find its tokens where they were kept.
 
         Args:
-            paths: .txt files (one document each), .jsonl files (one document a line, in its "text", or one
-                example, in its "prompt" and "completion" or its "messages"), or folders, in which both are
-                looked for at any depth, in the order of their names.
+            data: a path or a list of paths: text files (one document each), .jsonl files (one document a
+                line, in its "text", or one example, in its "prompt" and "completion" or its "messages"),
+                .parquet files (one a row), each perhaps as .gz, folders of them, or "-" for standard input;
+                or any other iterable of strings (one document each) or of records (mappings, as those
+                lines). `Records` makes records of a list of strings.
             tokenizer: of the model.
             sequence_length: T, at least 2.
             batch_size: B; for the trainer, the sequences of one optimizer step.
             seed: of the order.
             split: the sequences to train on, those held out, or all.
             held_out_fraction: share of the sequences that is held out: none at 0, else at least one.
+            include: patterns of names, as "*.py", that are read as text in folders too.
             reading: where tokens are kept, who is told of progress; None = they go with this process.
 
         Raises:
-            UserError: a file or line that cannot be used, named; no room for the tokens; or no sequence is
-                left.
+            UserError: a file that cannot be read, or too many documents that cannot be used, named; no room
+                for the tokens; or no sequence is left.
 
         """
         if sequence_length < 2 or batch_size < 1:
@@ -121,15 +128,11 @@ class TextDataLoader:
         self.seed = seed
         self.epoch = 0
         self.held_out_fraction = held_out_fraction
-        self._paths = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
-        self._store = open_tokens(self._paths, tokenizer, sequence_length, reading or Reading())
-        self._sequences = Sequences(self._store, sequence_length)
-        text = self._store.manifest
-        self.n_documents, self.n_skipped = text.n_documents, text.n_skipped
-        self.n_examples, self.n_too_long = self._sequences.n_examples, self._sequences.n_too_long
+        self._names = names_of(data)
+        self._read(data, include, tokenizer, reading or Reading())
         if len(self._sequences) == 0:
             raise UserError(
-                f"{self._names()}: no text to train on: {self.n_documents} documents, {self.n_skipped} of "
+                f"{self._names}: no text to train on: {self.n_documents} documents, {self.n_skipped} of "
                 f"them empty"
                 + (
                     f", and {self.n_too_long} prompts that leave no room for a response in "
@@ -139,6 +142,28 @@ class TextDataLoader:
                 )
             )
         self._select(split)
+
+    def _read(self, data: Data, include: Sequence[str], tokenizer: TextEncoder, reading: Reading) -> None:
+        """Open the tokens of all files; held-out files, if there are any, are a text of their own."""
+        sources = find_sources(data, include)
+        groups = [sources.files, sources.held_out] if sources.held_out else [sources.files]
+        self._stores = [open_tokens(group, tokenizer, self.sequence_length, reading) for group in groups]
+        several = [Sequences(store, self.sequence_length) for store in self._stores]
+        self._n_own_train = len(several[0]) if len(several) == 2 else None
+        self._sequences: Sequences | JoinedSequences = (
+            several[0] if len(several) == 1 else JoinedSequences(*several)
+        )
+        texts = [store.manifest for store in self._stores]
+        self.n_documents = sum(text.n_documents for text in texts)
+        self.n_skipped = sum(text.n_skipped for text in texts)
+        self.n_refused = sum(text.n_refused for text in texts)
+        self.refusals = [refusal for text in texts for refusal in text.refusals]
+        self.n_examples, self.n_too_long = self._sequences.n_examples, self._sequences.n_too_long
+
+    @property
+    def has_own_split(self) -> bool:
+        """Whether the text comes with held-out files of its own."""
+        return self._n_own_train is not None
 
     def with_split(
         self, split: Split, batch_size: int | None = None, seed: int | None = None
@@ -163,24 +188,26 @@ class TextDataLoader:
 
     def keep_only_this_text(self) -> None:
         """Delete the tokens of other texts beside those of this one, if these are kept."""
-        keep_only(self._store)
+        keep_only(self._stores)
 
     def _select(self, split: Split) -> None:
         """Take the sequences of one split, in the order of the text."""
         n_all = len(self._sequences)
-        self._rows = _rows_of_split(n_all, split, self.held_out_fraction)
+        if self._n_own_train is None:
+            self._rows = _rows_of_split(n_all, split, self.held_out_fraction)
+        else:
+            first = self._n_own_train if split == "held_out" else 0
+            stop = self._n_own_train if split == "train" else n_all
+            self._rows = _compact(np.arange(first, stop, dtype=np.int64))
         if len(self._rows) == 0:
             raise UserError(
-                f"{self._names()}: the text makes {n_all} sequences of {self.sequence_length} tokens, "
+                f"{self._names}: the text makes {n_all} sequences of {self.sequence_length} tokens, "
                 f"none of which is left for the split '{split}': add text, or shorten the sequences"
             )
         self.n_sequences = len(self._rows)
         self.n_tokens = int(self._sequences.lengths(self._rows).sum(dtype=np.int64))
         self._ordered_epoch = -1
         self._order: NDArray[np.unsignedinteger] = np.empty(0, dtype=np.uint32)
-
-    def _names(self) -> str:
-        return ", ".join(str(path) for path in self._paths) or "no data"
 
     def __len__(self) -> int:
         """Batches an epoch."""
@@ -215,9 +242,6 @@ class TextDataLoader:
     def fingerprint(self) -> str:
         """SHA-256 of the tokens, of where documents start and of how long prompts are, of the whole text, as
         hexadecimal digits."""
-        text = self._store.manifest
-        if text.fingerprint and text.fingerprint_length == self.sequence_length:
-            return text.fingerprint
         return self._sequences.fingerprint()
 
     def _order_of(self, epoch: int) -> NDArray[np.unsignedinteger]:
@@ -248,7 +272,7 @@ class TextDataLoader:
 class _SplitSequences(Sequence[NDArray[np.int32]]):
     """Sequences of one split, read one by one."""
 
-    def __init__(self, sequences: Sequences, rows: NDArray[np.unsignedinteger]) -> None:
+    def __init__(self, sequences: Sequences | JoinedSequences, rows: NDArray[np.unsignedinteger]) -> None:
         self._sequences = sequences
         self._rows = rows
 

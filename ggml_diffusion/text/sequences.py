@@ -8,7 +8,7 @@ Deliberately not here: their order, and which are held out (loader.py), where th
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,6 +81,9 @@ class Sequences:
 
     def fingerprint(self) -> str:
         """SHA-256 of the tokens, of where documents start and of how long prompts are, in hexadecimal."""
+        known = self._store.manifest
+        if known.fingerprint and known.fingerprint_length == self.T:
+            return known.fingerprint
         digest = hashlib.sha256()
         for start, stop in chunks(self._n_text_tokens, _CHUNK_TOKENS):
             digest.update(self._store.text(start, stop).astype("<i4", copy=False).data)
@@ -104,3 +107,54 @@ class Sequences:
             tokens = self._store.examples(begin, int(starts[-1] + lengths[-1]))
             shifts = starts - begin - (np.cumsum(lengths) - lengths)  # by what was cut off before
             yield tokens[np.repeat(shifts, lengths) + np.arange(lengths.sum())]
+
+
+class JoinedSequences:
+    """Sequences of two texts, one behind the other; for the attributes, see `Sequences`."""
+
+    def __init__(self, first: Sequences, second: Sequences) -> None:
+        self._parts = (first, second)
+        self._n_first = len(first)
+        self.n_examples = first.n_examples + second.n_examples
+        self.n_too_long = first.n_too_long + second.n_too_long
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return sum(len(part) for part in self._parts)
+
+    def lengths(self, rows: NDArray[np.integer]) -> NDArray[np.int32]:
+        """Tokens (n,) of sequences (n,)."""
+        return self._of_both(rows, Sequences.lengths)
+
+    def prompt_lengths(self, rows: NDArray[np.integer]) -> NDArray[np.int32]:
+        """Tokens (n,) that are never a target, at the beginning of sequences (n,)."""
+        return self._of_both(rows, Sequences.prompt_lengths)
+
+    def tokens(self, row: int) -> NDArray[np.int32]:
+        """The tokens (n,) of a sequence, n <= T."""
+        part, row = self._part_of(row)
+        return part.tokens(row)
+
+    def document_ids(self, row: int) -> NDArray[np.int32]:
+        """(n,) which document of the sequence each of its tokens belongs to, counted from 0."""
+        part, row = self._part_of(row)
+        return part.document_ids(row)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of both fingerprints, in hexadecimal."""
+        return hashlib.sha256(" ".join(part.fingerprint() for part in self._parts).encode()).hexdigest()
+
+    def _part_of(self, row: int) -> tuple[Sequences, int]:
+        return (self._parts[0], row) if row < self._n_first else (self._parts[1], row - self._n_first)
+
+    def _of_both(
+        self,
+        rows: NDArray[np.integer],
+        values: Callable[[Sequences, NDArray[np.integer]], NDArray[np.int32]],
+    ) -> NDArray[np.int32]:
+        rows = np.asarray(rows, dtype=np.int64)
+        is_first = rows < self._n_first
+        found = np.empty(len(rows), dtype=np.int32)
+        found[is_first] = values(self._parts[0], rows[is_first])
+        found[~is_first] = values(self._parts[1], rows[~is_first] - self._n_first)
+        return found

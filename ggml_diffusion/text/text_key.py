@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ggml_diffusion.errors import UserError
+from ggml_diffusion.text.sources import TextFile
 from ggml_diffusion.text.token_store import SourceFile, sums_of_parts
 
 READING = 1  # of the rules in files.py, prompts.py and encoding.py; other rules may give other tokens
@@ -34,15 +35,17 @@ def stamp_of(path: Path) -> tuple[int, int, int, int]:
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
 
 
-def is_as_recorded(files: Sequence[Path], sources: Sequence[SourceFile]) -> bool:
+def is_as_recorded(files: Sequence[TextFile], sources: Sequence[SourceFile]) -> bool:
     """Whether files are, by name and stamp, those of a record."""
     return len(files) == len(sources) and all(
-        str(file.absolute()) == source.path and stamp_of(file) == source.stamp
+        str(file.path.absolute()) == source.path
+        and file.form == source.form
+        and stamp_of(file.path) == source.stamp
         for file, source in zip(files, sources, strict=True)
     )
 
 
-def describe_sources(files: Sequence[Path], now_ns: int) -> list[SourceFile]:
+def describe_sources(files: Sequence[TextFile], now_ns: int) -> list[SourceFile]:
     """Read files to the end, for what they hold.
 
     Args:
@@ -55,23 +58,28 @@ def describe_sources(files: Sequence[Path], now_ns: int) -> list[SourceFile]:
     """
     found = []
     for file in files:
-        stamp = stamp_of(file)
+        stamp = stamp_of(file.path)
         try:
-            sums = sums_of_parts(file)
+            sums = sums_of_parts(file.path)
         except OSError as error:
-            raise UserError(f"{file}: cannot be read: {error.strerror}") from None
+            raise UserError(f"{file.place()}: cannot be read: {error.strerror}") from None
         is_settled = now_ns - max(stamp[1], stamp[2]) > _SETTLED_NS
         digest = hashlib.sha256("\n".join(sums.sha256_of_parts).encode()).hexdigest()
         found.append(
-            SourceFile(path=str(file.absolute()), stamp=stamp if is_settled else UNKNOWN, sha256=digest)
+            SourceFile(
+                path=str(file.path.absolute()),
+                form=file.form,
+                stamp=stamp if is_settled else UNKNOWN,
+                sha256=digest,
+            )
         )
     return found
 
 
 def key_of(sources: Sequence[SourceFile], vocabulary: str) -> str:
-    """SHA-256 of what decides on tokens: contents, in their order and as which kind they are read; the rules;
+    """SHA-256 of what decides on tokens: contents, in their order and in which form they are read; the rules;
     the vocabulary."""
     digest = hashlib.sha256(f"{READING}\n{vocabulary}\n".encode())
     for source in sources:
-        digest.update(f"{Path(source.path).suffix.lower()} {source.sha256}\n".encode())
+        digest.update(f"{source.form} {source.sha256}\n".encode())
     return digest.hexdigest()

@@ -46,12 +46,14 @@ class SourceFile(_Strict):
 
     Attributes:
         path: absolute.
+        form: how its bytes are read, see `TextFile.form`.
         stamp: size in bytes, times of change of its content and of its inode in nanoseconds, inode.
         sha256: of its content, see `content_sha256`.
 
     """
 
     path: str
+    form: str
     stamp: tuple[int, int, int, int]
     sha256: str
 
@@ -74,6 +76,8 @@ class Manifest(_Strict):
         token_bytes: 2 or 4.
         n_documents: of the text, examples included.
         n_skipped: documents without any token.
+        n_refused: documents that could not be used, beside these.
+        refusals: the first of them, with place and reason.
         n_text_tokens: end-of-text included.
         n_examples: all, those too long for a sequence included.
         n_example_tokens: of these.
@@ -90,6 +94,8 @@ class Manifest(_Strict):
     token_bytes: int
     n_documents: int
     n_skipped: int
+    n_refused: int
+    refusals: list[str]
     n_text_tokens: int
     n_examples: int
     n_example_tokens: int

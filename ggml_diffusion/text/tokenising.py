@@ -9,15 +9,15 @@ there already (kept_tokens.py).
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 
 import numpy as np
 
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.machine import disk_free, memory_available, processors
-from ggml_diffusion.text.encoding import REFUSED, TEXT, Batch, BatchEncoder, Encoded, Piece, batches
+from ggml_diffusion.text.encoding import REFUSED, Batch, BatchEncoder, Encoded, Piece, batches
 from ggml_diffusion.text.files import Position, documents
 from ggml_diffusion.text.prompts import TextEncoder
+from ggml_diffusion.text.sources import TextFile
 from ggml_diffusion.text.text_key import stamp_of
 from ggml_diffusion.text.token_store import TokenWriter
 from ggml_diffusion.text.tokenizer import Tokenizer
@@ -29,6 +29,7 @@ OnProgress = Callable[[int, int], None]  # bytes of text that are done, of how m
 IN_PROCESS_BYTES = 8 << 20  # processes take a second to start, in which this one does as much
 _BYTES_A_PROCESS = 512 << 20  # of memory, with a vocabulary of 262,144 tokens
 _TEXT_BYTES_A_PROCESS = 2 << 20
+_NAMED_REFUSALS = 5
 
 
 class TextWriter:
@@ -37,30 +38,33 @@ class TextWriter:
     Attributes:
         n_documents: so far, examples included.
         n_skipped: documents without any token.
+        n_refused: documents that could not be used, which `n_documents` does not count.
+        refusals: the first of them, with place and reason.
 
     """
 
-    def __init__(self, files: TokenWriter, eos_id: int | None) -> None:
+    def __init__(self, files: TokenWriter, eos_id: int | None, *, strict: bool = False) -> None:
         self._files = files
         self._eos_id = eos_id
+        self._strict = strict
         self._is_empty = True  # the document that was begun last
-        self.n_documents = self.n_skipped = 0
+        self.n_documents = self.n_skipped = self.n_refused = 0
+        self.refusals: list[str] = []
 
     def add(self, batch: Batch, encoded: Encoded) -> None:
         """Append a batch.
 
         Raises:
-            UserError: a record was refused, with its place.
+            UserError: a document was refused, with its place, and the reading is strict.
             OSError: the disk refuses.
 
         """
         lengths = encoded.lengths
-        refused = np.flatnonzero(lengths[:, 0] == REFUSED)
-        if len(refused):
-            raise UserError(f"{batch.places[refused[0]]}: {encoded.reasons[lengths[refused[0], 1]]}")
-        is_example = lengths[:, 0] != TEXT
+        self._note_refusals(batch, encoded)
+        is_example = lengths[:, 0] >= 0
         if is_example.any():
-            of_examples = np.repeat(is_example, np.maximum(lengths[:, 0], 0) + lengths[:, 1])
+            n_tokens_of = np.where(lengths[:, 0] == REFUSED, 0, np.maximum(lengths[:, 0], 0) + lengths[:, 1])
+            of_examples = np.repeat(is_example, n_tokens_of)
             self._files.add_examples(encoded.tokens[of_examples], lengths[is_example])
             self.n_documents += int(is_example.sum())
             text = encoded.tokens[~of_examples]
@@ -87,13 +91,39 @@ class TextWriter:
             text = np.insert(text, ends, self._eos_id or 0)
         self._files.add_text(text, starts)
 
+    def _note_refusals(self, batch: Batch, encoded: Encoded) -> None:
+        refused = np.flatnonzero(encoded.lengths[:, 0] == REFUSED)
+        self.n_refused += len(refused)
+        for item in refused[: _NAMED_REFUSALS - len(self.refusals)].tolist():
+            self.refusals.append(f"{batch.places[item]}: {encoded.reasons[encoded.lengths[item, 1]]}")
+        check_refusals(self.n_documents, self.n_refused, self.refusals, self._strict, is_all=False)
+
+
+def check_refusals(
+    n_documents: int, n_refused: int, refusals: Sequence[str], strict: bool, *, is_all: bool = True
+) -> None:
+    """Refuse a text that has documents that cannot be used: more than a tenth, or any if `strict`.
+
+    Raises:
+        UserError: names the first one.
+
+    """
+    n_all = n_documents + n_refused
+    if n_refused and strict:
+        raise UserError(refusals[0])
+    if is_all and 10 * n_refused > n_all:
+        more = f" ({n_refused} of {n_all} documents cannot be used)" if n_refused > 1 else ""
+        raise UserError(refusals[0] + more)
+
 
 def tokenise(
-    files: Sequence[Path],
+    files: Sequence[TextFile],
     tokenizer: TextEncoder,
     writer: TokenWriter,
     n_processes: int | None,
     on_progress: OnProgress,
+    *,
+    strict: bool = False,
 ) -> TextWriter:
     """Write all tokens of a text.
 
@@ -103,18 +133,20 @@ def tokenise(
         writer: not finished here.
         n_processes: at most; None = as many as there are processors.
         on_progress: called with (0, total) first, and (total, total) last.
+        strict: stop at the first document that cannot be used.
 
     Returns:
         With the counts of documents.
 
     Raises:
-        UserError: a file or line that cannot be used, named, or too little room on the disk.
+        UserError: a file that cannot be used, or with `strict` a document, named; or too little room on the
+            disk.
         OSError: the disk refuses.
 
     """
-    total = max(1, sum(stamp_of(file)[0] for file in files))
+    total = max(1, sum(stamp_of(file.path)[0] for file in files))
     on_progress(0, total)
-    text = TextWriter(writer, tokenizer.eos_id)
+    text = TextWriter(writer, tokenizer.eos_id, strict=strict)
     position = Position()
     source = batches(documents(files, position), position)
     with ExitStack() as stack:

@@ -14,8 +14,9 @@ Source: the C API of llama.cpp (llama.h), through llama-cpp-python.
 import ctypes
 import hashlib
 import re
+import threading
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from ggml_diffusion.formats.gguf_reader import StringArray
 from ggml_diffusion.formats.model_check import BPE_TOKENIZERS, TOKENIZERS_WITHOUT_VOCABULARY, check_tokenizer
 from ggml_diffusion.formats.model_file import ModelFile, read_gguf
 from ggml_diffusion.text.chat_template import ChatTemplate
+from ggml_diffusion.text.cutting import cut, cut_numbers
 from ggml_diffusion.text.special_tokens import special_ids, token_id
 
 _NOT_TEXT = llama_cpp.LLAMA_TOKEN_ATTR_CONTROL | llama_cpp.LLAMA_TOKEN_ATTR_UNKNOWN
@@ -41,6 +43,12 @@ _ERROR_LEVEL = 4  # GGML_LOG_LEVEL_ERROR
 # that nothing merges with it.
 _ANCHORS = tuple(chr(code) for code in range(1, 9))
 _BLANKS = " \t\n\v\f\r"  # isspace of C
+
+_MAX_CHARS = 1 << 18  # of a text that is tokenised at once
+_SHORT_CHARS = 1 << 11  # any stack is large enough for that many
+# A letter takes 320 bytes in a release build. Only what is used is ever taken from the machine's memory.
+_STACK_BYTES = (2 << 10) * _MAX_CHARS
+_stack_lock = threading.Lock()
 
 _errors: list[str] = []
 
@@ -210,6 +218,17 @@ class Tokenizer:
         """
         if special and mark is not None and mark in text:
             return self._encode_marked(text, mark, continued)
+        if len(text) > _MAX_CHARS or self.pre == "superbpe":
+            parts = cut([text], _MAX_CHARS)
+            if self.pre == "superbpe":
+                parts = (part for long in parts for part in cut_numbers(long))
+            tokens = [
+                self._encode_part(part, special, continued or number > 0) for number, part in enumerate(parts)
+            ]
+            return np.concatenate(tokens) if tokens else np.empty(0, dtype=np.int32)
+        return self._encode_part(text, special, continued)
+
+    def _encode_part(self, text: str, special: bool, continued: bool) -> NDArray[np.int32]:
         if not continued or not self.writes_blanks or not text:
             return self._encode(text, special)
         for anchor in _ANCHORS:
@@ -246,7 +265,13 @@ class Tokenizer:
             ) from None
         tokens = np.empty(2 * len(data) + 2, dtype=np.int32)  # one a byte at most, and blanks in front
         place = tokens.ctypes.data_as(ctypes.POINTER(llama_cpp.llama_token))
-        n_tokens = llama_cpp.llama_tokenize(self._vocab, data, len(data), place, len(tokens), False, special)
+
+        def tokenize() -> int:
+            return int(
+                llama_cpp.llama_tokenize(self._vocab, data, len(data), place, len(tokens), False, special)
+            )
+
+        n_tokens = tokenize() if len(text) <= _SHORT_CHARS else _on_large_stack(tokenize)
         if n_tokens < 0:
             raise RuntimeError(f"llama.cpp made {-n_tokens} tokens of {len(data)} bytes")
         return tokens[:n_tokens].copy()
@@ -333,6 +358,25 @@ class Tokenizer:
                 n_bytes = llama_cpp.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, True)
             self._pieces[token] = buffer.raw[:n_bytes]
         return self._pieces[token]
+
+
+def _on_large_stack(work: Callable[[], int]) -> int:
+    """What `work` returns, done by a thread with a stack of `_STACK_BYTES`."""
+    results: list[int] = []
+    with _stack_lock:
+        before = threading.stack_size(_STACK_BYTES)
+        try:
+            thread = threading.Thread(target=lambda: results.append(work()))
+            thread.start()
+        except RuntimeError:
+            raise UserError(
+                f"a long text needs {_STACK_BYTES >> 20} MiB of address space to be tokenised: raise the "
+                "limit (ulimit -v)"
+            ) from None
+        finally:
+            threading.stack_size(before)
+    thread.join()
+    return results[0]
 
 
 def _warnings(metadata: Mapping[str, Any]) -> tuple[str, ...]:

@@ -10,6 +10,8 @@ Deliberately not here: what a step does (trainer.py), how it looks on the screen
 (app/cli/).
 """
 
+import errno
+import fcntl
 import json
 import os
 import re
@@ -17,14 +19,12 @@ import shutil
 import signal
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
-
-from filelock import FileLock, Timeout
 
 from ggml_diffusion.config.fit import scaled_to_run
 from ggml_diffusion.config.settings import ConversionTrainingConfig
@@ -34,22 +34,35 @@ from ggml_diffusion.engine.interface import Engine
 from ggml_diffusion.engine.open import open_engine
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.evaluation.held_out import MaskedScore, Score, as_rows, base_score, masked_scores
+from ggml_diffusion.formats.adapter_file import creation_time
 from ggml_diffusion.formats.model_check import read_model
 from ggml_diffusion.formats.model_file import ModelFile
 from ggml_diffusion.generation.diffusion_model import DiffusionModel
 from ggml_diffusion.generation.reading import ReadingRule
-from ggml_diffusion.text.kept_tokens import TOKENS, Reading
+from ggml_diffusion.objective.corruption import maskable
+from ggml_diffusion.objective.output_rows import Prediction
+from ggml_diffusion.run_folder import (
+    CHECKPOINTS,
+    CONFIG,
+    EVALUATION,
+    EXPORTS,
+    LOCK,
+    METRICS,
+    PID,
+    TOKENS,
+)
+from ggml_diffusion.text.kept_tokens import Reading
 from ggml_diffusion.text.loader import TextDataLoader, TokenBatch
 from ggml_diffusion.text.tokenizer import Tokenizer
+from ggml_diffusion.training.checkpoint import load_latest
 from ggml_diffusion.training.identity import check_identity
 from ggml_diffusion.training.int8_gate import choose_int8
 from ggml_diffusion.training.metrics import MetricsWriter, TrainMetrics
 from ggml_diffusion.training.resume import resume_run, save_run
 from ggml_diffusion.training.trainer import ConversionTrainer
 
-CHECKPOINTS, METRICS, CONFIG, EVALUATION = "checkpoints", "metrics.jsonl", "config.toml", "evaluation.json"
-EXPORTS = ("adapter.safetensors", "adapter.gguf")
-_LOCK, _PID = ".lock", ".pid"
+# What systems answer where a file system has no locks, as some network and shared drives.
+_NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
 
 
 class RunListener(Protocol):
@@ -133,8 +146,9 @@ def run_conversion(
 
     """
     base_path, output = _paths(config)
+    creation_time()  # what the environment says of it is checked before the first step, not at the first save
     base = read_model(base_path)
-    with _exclusive(output):
+    with _exclusive(output, listener.warn):
         config, sentence = scaled_to_run(config)
         if sentence is not None:
             listener.note(sentence)
@@ -142,6 +156,7 @@ def run_conversion(
         for warning in tokenizer.warnings:
             listener.warn(warning)
         data = _training_data(config, tokenizer, base, output, listener)
+        _check_targets(data, config.qlora.prediction, tokenizer.bos_id)
         held_out = _held_out(data, evaluate_on)
         hardware = config.hardware
         with closing(
@@ -185,42 +200,73 @@ def run_conversion(
 # -- before the loop ---------------------------------------------------------------------------------
 
 
-def exported_weights(adapter: Path) -> Path:
-    """The safetensors file of a conversion that is named by its output folder or by itself."""
-    return adapter / EXPORTS[0] if adapter.is_dir() else adapter
+def exported_weights(adapter: Path, note: Callable[[str], None] = lambda text: None) -> Path:
+    """The file of a conversion that is named by its output folder or by itself.
+
+    Args:
+        adapter: where there is no export in a folder, that of the newest whole checkpoint is taken.
+        note: told that.
+
+    Raises:
+        UserError: a folder holds neither.
+
+    """
+    if not adapter.is_dir():
+        return adapter
+    for name in EXPORTS:
+        if (adapter / name).exists():
+            return adapter / name
+    loaded = load_latest(adapter / CHECKPOINTS)
+    if loaded is None:
+        raise UserError(f"{adapter}: holds neither {EXPORTS[0]} nor a checkpoint")
+    for warning in loaded.warnings:
+        note(warning)
+    note(
+        f"{adapter}: this run is not finished; the conversion is that of its checkpoint of step "
+        f"{loaded.state.step}"
+    )
+    return loaded.folder / EXPORTS[0]
 
 
 def _paths(config: ConversionTrainingConfig) -> tuple[Path, Path]:
     if config.base_model is None:
         raise UserError("which model? name a GGUF file")
     if not config.data:
-        raise UserError("which text? give --data: a .txt or .jsonl file, or a folder of them")
+        raise UserError("which text? give --data: a text file, .jsonl, .parquet or a folder of them")
     if config.output is None:
         raise UserError("where to? give --output: a folder for the run")
     return Path(config.base_model), Path(config.output)
 
 
 @contextmanager
-def _exclusive(output: Path) -> Iterator[None]:
+def _exclusive(output: Path, warn: Callable[[str], None]) -> Iterator[None]:
     """Make the output folder and keep other processes out of it; the operating system lifts the lock."""
     try:
         output.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(output / _LOCK)
-        lock.acquire(timeout=0)
-    except Timeout:
+        lock = (output / LOCK).open("ab")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            raise
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            warn(f"{output}: its file system has no locks: no other process may convert into it meanwhile")
+    except BlockingIOError:
         raise UserError(f"{output}: process {_read_pid(output)} is converting into this folder") from None
     except OSError as error:
         raise UserError(f"{output}: cannot be used as output folder: {error.strerror or error}") from None
     try:
-        _write_text(output / _PID, f"{os.getpid()}\n")
+        _write_text(output / PID, f"{os.getpid()}\n")
         yield
     finally:
-        lock.release()
+        lock.close()
 
 
 def _read_pid(output: Path) -> str:
     try:
-        return (output / _PID).read_text(encoding="utf-8").strip()
+        return (output / PID).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
         return "of unknown number"
 
@@ -246,9 +292,11 @@ def _training_data(
         config.seed,
         split="train",
         held_out_fraction=config.held_out_fraction,
+        include=config.include,
         reading=Reading(
             output / TOKENS,
             keep=True,
+            strict=config.strict,
             n_processes=config.hardware.num_threads,
             warn=listener.warn,
             on_progress=listener.tokenise,
@@ -258,6 +306,13 @@ def _training_data(
         f"data: {data.n_documents} documents, {data.n_tokens} training tokens in {data.n_sequences} "
         f"sequences of {config.sequence_length}"
     )
+    if data.n_refused:
+        n_all = data.n_documents + data.n_refused
+        listener.warn(
+            f"{data.n_refused} of {n_all} documents cannot be used and are left out, the first ones:"
+        )
+        for refusal in data.refusals:
+            listener.note(f"  {refusal}")
     if data.n_skipped:
         listener.warn(f"{data.n_skipped} documents without text were left out")
     if data.n_too_long:
@@ -265,11 +320,24 @@ def _training_data(
     return data
 
 
+def _check_targets(data: TextDataLoader, prediction: Prediction, bos_id: int | None) -> None:
+    """Refuse a text of which nothing can be masked; in any other one a target is found at once."""
+    for number in range(len(data)):
+        batch = data.batch_at(number)
+        targets = maskable(batch.tokens, batch.document_ids, batch.lengths, prediction, bos_id)
+        if (targets if batch.maskable is None else targets & batch.maskable).any():
+            return
+    raise UserError(
+        "there is nothing to learn in this text: no document has a token that could be predicted from "
+        "another, and no prompt a response"
+    )
+
+
 def _held_out(data: TextDataLoader, n_sequences: int) -> TokenBatch | None:
     """The sequences to measure on, the same ones whatever the run's seed is."""
     if n_sequences == 0:
         return None
-    if data.held_out_fraction == 0.0:
+    if data.held_out_fraction == 0.0 and not data.has_own_split:
         raise UserError("held_out_fraction is 0: there is no held-out text to evaluate on")
     return data.with_split("held_out", n_sequences, seed=0).batch_at(0)
 

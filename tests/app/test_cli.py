@@ -1,6 +1,9 @@
 """The command line from outside: what it writes, where, and with which exit code."""
 
+import errno
+import io
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,12 +12,14 @@ import make_cli_docs
 import numpy as np
 import pytest
 from gguf_bytes import STRING, U32, Gguf, scalar, tiny_llama, with_key, with_tensor
+from gguf_changes import with_vocabulary_keys
 
 from ggml_diffusion.app.cli import main as cli
 from ggml_diffusion.app.cli.main import main
 from ggml_diffusion.config.toml import load_config
 from ggml_diffusion.formats.adapter_file import DiffusionCheckpoint
 from ggml_diffusion.generation.denoise import GenerationConfig
+from ggml_diffusion.generation.diffusion_model import DiffusionModel
 from ggml_diffusion.training import run as convert
 
 TEXT = "the old mill ground corn for the whole village and the miller told his children of it. " * 40
@@ -172,6 +177,117 @@ def test_evaluate_prints_json_alone_if_asked_to_and_its_progress_elsewhere(base,
     assert "tokens are to go through the model" in err
 
 
+# -- inputs as people have them ---------------------------------------------------------------------------
+
+SMALL = (
+    "--steps", 2, "--batch-size", 1, "--gradient-accumulation", 1, "--sequence-length", 16, "--rank", 2,
+    "--threads", 1,
+)  # fmt: skip
+
+
+def test_a_run_in_the_folder_of_its_text_is_resumed_and_evaluated(base, tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.txt").write_text(TEXT)
+    (tmp_path / "._a.txt").write_bytes(bytes(range(128, 256)))
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert run("convert", base, "--data", ".", "--output", "run", *SMALL) == 0
+    assert "all 2 steps are done" in capsys.readouterr().out
+    assert run("evaluate", base, "run", *QUICK) == 0
+    for _ in range(2):
+        assert run("convert", base, "--data", ".", "--output", ".", *SMALL) == 0
+
+
+def test_what_is_left_out_is_said_and_strict_stops_at_it(base, tmp_path, capsys):
+    lines = [json.dumps({"text": TEXT[:200]})] * 30 + ['{"txt": 1}']
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    arguments = ("convert", base, "--data", tmp_path / "a.jsonl", "--output", tmp_path / "run", *SMALL)
+    assert run(*arguments) == 0
+    out = capsys.readouterr().out
+    assert "warning: 1 of 31 documents cannot be used and are left out, the first ones:" in out
+    assert f"{tmp_path / 'a.jsonl'}, line 31: not an object" in out
+    assert "a.jsonl, line 31: not an object" in refused(capsys, *arguments, "--strict")
+
+
+def test_other_files_of_a_folder_are_included_by_their_names_also_in_an_evaluation(base, tmp_path, capsys):
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "a.py").write_text(TEXT)
+    (data / "b.html").write_text(TEXT)
+    arguments = ("convert", base, "--data", data, "--output", tmp_path / "run", *SMALL)
+    assert "the folder holds no text" in refused(capsys, *arguments)
+    assert run(*arguments, "--include", "*.py", "--include", "*.htm*") == 0
+    assert "data: 2 documents" in capsys.readouterr().out
+    assert run("evaluate", base, tmp_path / "run", *QUICK) == 0
+
+
+def test_standard_input_is_trained_on_resumed_and_not_evaluated_on(base, tmp_path, monkeypatch, capsys):
+    arguments = ("convert", base, "--data", "-", "--output", tmp_path / "run", *SMALL)
+    for _ in range(2):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(TEXT.encode())))
+        assert run(*arguments) == 0
+    assert "all 2 steps are done" in capsys.readouterr().out
+    assert run("evaluate", base, tmp_path / "run", *QUICK) == 2
+    assert "which text? give --data" in capsys.readouterr().err
+
+
+def test_a_split_of_its_own_is_measured_on(base, tmp_path):
+    for name in ("train", "valid"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": f"{name} {TEXT}"}) + "\n")
+    config = tmp_path / "config.toml"
+    config.write_text("[training]\nheld_out_fraction = 0.0\n")
+    arguments = ("convert", base, "--data", tmp_path, "--output", tmp_path / "run", "--config", config)
+    assert run(*arguments, *SMALL, "--evaluate", 2) == 0
+    assert run("evaluate", base, tmp_path / "run", *QUICK) == 0
+
+
+def test_a_text_of_which_nothing_can_be_learned_is_refused(tiny_model, tmp_path, capsys):
+    """The first token of every document is read from nothing, and here there is no second one."""
+    base = with_vocabulary_keys(tiny_model(L=1), tmp_path / "no_end.gguf", {"eos_token_id": 2**32 - 1})
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' * 100)
+    arguments = ("convert", base, "--data", tmp_path / "a.jsonl", "--output", tmp_path / "run", *SMALL)
+    assert "there is nothing to learn in this text" in refused(capsys, *arguments)
+
+
+@pytest.mark.parametrize("value", ["yesterday", "1.5", "99999999999999", "-99999999999999"])
+def test_a_time_in_the_environment_that_is_none_is_refused_before_the_first_step(
+    base, tmp_path, monkeypatch, value, capsys
+):
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", value)
+    assert "SOURCE_DATE_EPOCH" in refused(capsys, *convert_arguments(base, tmp_path))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_an_empty_time_in_the_environment_is_none(base, tmp_path, monkeypatch):
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "")
+    assert run(*convert_arguments(base, tmp_path)) == 0
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP])
+def test_a_file_system_without_locks_is_warned_of(base, tmp_path, monkeypatch, number, capsys):
+    def refuse(*_: object) -> None:
+        raise OSError(number, "no locks here")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    assert run(*convert_arguments(base, tmp_path)) == 0
+    assert f"warning: {tmp_path / 'run'}: its file system has no locks" in capsys.readouterr().out
+
+
+def test_what_is_piped_is_the_text_and_nothing_else(base, finished_run, capsys, monkeypatch):
+    monkeypatch.setattr(DiffusionModel, "generate", lambda *_, **__: "\tb\x07 " + "long " * 50)
+    assert run("generate", base, finished_run, "--prompt", "a\t[bold]", "--suffix", "\tc ") == 0
+    assert capsys.readouterr().out == "a\t[bold]\tb\x07 " + "long " * 50 + "\tc \n"
+
+
+@pytest.mark.parametrize("command", ["generate", "evaluate"])
+def test_an_interrupted_run_is_read_from_its_last_checkpoint(base, finished_run, tmp_path, command, capsys):
+    shutil.copytree(finished_run / "checkpoints", tmp_path / "run" / "checkpoints")
+    more = ("--length", 3) if command == "generate" else QUICK
+    assert run(command, base, tmp_path / "run", *more) == 0
+    assert "its checkpoint of step 3" in "".join(capsys.readouterr())
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    assert "holds neither adapter" in refused(capsys, command, base, tmp_path / "run")
+
+
 # -- help -------------------------------------------------------------------------------------------------
 
 
@@ -276,7 +392,9 @@ def test_a_bad_model_is_one_line(tmp_path, fault, capsys):
         ("text.txt", b"good\n\xff\xfe bad", "line 2: not UTF-8"),
         ("rows.jsonl", b'{"text": "good"}\n{"text": 7}\n', "rows.jsonl, line 2"),
         ("rows.jsonl", b'{"text": "good"}\nnonsense\n', "rows.jsonl, line 2: not valid JSON"),
-        ("text.pdf", b"%PDF", "only .txt and .jsonl"),
+        ("text.pdf", b"%PDF\n\xe2\xe3", "text.pdf, line 2: not UTF-8"),
+        ("text.txt.gz", b"no gzip", "text.txt.gz: cannot be unpacked"),
+        ("rows.jsonl", b'{"prompt": "say", "completion": ""}\n' * 40, "line 1: the response is empty"),
     ],
 )
 def test_bad_data_is_one_line_that_names_the_place(base, tmp_path, name, content, words, capsys):

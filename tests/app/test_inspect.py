@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 from conftest import TinyModel
@@ -13,6 +14,7 @@ from rich.console import Console
 from texts import write_jsonl
 
 from ggml_diffusion.app.inspect import Description, describe_file
+from ggml_diffusion.formats.adapter_file import load_adapter
 from ggml_diffusion.formats.model_check import read_model
 from ggml_diffusion.text.kept_tokens import Reading
 from ggml_diffusion.text.loader import TextDataLoader
@@ -162,7 +164,8 @@ def test_a_run_is_described_with_its_conversion_and_its_text(tmp_path: Path, tin
     assert "holds no conversion" in refusal(lambda: describe_file(tmp_path))
 
 
-def test_a_lora_of_another_program_is_described(tmp_path: Path):
+def foreign_lora(path: Path, pair: dict[str, Tensor]) -> Path:
+    """A LoRA adapter of another program for attn_k of the first layer."""
     file = tiny_llama()
     file.keys = [
         ("general.architecture", scalar(STRING, "llama")),
@@ -170,13 +173,18 @@ def test_a_lora_of_another_program_is_described(tmp_path: Path):
         ("adapter.type", scalar(STRING, "lora")),
         ("adapter.lora.alpha", scalar(F32, 16)),
     ]
-    pair = {"lora_a": np.ones((2, 32), np.float32), "lora_b": np.ones((16, 2), np.float32)}
-    file.tensors = [
-        (f"blk.0.attn_k.weight.{half}", Tensor(values.shape[::-1], values.tobytes()))
-        for half, values in pair.items()
-    ]
-    (tmp_path / "lora.gguf").write_bytes(file.build())
-    description = describe_file(tmp_path / "lora.gguf")
+    file.tensors = [(f"blk.0.attn_k.weight.{half}", tensor) for half, tensor in pair.items()]
+    path.write_bytes(file.build())
+    return path
+
+
+def float_tensor(values: np.ndarray) -> Tensor:
+    return Tensor(values.shape[::-1], values.astype(np.float32).tobytes())
+
+
+def test_a_lora_of_another_program_is_described(tmp_path: Path):
+    pair = {"lora_a": float_tensor(np.ones((2, 32))), "lora_b": float_tensor(np.ones((16, 2)))}
+    description = describe_file(foreign_lora(tmp_path / "lora.gguf", pair))
     assert description.kind == "GGUF LoRA adapter"
     assert rows(description)["LoRA"] == {
         "target modules": "k_proj",
@@ -184,7 +192,38 @@ def test_a_lora_of_another_program_is_described(tmp_path: Path):
         "rank R": "2",
         "alpha": "16",
         "parameters": "96",
+        "can be applied": "yes, to its base model; it cannot denoise, since it has no mask",
     }
+
+
+@pytest.mark.parametrize("type_name", ["Q8_0", "Q4_0", "F16"])
+def test_a_lora_of_other_types_is_read_as_float32(tmp_path: Path, type_name: str):
+    kind = gguf.GGMLQuantizationType[type_name]
+    values = np.random.default_rng(0).standard_normal((2, 32)).astype(np.float32)
+    packed = gguf.quants.quantize(values, kind)
+    pair = {
+        "lora_a": Tensor((32, 2), packed.tobytes(), int(kind)),
+        "lora_b": float_tensor(np.ones((16, 2))),
+    }
+    path = foreign_lora(tmp_path / "lora.gguf", pair)
+    said = rows(describe_file(path))
+    assert said["LoRA"]["can be applied"].startswith("yes")
+    assert said["Tensors"][type_name].startswith("1 tensor")
+    read = load_adapter(path).tensors["blk.0.attn_k.weight.lora_a"]
+    assert np.array_equal(read, gguf.quants.dequantize(packed, kind))
+    assert np.abs(read - values).max() < {"Q8_0": 0.02, "Q4_0": 0.4, "F16": 2e-3}[type_name]
+
+
+def test_a_lora_that_cannot_be_applied_is_described_with_the_reason(tmp_path: Path):
+    pair = {"lora_a": Tensor((32, 2), bytes(64), 24), "lora_b": float_tensor(np.ones((16, 2)))}
+    said = rows(describe_file(foreign_lora(tmp_path / "lora.gguf", pair)))
+    assert said["LoRA"]["can be applied"].startswith(
+        "no: tensor 'blk.0.attn_k.weight.lora_a' has type I8, which is not supported in adapters"
+    )
+    assert said["Tensors"]["all"].startswith("2 tensors")
+    alone = {"lora_b": float_tensor(np.ones((16, 2)))}
+    said = rows(describe_file(foreign_lora(tmp_path / "lora.gguf", alone)))
+    assert said["LoRA"]["can be applied"].startswith("no: ")
 
 
 def test_what_cannot_be_read_is_refused(tmp_path: Path):

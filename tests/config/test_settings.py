@@ -29,6 +29,8 @@ OTHER_VALUES = {
     "model.mask_token_id": 7,
     "model.train_mask_embedding": False,
     "training.data": ["a.txt", "b"],
+    "training.include": ["*.py"],
+    "training.strict": True,
     "training.output": "out",
     "training.batch_size": 2,
     "training.gradient_accumulation": 1,

@@ -143,7 +143,7 @@ def with_embedding(a: np.ndarray, b: np.ndarray) -> dict[str, np.ndarray]:
             {},
             "holds NaN or infinite",
         ),
-        (PAIR | {"blk.0.attn_q.weight.lora_a": A.astype(np.int8)}, {}, "has type I8; supported in adapters"),
+        (PAIR | {"blk.0.attn_q.weight.lora_a": A.astype(np.int8)}, {}, "has type I8, which is not supported"),
         (with_embedding(ONE_HOT, B[:, :1].copy()), {}, "adapts the token embedding"),
         (
             with_embedding(ONE_HOT, np.full((32, 1), 1 / 4, np.float32)),

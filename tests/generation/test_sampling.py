@@ -1,5 +1,7 @@
 """The sampler's arithmetic against direct computations: counts, draws, scores."""
 
+import warnings
+
 import numpy as np
 import pytest
 
@@ -77,6 +79,16 @@ def test_temperature_zero_takes_the_likeliest_token():
     log_p = log_softmax(rng().normal(size=(20, 50)).astype(np.float32))
     drawn = draw(log_p, rng(), temperature=0.0, top_k=0, top_p=1.0)
     assert (drawn == log_p.argmax(axis=1)).all()
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-310, 5e-324])
+@pytest.mark.parametrize("top_p", [0.9, 1.0])
+def test_a_temperature_at_the_edge_of_numbers_takes_the_likeliest_token(temperature, top_p):
+    log_p = np.log(np.array([[0.2, 0.5, 0.3], [0.1, 0.1, 0.8]]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        drawn = draw(log_p, rng(), temperature=temperature, top_k=0, top_p=top_p)
+    assert drawn.tolist() == [1, 2]
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])

@@ -13,8 +13,9 @@ from tiny_vocabularies import FAMILIES
 
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.formats.model_file import read_gguf
+from ggml_diffusion.text.chat import Chat
+from ggml_diffusion.text.examples import ExampleReader
 from ggml_diffusion.text.loader import TextDataLoader
-from ggml_diffusion.text.prompts import Chat, ExampleReader
 from ggml_diffusion.text.special_tokens import choose_mask_token
 from ggml_diffusion.text.tokenizer import Tokenizer
 

@@ -264,9 +264,9 @@ def test_a_disk_without_room_for_the_tokens_is_refused_early_with_numbers(tokeni
 
 
 def test_a_text_that_changes_while_it_is_read_is_refused(reader, text, tmp_path, monkeypatch):
-    def tokenise(*arguments):
+    def tokenise(*arguments, **options):
         (text / "b.jsonl").write_text('{"text": "x"}\n')
-        return tokenising.tokenise(*arguments)
+        return tokenising.tokenise(*arguments, **options)
 
     monkeypatch.setattr(kept_tokens, "tokenise", tokenise)
     with pytest.raises(UserError, match=r"b\.jsonl: changed while it was read"):

@@ -2,6 +2,7 @@
 
 import os
 import pydoc_data.topics
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,9 @@ from texts import ByteTokenizer, loader_of, tokens_of, write_jsonl
 
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.text import files
+from ggml_diffusion.text.files import Position, documents
 from ggml_diffusion.text.loader import TextDataLoader, TokenBatch
+from ggml_diffusion.text.sources import TextFile
 from ggml_diffusion.text.tokenizer import Tokenizer
 
 
@@ -218,7 +221,7 @@ def test_a_text_file_is_one_document_and_a_folder_is_read_in_the_order_of_names(
     (tmp_path / "b.txt").write_bytes(b"two\nlines\r\n")
     (tmp_path / "a.TXT").write_bytes(b"\xef\xbb\xbfone")
     write_jsonl(tmp_path / "sub" / "c.jsonl", "three", "four")
-    (tmp_path / "notes.md").write_text("not read")
+    (tmp_path / "notes.html").write_text("not read")
     loader = loader_of(tmp_path, T=4)
     expected = tokens_of("one", "two\nlines\n", "three", "four")
     assert [token for sequence in loader.sequences for token in sequence] == expected
@@ -256,8 +259,7 @@ def test_a_long_document_is_tokenised_in_blocks_and_stays_one_document(tmp_path,
     assert "".join(blocks) == text
     assert len(blocks) > 10
     assert continued == [False] + [True] * (len(blocks) - 1)
-    assert all(not block[0].isspace() for block in blocks)
-    assert all(block[-1] == "\n" and not block[-2].isspace() for block in blocks[:-1])
+    assert max(len(block) for block in blocks) <= 50
     assert [token for sequence in loader.sequences for token in sequence] == tokens_of(text)
     assert loader.n_documents == 1
     # The same for the text of a JSON line.
@@ -267,7 +269,10 @@ def test_a_long_document_is_tokenised_in_blocks_and_stays_one_document(tmp_path,
 
 def test_text_that_is_all_indented_is_cut_into_blocks_too(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "_BLOCK_CHARS", 10)
-    assert max(len(block) for block in files._blocks([" abcde\n"] * 100)) < 100
+    (tmp_path / "a.txt").write_text(" abcde\n" * 100)
+    file = TextFile(tmp_path / "a.txt", "text")
+    (blocks,) = documents([file], Position())
+    assert max(len(block) for block in blocks) <= 10
 
 
 def test_blocks_have_the_tokens_of_the_whole_text(smollm2_path, tmp_path, monkeypatch):
@@ -299,7 +304,9 @@ def test_blocks_have_the_tokens_of_the_whole_text(smollm2_path, tmp_path, monkey
         ("a.txt", b"", "a.txt: no text to train on: 1 documents, 1 of them empty"),
         ("a.jsonl", b"\n", "a.jsonl: no text to train on: 0 documents"),
         ("a.jsonl", b'{"text": ""}\n', "a.jsonl: no text to train on: 1 documents, 1 of them empty"),
-        ("a.gguf", b"GGUF", r"a.gguf: only .txt and .jsonl files are read"),
+        ("a.txt", b"\xff\xfea\0", "a.txt, line 1: UTF-16, not UTF-8 text: save it as UTF-8"),
+        ("a.txt", b"one\ntwo\n\xe2\x82", "a.txt, line 3: not UTF-8 text at byte 1"),
+        ("a.gguf", b"GGUF\xff", "a.gguf, line 1: not UTF-8 text at byte 5"),
     ],
 )  # fmt: skip
 def test_faults_name_the_file_and_the_line(tmp_path, name, content, message):
@@ -310,20 +317,33 @@ def test_faults_name_the_file_and_the_line(tmp_path, name, content, message):
     assert str(refusal.value).startswith(str(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
-def test_a_line_that_is_too_long_is_refused_before_all_of_it_is_read(tmp_path, name, monkeypatch):
+def test_a_record_that_is_too_long_is_passed_over_without_being_held(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "MAX_LINE_BYTES", 2 << 20)
-    with open(tmp_path / name, "wb") as file:
-        file.write(b'{"text": "short"}\n')
-        file.truncate(1 << 30)  # a hole, which takes no room on the disk
-    with pytest.raises(UserError, match=rf"{name}, line 2: longer than 2 MB"):
-        loader_of(tmp_path / name)
+    with open(tmp_path / "a.jsonl", "wb") as file:
+        file.write(b'{"text": "short"}\n' * 20)
+        file.seek(60 << 20, os.SEEK_CUR)  # a hole, which takes no room on the disk
+        file.write(b'\n{"text": "last"}\n')
+    tracemalloc.start()
+    loader = loader_of(tmp_path / "a.jsonl")
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert loader.refusals == [f"{tmp_path / 'a.jsonl'}, line 21: longer than 2 MB"]
+    assert loader.n_documents == 21
+    assert peak_bytes < 20 << 20
+
+
+def test_a_text_of_one_long_line_is_read_in_blocks(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_BLOCK_CHARS", 100)
+    monkeypatch.setattr(files, "_READ_BYTES", 64)
+    text = "wörter and words " * 100
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    assert loader_of(tmp_path / "a.txt", T=4000).sequences[0].tolist() == tokens_of(text)
 
 
 def test_paths_that_lead_nowhere_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"missing\.txt: no such file or folder"):
         loader_of(tmp_path / "missing.txt")
-    with pytest.raises(UserError, match=r"holds no \.txt and no \.jsonl file"):
+    with pytest.raises(UserError, match=r"the folder holds no text: none of \.txt, \.md, "):
         loader_of(tmp_path)
     with pytest.raises(UserError, match="no data: no text to train on"):
         loader_of([])

@@ -19,6 +19,7 @@ from ggml_diffusion.text.encoding import REFUSED, TEXT, BatchEncoder, batches
 from ggml_diffusion.text.files import Position, documents
 from ggml_diffusion.text.kept_tokens import Reading
 from ggml_diffusion.text.loader import TextDataLoader
+from ggml_diffusion.text.sources import find_sources
 from ggml_diffusion.text.tokenizer import Tokenizer
 from ggml_diffusion.text.workers import EncodingPool
 
@@ -56,7 +57,7 @@ def children() -> list[int]:
 
 
 def test_processes_give_the_tokens_of_this_one_in_its_order(tokenizer, tmp_path):
-    files = read(tmp_path)
+    files = find_sources(read(tmp_path)).files
     with BatchEncoder(tokenizer) as encoder:
         position = Position()
         expected = [encoder.encode(one.items) for one in batches(documents(files, position), position)]
@@ -77,7 +78,10 @@ def test_a_batch_of_long_records_is_as_small_as_one_of_short_ones(tmp_path, key)
     line = json.dumps({key: "x" * 900, "completion": "x"})
     (tmp_path / "a.jsonl").write_text("\n".join([line] * 40))
     position = Position()
-    sizes = [len(one.items) for one in batches(documents([tmp_path / "a.jsonl"], position), position)]
+    sizes = [
+        len(one.items)
+        for one in batches(documents(find_sources(tmp_path / "a.jsonl").files, position), position)
+    ]
     assert sum(sizes) == 40 and max(sizes) <= 3
 
 
@@ -87,7 +91,7 @@ def test_no_more_batches_are_read_than_the_processes_are_about_to_need(tokenizer
 
     def counted():
         nonlocal n_read
-        for batch in batches(documents(read(tmp_path), position), position):
+        for batch in batches(documents(find_sources(read(tmp_path)).files, position), position):
             n_read += 1
             yield batch
 
@@ -106,11 +110,11 @@ def test_the_first_fault_of_the_text_is_reported_whoever_finds_it(tokenizer, tmp
     path.write_text("\n".join(lines))
     for _ in range(2):
         with pytest.raises(UserError, match=r'a\.jsonl, line 121: "messages" must be a list'):
-            TextDataLoader(path, tokenizer, 8, 1, reading=Reading(n_processes=2))
+            TextDataLoader(path, tokenizer, 8, 1, reading=Reading(n_processes=2, strict=True))
     lines[120] = lines[0]
     path.write_text("\n".join(lines))
     with pytest.raises(UserError, match=r"a\.jsonl, line 151: not valid JSON"):
-        TextDataLoader(path, tokenizer, 8, 1, reading=Reading(n_processes=2))
+        TextDataLoader(path, tokenizer, 8, 1, reading=Reading(n_processes=2, strict=True))
     assert children() == []
 
 

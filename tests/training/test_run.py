@@ -381,7 +381,7 @@ HOLDER = """
 import sys, time
 from pathlib import Path
 from ggml_diffusion.training.run import _exclusive
-with _exclusive(Path(sys.argv[1])):
+with _exclusive(Path(sys.argv[1]), print):
     print("held", flush=True)
     time.sleep(60)
 """

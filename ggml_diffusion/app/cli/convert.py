@@ -22,6 +22,8 @@ def convert(
         typer.Option(help="A conversion_config.toml; flags count more, and a preset less, than the file."),
     ] = None,
     data: Annotated[list[str] | None, setting("training.data", "--data")] = None,
+    include: Annotated[list[str] | None, setting("training.include", "--include")] = None,
+    strict: Annotated[bool | None, setting("training.strict", "--strict")] = None,
     output: Annotated[str | None, setting("training.output", "--output")] = None,
     preset: Annotated[str | None, typer.Option(help=f"A recipe to start from: {', '.join(PRESETS)}.")] = None,
     steps: Annotated[int | None, setting("training.total_steps", "--steps")] = None,
@@ -56,6 +58,8 @@ def convert(
     overrides: dict[str, Any] = {
         "model.base_model": None if model is None else str(model),
         "training.data": data or None,
+        "training.include": include or None,
+        "training.strict": strict,
         "training.output": output,
         "training.total_steps": steps,
         "training.batch_size": batch_size,

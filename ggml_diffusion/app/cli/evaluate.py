@@ -6,7 +6,15 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ggml_diffusion.app.cli.options import Adapter, AllowOtherBase, Base, Threads, field_option, from_flags
+from ggml_diffusion.app.cli.options import (
+    Adapter,
+    AllowOtherBase,
+    Base,
+    Threads,
+    field_option,
+    from_flags,
+    note_on_stderr,
+)
 from ggml_diffusion.evaluation.settings import EvaluationSettings
 
 
@@ -65,8 +73,8 @@ def evaluate(
 
     inputs = EvaluationInputs(
         base,
-        exported_weights(adapter),
-        control=None if control is None else exported_weights(control),
+        exported_weights(adapter, note_on_stderr),
+        control=None if control is None else exported_weights(control, note_on_stderr),
         data=tuple(data or ()),
         sequence_length=sequence_length,
         held_out_fraction=held_out_fraction,

@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from ggml_diffusion.app.cli.options import note_on_stderr
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.formats.adapter_file import DiffusionCheckpoint
 from ggml_diffusion.formats.model_check import read_model
@@ -41,12 +42,6 @@ def export(
 
 
 def _conversion_in(source: Path) -> DiffusionCheckpoint:
-    from ggml_diffusion.training.checkpoint import load_latest
-    from ggml_diffusion.training.run import CHECKPOINTS, EXPORTS, exported_weights
+    from ggml_diffusion.training.run import exported_weights
 
-    if not source.is_dir() or (source / EXPORTS[0]).exists():
-        return DiffusionCheckpoint.load(exported_weights(source))
-    loaded = load_latest(source / CHECKPOINTS)
-    if loaded is None:
-        raise UserError(f"{source}: holds neither {EXPORTS[0]} nor a checkpoint")
-    return loaded.checkpoint
+    return DiffusionCheckpoint.load(exported_weights(source, note_on_stderr))

@@ -6,7 +6,15 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from ggml_diffusion.app.cli.options import Adapter, AllowOtherBase, Base, Threads, field_option, from_flags
+from ggml_diffusion.app.cli.options import (
+    Adapter,
+    AllowOtherBase,
+    Base,
+    Threads,
+    field_option,
+    from_flags,
+    note_on_stderr,
+)
 from ggml_diffusion.generation.denoise import GenerationConfig
 
 if TYPE_CHECKING:
@@ -59,7 +67,8 @@ def generate(
         "remasking": remasking,
     }
     config = from_flags(GenerationConfig, settings)
-    model = DiffusionModel.load(base, exported_weights(adapter), threads, allow_other_base=allow_other_base)
+    weights = exported_weights(adapter, note_on_stderr)
+    model = DiffusionModel.load(base, weights, threads, allow_other_base=allow_other_base)
     show_generation(Console(), model, prompt, suffix, config, chat=chat)
 
 
@@ -75,10 +84,12 @@ def show_generation(
     """Write a text and show it: on a terminal as it appears, elsewhere its end."""
     from ggml_diffusion.app.display import DenoisingDisplay, printable
 
-    if console.is_terminal:
-        with DenoisingDisplay(console, model.tokenizer, model.mask_token_id) as display:
-            written = model.generate(prompt, config, display.step, suffix=suffix, chat=chat)
-    else:
-        written = model.generate(prompt, config, suffix=suffix, chat=chat)
     before = f"{prompt}\n" if chat else prompt
+    if not console.is_terminal:  # the text and nothing else: no tab becomes blanks
+        written = model.generate(prompt, config, suffix=suffix, chat=chat)
+        console.file.write(f"{before}{written}{suffix}\n")
+        console.file.flush()
+        return
+    with DenoisingDisplay(console, model.tokenizer, model.mask_token_id) as display:
+        written = model.generate(prompt, config, display.step, suffix=suffix, chat=chat)
     console.print(Text.assemble(before, (printable(written), "bold"), suffix), soft_wrap=True)

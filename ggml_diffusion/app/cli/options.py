@@ -5,6 +5,8 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 from pydantic import BaseModel, ValidationError
+from rich.console import Console
+from rich.text import Text
 
 from ggml_diffusion.config.settings import SETTINGS
 from ggml_diffusion.errors import UserError, one_line
@@ -28,7 +30,7 @@ def field_option(model: type[BaseModel], name: str) -> Any:
 
 def _with_default(description: str, default: Any) -> str:
     """Flags have no default of their own, or they would override the config file."""
-    if default is None or default == "":
+    if default is None or default == "" or default is False:
         return description
     return f"{description} Default: {getattr(default, 'value', default)}."
 
@@ -52,3 +54,8 @@ def from_flags(kind: type[Settings], flags: dict[str, Any]) -> Settings:
         fault = error.errors(include_url=False, include_context=False)[0]
         flag = "--" + str(fault["loc"][0]).replace("_", "-")
         raise UserError(f"{flag} {fault['input']}: {one_line(fault['msg'])}") from None
+
+
+def note_on_stderr(text: str) -> None:
+    """Say something beside a command's output."""
+    Console(stderr=True).print(Text(text), soft_wrap=True)
