@@ -27,7 +27,7 @@ WINGS = (
 PYTHON_LAYERS = (
     {"__init__", "__main__"},
     *({wing} for wing in WINGS),
-    {"child", "durable", "machine", "randomness", "units"},
+    {"child", "durable", "machine", "randomness", "regular_file", "units"},
     {"errors", "_core"},
 )
 # Wings that do not know each other, though the order would let the upper ones see the lower ones.

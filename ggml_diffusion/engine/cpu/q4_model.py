@@ -293,6 +293,8 @@ class Q4Model:
                 self._session, rows.struct, native.struct, len(chosen), row_pointer, logits_pointer
             )
         )
+        # Row by row: a copy of all logits, even as truth values, may be large.
+        self._require_finite(all(np.isfinite(row).all() for row in logits), adapter)
         return rows.spread(logits) if select is None else logits
 
     def loss(
@@ -309,7 +311,9 @@ class Q4Model:
         objective = Objective(Rows(batch, self._file.C), targets, weights)
         native = self._native_adapter(adapter, None)
         check(lib.ggd_loss(self._session, objective.rows.struct, native.struct, objective.struct))
-        return objective.result(None)
+        result = objective.result(None)
+        self._require_finite(np.isfinite(result.row_loss).all(), adapter)
+        return result
 
     def loss_and_gradients(
         self,
@@ -358,6 +362,12 @@ class Q4Model:
 
         """
         check(lib.ggd_session_set_int8(self._open(), _INT8[products]))
+
+    def _require_finite(self, holds: object, adapter: LoraAdapter | None) -> None:
+        """Refuse what only damaged numbers give: no text and no figure can be made of it."""
+        if not holds:
+            at_fault = "its weights are damaged" if adapter is None else "the adapter or its weights are damaged"
+            self._file.fail(f"the model computes NaN or infinite logits: {at_fault}")
 
     def _native_adapter(
         self, adapter: LoraAdapter | None, gradients: Mapping[str, NDArray[np.float32]] | None
