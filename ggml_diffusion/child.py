@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 import weakref
 from collections.abc import Callable
 from importlib import import_module
@@ -128,7 +127,9 @@ class Child:
             reply = self._connection.recv_bytes(MAX_REPLY_BYTES)
         except (EOFError, OSError):
             self._died(about)
-        except BaseException:  # an interrupt: what is under way is not wanted any more, and its reply would be the next one's
+        except (
+            BaseException
+        ):  # an interrupt: what is under way is not wanted any more, and its reply would be the next one's
             self.close()
             raise
         if reply[:1] != b"\0":
@@ -152,7 +153,9 @@ class Child:
         code = self._process.poll()
         reason = reason_in_log(_last_bytes(self._log))
         self.close()
-        end = f"failed with exit code {code}" if code is None or code >= 0 else f"died of {_signal_name(-code)}"
+        end = (
+            f"failed with exit code {code}" if code is None or code >= 0 else f"died of {_signal_name(-code)}"
+        )
         raise UserError(f"{self._what} {end}{about}: {reason}")
 
 

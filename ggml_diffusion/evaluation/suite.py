@@ -177,15 +177,15 @@ def load_held_out(
         UserError: no data are known, none is held out, or a file cannot be read.
 
     """
-    trained = checkpoint.config
-    paths = list(data) or list(trained.get("data") or [])
+    trained = checkpoint.settings
+    paths = list(data) or list(trained.data or [])
     if not paths:
         raise UserError(
             "which text? give --data: the text of the training, whose held-out part is measured on"
         )
-    length = sequence_length or int(trained.get("sequence_length") or 128)
-    fraction = trained.get("held_out_fraction") if held_out_fraction is None else held_out_fraction
-    if not fraction or not 0.0 < float(fraction) < 1.0:
+    length = sequence_length or trained.sequence_length or 128
+    fraction = (trained.held_out_fraction or 0.0) if held_out_fraction is None else held_out_fraction
+    if not 0.0 < fraction < 1.0:
         raise UserError(
             "the conversion held nothing out of its text: give --held-out-fraction, above 0 and below 1, and "
             "text that it was not trained on"
@@ -196,11 +196,11 @@ def load_held_out(
         length,
         n_sequences,
         split="held_out",
-        held_out_fraction=float(fraction),
+        held_out_fraction=fraction,
         reading=reading,
     )
     counts = loader.with_split("train").token_counts(tokenizer.vocab_size)
-    return HeldOutData(loader.batch_at(0), counts, loader.fingerprint, float(fraction))
+    return HeldOutData(loader.batch_at(0), counts, loader.fingerprint, fraction)
 
 
 def evaluate_conversion(

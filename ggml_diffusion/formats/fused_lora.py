@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,23 +82,21 @@ def read_layout(text: str) -> Layout:
 
     """
     try:
-        layout = {
-            name: Stack(
-                int(stack["rows"]),
-                {
-                    TargetModule(part): (int(first), int(rows))
-                    for part, (first, rows) in stack["parts"].items()
-                },
-            )
-            for name, stack in json.loads(text).items()
-        }
+        layout = {name: _read_stack(stack) for name, stack in json.loads(text).items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise UserError("its key about fused tensors is damaged") from None
-    for stack in layout.values():
-        places = stack.parts.values()
-        if not places or any(first < 0 or rows < 1 or first + rows > stack.n_rows for first, rows in places):
-            raise UserError("its key about fused tensors is damaged")
     return layout
+
+
+def _read_stack(stack: Any) -> Stack:
+    """A stack out of JSON; what is wrong with it raises one of the errors that JSON itself may."""
+    parts = {TargetModule(part): (first, rows) for part, (first, rows) in stack["parts"].items()}
+    numbers = [stack["rows"], *(number for place in parts.values() for number in place)]
+    if any(type(number) is not int or not 0 <= number < 1 << 31 for number in numbers):
+        raise ValueError("no whole number, or out of range")
+    if not parts or any(rows < 1 or first + rows > stack["rows"] for first, rows in parts.values()):
+        raise ValueError("parts outside of the tensor")
+    return Stack(stack["rows"], parts)
 
 
 def stack_pairs(tensors: Mapping[str, NDArray[np.float32]], layout: Layout) -> Pairs:

@@ -31,6 +31,7 @@ from ggml_diffusion.formats.tensor_names import (
     MASK_EMBEDDING,
     TOKEN_EMBEDDING,
 )
+from ggml_diffusion.regular_file import open_regular
 
 KEY_PREFIX = "ggml_diffusion."
 _ALPHA_KEY = "adapter.lora.alpha"
@@ -164,13 +165,18 @@ def _read_tensor(file: ModelFile, info: TensorInfo) -> NDArray[np.float32]:
             f"tensor {quoted(info.name)} has type {info.type_name}; "
             f"supported in adapters: {', '.join(_READABLE_TYPES)}"
         )
-    try:
-        data = np.fromfile(file.path, dtype, int(np.prod(info.shape)), offset=info.offset_bytes)
-    except OSError as error:
-        file.fail(f"cannot be read: {error.strerror}")
+    with open_regular(file.path) as content:
+        try:
+            content.seek(info.offset_bytes)
+            raw = content.read(info.n_bytes)
+        except OSError as error:
+            file.fail(f"cannot be read: {error.strerror}")
+    if len(raw) != info.n_bytes:
+        file.fail("has become shorter while it was read")
+    data = np.frombuffer(raw, dtype)
     if info.type_name == "BF16":  # the upper half of a float32
         data = (data.astype("<u4") << np.uint32(16)).view("<f4")
-    array = np.ascontiguousarray(data.reshape(info.shape), dtype=np.float32)
+    array = np.array(data.reshape(info.shape), dtype=np.float32)  # of its own, since the bytes are read-only
     if not np.isfinite(array).all():
         file.fail(f"tensor {quoted(info.name)} holds NaN or infinite values")
     return array

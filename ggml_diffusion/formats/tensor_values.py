@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from ggml_diffusion.errors import UserError, quoted
 from ggml_diffusion.formats.gguf_reader import TensorInfo, read_header
 from ggml_diffusion.formats.model_file import ModelFile, file_sha256
-from ggml_diffusion.regular_file import open_regular
 from ggml_diffusion.formats.tensor_types import TENSOR_TYPES
+from ggml_diffusion.regular_file import open_regular
 
 _CHUNK_BYTES = 1 << 20
 _HALF_EXPONENT, _BFLOAT_EXPONENT = 0x7C00, 0x7F80  # all bits of it set: NaN or infinite
@@ -79,7 +79,9 @@ def first_bad_block(type_name: str, data: bytes | memoryview) -> int:
 
 def _not_finite(type_name: str) -> Callable[[Blocks], NDArray[np.bool_] | None]:
     if type_name in _HALVES:
-        return lambda blocks: _any_of([_is_full(_u16(blocks, place), _HALF_EXPONENT) for place in _HALVES[type_name]])
+        return lambda blocks: _any_of(
+            [_is_full(_u16(blocks, place), _HALF_EXPONENT) for place in _HALVES[type_name]]
+        )
     return _BY_TYPE[type_name]
 
 
@@ -111,7 +113,9 @@ _BY_TYPE: dict[str, Callable[[Blocks], NDArray[np.bool_]]] = {
 }
 
 
-def _chunks(path: Path, tensors: dict[str, TensorInfo]) -> Iterator[tuple[memoryview, TensorInfo | None, int]]:
+def _chunks(
+    path: Path, tensors: dict[str, TensorInfo]
+) -> Iterator[tuple[memoryview, TensorInfo | None, int]]:
     """The bytes of a file in their order: whole blocks of a tensor with the first one's number, or what lies between.
 
     Each chunk lies in the place of the one before.

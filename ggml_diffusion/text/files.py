@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ggml_diffusion.errors import UserError
+from ggml_diffusion.regular_file import kind_of, open_regular
 
 MAX_LINE_BYTES = 16 << 20
 _BLOCK_CHARS = 1 << 20
@@ -85,6 +86,9 @@ def _files(path: Path) -> list[Path]:
         if not found:
             raise UserError(f"{path}: the folder holds no .txt and no .jsonl file")
         return found
+    kind = kind_of(path)
+    if kind is not None:
+        raise UserError(f"{path}: {kind}, not a file or folder")
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
     if path.suffix.lower() not in (".txt", ".jsonl"):
@@ -95,7 +99,7 @@ def _files(path: Path) -> list[Path]:
 def _lines(file: Path, position: Position) -> Iterator[str]:
     """A file's lines with their line feeds, checked one by one, so that a fault has a line number."""
     try:
-        with file.open("rb") as stream:
+        with open_regular(file) as stream:
             number = 0
             while line := stream.readline(MAX_LINE_BYTES + 1):
                 number += 1

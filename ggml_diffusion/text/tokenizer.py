@@ -213,9 +213,7 @@ class Tokenizer:
                 continue
             if number and self._attributes(control[parts[number - 1]]) & ATTR_RSTRIP:
                 part = part.lstrip(_BLANKS)
-            if number + 1 < len(parts) and (
-                self._attributes(control[parts[number + 1]]) & ATTR_LSTRIP
-            ):
+            if number + 1 < len(parts) and (self._attributes(control[parts[number + 1]]) & ATTR_LSTRIP):
                 part = part.rstrip(_BLANKS)
             tokens.append(self.encode(part.replace(mark, ""), continued=continued and number == 0))
         return np.concatenate(tokens)

@@ -27,13 +27,16 @@ ATTR_UNKNOWN, ATTR_CONTROL, ATTR_USER_DEFINED = 1 << 0, 1 << 3, 1 << 4
 ATTR_LSTRIP, ATTR_RSTRIP = 1 << 7, 1 << 8
 _ERROR_LEVEL = 4  # GGML_LOG_LEVEL_ERROR
 
-MEMORY_LIMIT_BYTES = 16 << 30  # of address space: its stack and NumPy's threads reserve much that they never use
+MEMORY_LIMIT_BYTES = (
+    16 << 30
+)  # of address space: its stack and NumPy's threads reserve much that they never use
 _TOKENIZE, _TABLE, _PIECES = range(3)
 _REQUEST, _HELLO = struct.Struct("=BBq"), struct.Struct("=qB")  # operation, special, count; tokens, add_bos
 
 # Loaded vocabularies tokenise this at once, so that one that cannot run is refused before any work is done.
 PROBE = (
-    "".join(chr(code) for code in range(1, 128)) + " The don't  12345   \n\n\t I'LL\r\n ...!? é漢字かな한국어 ไทย 🎉👍🏽 \u200d\ufeff\U0010ffff "
+    "".join(chr(code) for code in range(1, 128))
+    + " The don't  12345   \n\n\t I'LL\r\n ...!? é漢字かな한국어 ไทย 🎉👍🏽 \u200d\ufeff\U0010ffff "
     "ACGTACGTAA<DNA> aaaaaaaaaaaaaaaa ̈́́ \n \n\n"
 )
 
@@ -84,10 +87,22 @@ class VocabularyChild:
         lengths = np.array([len(text) for text in texts], dtype=np.int64)
         request = _REQUEST.pack(_TOKENIZE, special, len(texts)) + lengths.tobytes() + b"".join(texts)
         n_bytes = int(lengths.sum())
-        about = f" at a text of {n_bytes} bytes, which begins {texts[0][:40].decode(errors='replace')!r}" if texts else ""
+        about = (
+            f" at a text of {n_bytes} bytes, which begins {texts[0][:40].decode(errors='replace')!r}"
+            if texts
+            else ""
+        )
         reply = self._ask(request, 60.0 + n_bytes / 20_000, about)
-        counts = np.frombuffer(reply, np.int64, len(texts)) if len(reply) >= 8 * len(texts) else np.empty(0, np.int64)
-        tokens = np.frombuffer(reply, np.int32, -1, min(8 * len(texts), len(reply))) if len(reply) % 4 == 0 else None
+        counts = (
+            np.frombuffer(reply, np.int64, len(texts))
+            if len(reply) >= 8 * len(texts)
+            else np.empty(0, np.int64)
+        )
+        tokens = (
+            np.frombuffer(reply, np.int32, -1, min(8 * len(texts), len(reply)))
+            if len(reply) % 4 == 0
+            else None
+        )
         self._check(
             tokens is not None
             and len(counts) == len(texts)
@@ -119,11 +134,16 @@ class VocabularyChild:
 
     def _start(self) -> bool:
         child = Child(
-            _Vocabulary, os.fsencode(self._path), f"{self._path}: llama.cpp", memory_limit_bytes=MEMORY_LIMIT_BYTES
+            _Vocabulary,
+            os.fsencode(self._path),
+            f"{self._path}: llama.cpp",
+            memory_limit_bytes=MEMORY_LIMIT_BYTES,
         )
         if len(child.hello) != _HELLO.size or _HELLO.unpack(child.hello)[0] != self.n_tokens:
             child.close()
-            raise UserError(f"{self._path}: llama.cpp reads another vocabulary from this file than its header says")
+            raise UserError(
+                f"{self._path}: llama.cpp reads another vocabulary from this file than its header says"
+            )
         self._child = child
         return bool(_HELLO.unpack(child.hello)[1])
 
@@ -196,7 +216,9 @@ class _Vocabulary:
 
     def _table(self) -> bytes:
         ids = range(self._n_tokens)
-        attributes = np.array([self._api.llama_vocab_get_attr(self._vocab, token) for token in ids], dtype=np.int32)
+        attributes = np.array(
+            [self._api.llama_vocab_get_attr(self._vocab, token) for token in ids], dtype=np.int32
+        )
         ends = np.array([self._api.llama_vocab_is_eog(self._vocab, token) for token in ids], dtype=np.uint8)
         return attributes.tobytes() + ends.tobytes()
 

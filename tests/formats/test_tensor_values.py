@@ -45,7 +45,9 @@ def test_a_block_is_refused_exactly_where_it_is_unpacked_to_what_is_not_finite(
     source = read_model(tiny_model(type=each_type, **sizes_for(each_type)))
     known, tensor = TENSOR_TYPES[each_type], source.tensors["token_embd.weight"]
     generator = np.random.default_rng(5)
-    blocks = generator.integers(0, 256, (tensor.n_bytes // known.bytes_block, known.bytes_block), dtype=np.uint8)
+    blocks = generator.integers(
+        0, 256, (tensor.n_bytes // known.bytes_block, known.bytes_block), dtype=np.uint8
+    )
     each = np.arange(len(blocks))
     blocks[each, each % known.bytes_block] = 0xFF  # of a scale that makes it NaN or infinite
     path = tmp_path / "random.gguf"
@@ -61,7 +63,9 @@ def test_a_block_is_refused_exactly_where_it_is_unpacked_to_what_is_not_finite(
     assert found.any() and (not found.all() or each_type == "NVFP4")
 
 
-@pytest.mark.parametrize("type_name, place", [("Q4_0", 0), ("Q4_1", 2), ("Q8_0", 0), ("Q4_K", 2), ("Q6_K", 208)])
+@pytest.mark.parametrize(
+    "type_name, place", [("Q4_0", 0), ("Q4_1", 2), ("Q8_0", 0), ("Q4_K", 2), ("Q6_K", 208)]
+)
 @pytest.mark.parametrize("half", [NAN_HALF, INFINITE_HALF])
 def test_a_scale_that_is_no_number_is_named_with_its_tensor_and_row(
     tiny_model: TinyModel, tmp_path: Path, type_name: str, place: int, half: bytes
@@ -70,7 +74,11 @@ def test_a_scale_that_is_no_number_is_named_with_its_tensor_and_row(
     info, known = source.tensors["blk.0.ffn_down.weight"], TENSOR_TYPES[type_name]
     blocks_row = info.shape[1] // known.block
     model = changed(
-        source, tmp_path / "nan.gguf", info.name, (7 * blocks_row + blocks_row - 1) * known.bytes_block + place, half
+        source,
+        tmp_path / "nan.gguf",
+        info.name,
+        (7 * blocks_row + blocks_row - 1) * known.bytes_block + place,
+        half,
     )
     assert refusal(lambda: checked_sha256(model)) == (
         f"{model.path}: tensor 'blk.0.ffn_down.weight' has a scale that is NaN or infinite in row 7: the file is damaged"
@@ -84,7 +92,9 @@ def test_a_number_that_is_none_is_found_in_norms_and_float_tensors(
 ) -> None:
     source = read_model(tiny_model(type="F32"))
     model = changed(source, tmp_path / "nan.gguf", name, 4 * source.C - 4, struct.pack("<f", value))
-    assert f"tensor '{name}' has a value that is NaN or infinite in row 0" in refusal(lambda: checked_sha256(model))
+    assert f"tensor '{name}' has a value that is NaN or infinite in row 0" in refusal(
+        lambda: checked_sha256(model)
+    )
 
 
 def test_the_sum_is_that_of_all_bytes(tiny_model: TinyModel, tmp_path: Path) -> None:
