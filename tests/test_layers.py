@@ -41,7 +41,7 @@ C_LAYERS = (
     {"arch", "keys", "model"},
     {"gemm", "few_rows"},
     {"matrix", "kernels", "threads"},
-    {"error", "include/ggd"},
+    {"bus", "error", "include/ggd"},
 )
 GGML_USERS = {"load", "keys"}
 
