@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ggml_diffusion.errors import UserError
+from ggml_diffusion.errors import UserError, quoted
 from ggml_diffusion.formats.architectures import fused_projections
 from ggml_diffusion.formats.lora import TargetModule
 from ggml_diffusion.formats.model_file import ModelFile
@@ -137,7 +137,7 @@ def unstack_pairs(tensors: Mapping[str, NDArray[np.float32]], layout: Layout) ->
             weight = layer_tensor(layer, f"{name}.weight")
             a, b = apart.pop(weight + LORA_A_SUFFIX, None), apart.pop(weight + LORA_B_SUFFIX, None)
             if a is None or b is None or a.ndim != 2 or b.shape != (stack.n_rows, len(a)):
-                raise UserError(f"its pair for '{weight}' is not what its key about fused tensors says")
+                raise UserError(f"its pair for {quoted(weight)} is not what its key about fused tensors says")
             rank, rest = len(a) // stack.factor, b.copy()
             for index, (part, (first, rows)) in enumerate(stack.parts.items()):
                 columns = _columns(index, rank)
@@ -146,7 +146,7 @@ def unstack_pairs(tensors: Mapping[str, NDArray[np.float32]], layout: Layout) ->
                 apart[own + LORA_B_SUFFIX] = np.ascontiguousarray(own_b / np.float32(stack.factor))
                 rest[first : first + rows, columns] = 0
             if rank == 0 or len(a) % stack.factor or rest.any():
-                raise UserError(f"its pair for '{weight}' is no stack of its parts' pairs")
+                raise UserError(f"its pair for {quoted(weight)} is no stack of its parts' pairs")
     return apart
 
 

@@ -30,11 +30,17 @@ print("computed")
 
 
 @pytest.mark.parametrize("way", ["truncated", "written anew"])
-def test_a_file_that_is_truncated_under_its_map_is_one_line(tiny_model: TinyModel, tmp_path: Path, way: str) -> None:
+def test_a_file_that_is_truncated_under_its_map_is_one_line(
+    tiny_model: TinyModel, tmp_path: Path, way: str
+) -> None:
     path = tmp_path / "model.gguf"
     shutil.copy(tiny_model(type="Q4_K", **sizes_for("Q4_K")), path)
     run = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(path), way], capture_output=True, text=True, check=False, timeout=120
+        [sys.executable, "-c", PROGRAM, str(path), way],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
     )
     expected = f"error: {path}: the file was truncated or replaced while it was in use\n"
     assert (run.returncode, run.stdout, run.stderr) == (2, "", expected)

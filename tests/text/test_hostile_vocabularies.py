@@ -148,7 +148,7 @@ def test_tokens_that_are_equal_for_llama_cpp_are_refused_by_name(
 def test_a_vocabulary_of_which_llama_cpp_dies_is_no_for_inspect_and_one_line_for_all_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`whitespace` aborts at the first blank; the check that knows this is taken away, as for a fault not yet known."""
+    """`whitespace` aborts at the first blank. The check that knows it is taken away, as if it did not."""
     path = with_vocabulary(tmp_path / "model.gguf", list(TOKENS), pre=scalar(STRING, "whitespace"))
     assert "'whitespace' is not supported" in refusal(lambda: read_model(path))
     for module in (
