@@ -1,7 +1,7 @@
 """`python -m ggml_diffusion` and `ggml-diffusion` are the command line.
 
-An interrupt ends the process with 130 and not a word, from the first import on: what is still being imported can
-neither be tidied up nor has anything to save. While a command runs, main.py and the command decide.
+An interrupt ends the process with 130 and not a word, from the first import on: what is still being imported
+can neither be tidied up nor has anything to save. While a command runs, main.py and the command decide.
 """
 
 import os

@@ -1,9 +1,9 @@
 """A process of its own for work whose input may end it: its death is an error of one line, not ours.
 
 libllama and ggml answer bad files and texts with assertions and recursion without end, which kill the process
-that they are in. What hands them bytes of others lives in a `Child`: a class that is made from bytes and answers
-bytes with bytes. Nothing that comes back is trusted more than any other input: no pickles, and a limit of size
-and time on every reply.
+that they are in. What hands them bytes of others lives in a `Child`: a class that is made from bytes and
+answers bytes with bytes. Nothing that comes back is trusted more than any other input: no pickles, and a
+limit of size and time on every reply.
 
 Deliberately not here: what is asked and answered (text/vocabulary_child.py, training/identity.py).
 Sources: multiprocessing.connection for the framing of messages; POSIX setrlimit(2) for the limits.
@@ -34,7 +34,10 @@ _SLICE_S = 1.0
 _LOG_BYTES = 1 << 16
 
 # Isolated, so that nothing of the current folder is imported; the module path is the one of this process.
-_PROGRAM = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from ggml_diffusion.child import _main; _main(sys.argv[2:])"
+_PROGRAM = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from ggml_diffusion.child import _main; _main(sys.argv[2:])"
+)
 
 
 class Worker(Protocol):
@@ -82,7 +85,7 @@ class Child:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 -- closed by `close`
         environment = {**os.environ, "GGML_NO_BACKTRACE": "1"}
         try:
-            name = f"{worker.__module__}:{worker.__qualname__}"  # type: ignore[attr-defined]
+            name = f"{worker.__module__}:{worker.__qualname__}"
             arguments = [name, str(theirs.fileno()), str(memory_limit_bytes or 0)]
             self._process = subprocess.Popen(
                 [sys.executable, "-I", "-c", _PROGRAM, json.dumps(sys.path), *arguments],
@@ -192,7 +195,12 @@ def _signal_name(number: int) -> str:
 
 
 def _main(arguments: list[str]) -> None:
-    """Body of the child: its arguments are the worker's class, the descriptor to talk over, and a limit of memory."""
+    """Body of the child.
+
+    Args:
+        arguments: the worker's class, the descriptor to talk over, and a limit of memory.
+
+    """
     name, descriptor, memory_limit_bytes = arguments
     with contextlib.suppress(ImportError, ValueError, OSError):  # not every system has these limits
         import resource

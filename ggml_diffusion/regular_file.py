@@ -1,7 +1,7 @@
 """Opening files that a name of somebody else's stands for: regular ones only, and at once.
 
-To open a named pipe waits until somebody writes to it, a terminal until somebody types, and some devices never
-end. Deliberately not here: what is in the file, and writing (durable.py).
+To open a named pipe waits until somebody writes to it, a terminal until somebody types, and some devices
+never end. Deliberately not here: what is in the file, and writing (durable.py).
 """
 
 import os
@@ -46,7 +46,7 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def kind_of(path: Path) -> str | None:
-    """What a name stands for if it is no regular file, for people: "a named pipe"; None also if there is nothing."""
+    """What a name stands for, "a named pipe"; None if that is a file, or nothing."""
     try:
         return _kind(path.stat().st_mode)
     except (OSError, ValueError):

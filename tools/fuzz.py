@@ -1,10 +1,12 @@
-"""Fuzz every reader of files: damaged with knowledge of their structure, in forked workers, with limits a case.
+"""Fuzz every reader of files: damaged with knowledge of their structure, in forked workers, with limits a
+case.
 
-A case may be accepted or refused in one line. Anything else is a fault: a signal, a traceback, more than a second of
-processor time, more than 100 MB beside what the worker began with, a line that cannot be printed. Each fault is kept
-as a file, with the line that makes it again. Exit code 1 if there was any.
+A case may be accepted or refused in one line. Anything else is a fault: a signal, a traceback, more than a
+second of processor time, more than 100 MB beside what the worker began with, a line that cannot be printed.
+Each fault is kept as a file, with the line that makes it again. Exit code 1 if there was any.
 
-usage: fuzz.py [--inputs 20000] [--seconds N] [--seed 0] [--kinds model,toml] [--workers 2] [--only NUMBER] [--keep FOLDER]
+usage: fuzz.py [--inputs 20000] [--seconds N] [--seed 0] [--kinds model,toml] [--workers 2] [--only NUMBER]
+[--keep FOLDER]
 """
 
 from __future__ import annotations
@@ -71,7 +73,10 @@ class Worker:
         if code > 0:
             raise UserError("a worker ended by itself; see above")
         number = int(self.counts[0])
-        limits = {signal.SIGPROF: f"more than {LIMIT_S:g} s of processor time", signal.SIGALRM: "hangs"}
+        limits: dict[int, str] = {
+            signal.SIGPROF: f"more than {LIMIT_S:g} s of processor time",
+            signal.SIGALRM: "hangs",
+        }
         self._keep_fault(number, limits.get(-code, f"died of signal {-code}"))
         return number + 1 if number + 1 < self._end else None
 

@@ -1,8 +1,8 @@
 """Inputs of the fuzzer: sound files of each kind, and how they are damaged with knowledge of their structure.
 
-An input is a function of (kind, seed, number) alone: any of them can be made again. Most are sound files with one to
-four changes. Of the kinds in GGUF every fifth is a header cut at the next boundary of its structure, one byte before,
-at and behind it, until all have been.
+An input is a function of (kind, seed, number) alone: any of them can be made again. Most are sound files with
+one to four changes. Of the kinds in GGUF every fifth is a header cut at the next boundary of its structure,
+one byte before, at and behind it, until all have been.
 
 Deliberately not here: who reads them (fuzz_targets.py), processes and limits (fuzz.py).
 Source: the GGUF specification (ggml, docs/gguf.md) and the format section of the safetensors README.
@@ -95,7 +95,7 @@ _TEXTS = [
     ),
     *("é漢🎉".encode(), b"<0x0A>", b"[EMPTY_3]", b"yarn", b"longrope", b"none", b"{{ 7 * 7 }}", b"x" * 64),
 ]
-_JSON = [
+_JSON: list[Any] = [
     *(
         None,
         True,
@@ -180,7 +180,7 @@ _TOML = [
 
 @dataclass
 class Span:
-    """Bytes of a header with one meaning; entries are what can be taken out, doubled and put elsewhere as a whole."""
+    """Bytes of a header with one meaning."""
 
     start: int
     end: int
@@ -209,7 +209,7 @@ class Gguf:
 
 
 def parse_gguf(content: bytes, size: int, cut_lists: bool = False) -> Gguf:
-    """The structure of a sound file; with `cut_lists` lists of a real vocabulary keep their first entries only."""
+    """The structure of a sound file; with `cut_lists` a real vocabulary's lists keep their first entries."""
     out, spans, keys, tensors = bytearray(), [], [], []
     place = 0
 

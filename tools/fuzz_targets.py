@@ -1,7 +1,8 @@
 """Who reads the fuzzer's inputs: everything in this process that takes a file of somebody else's.
 
-A target returns where the input was accepted, raises UserError where it was refused, and anything else is a fault.
-llama.cpp reads vocabularies in a process of its own (child.py), so here its death in a fork is no fault but counted.
+A target returns where the input was accepted, raises UserError where it was refused, and anything else is a
+fault. llama.cpp reads vocabularies in a process of its own (child.py), so here its death in a fork is no
+fault but counted.
 
 Deliberately not here: the inputs (fuzz_inputs.py), processes and limits (fuzz.py).
 """
@@ -48,7 +49,7 @@ class Targets:
         self.every_vocabulary = 8
         importlib.import_module("llama_cpp")  # once, not in each fork
         # What is described is not given to llama.cpp here.
-        inspect.Tokenizer = _NoTokenizer  # type: ignore[attr-defined, misc, assignment]
+        inspect.Tokenizer = _NoTokenizer  # type: ignore[attr-defined, assignment]
 
     def read(self, kind: str, path: Path, number: int) -> None:
         """Read an input as a user's command would.

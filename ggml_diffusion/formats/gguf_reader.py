@@ -197,8 +197,8 @@ class _Parser:
         return start
 
     def fill(self, end: int) -> None:
-        """Have the file's bytes up to `end`, which lies inside of it. They are not mapped: under a map, a file that
-        is truncated ends the process."""
+        """Have the file's bytes up to `end`, which lies inside of it. They are not mapped: under a map, a
+        file that is truncated ends the process."""
         if end > len(self.data):
             self.data += self.file.read(max(end - len(self.data), min(len(self.data), _READ_BYTES)))
         if end > len(self.data):

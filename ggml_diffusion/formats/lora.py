@@ -176,7 +176,8 @@ def lora_ranks(tensors: Mapping[str, NDArray[np.float32]]) -> dict[str, int]:
         a, b = tensors[name], tensors[other]
         if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or a.shape[0] == 0:
             raise UserError(
-                f"adapter: {quoted(weight)} has a pair of shapes {a.shape} and {b.shape}, not (R, in) and (out, R)"
+                f"adapter: {quoted(weight)} has a pair of shapes {a.shape} and {b.shape}, "
+                f"not (R, in) and (out, R)"
             )
         ranks[weight] = a.shape[0]
     return ranks

@@ -120,7 +120,7 @@ def check_model(model: ModelFile) -> None:
     kind = model.optional("general.type", "model")
     if kind != "model":
         model.fail(f"holds an {quoted(kind)}, not a model")
-    if model.metadata.get(f"{model.arch}.expert_count", 0):
+    if model.optional(f"{model.arch}.expert_count", 0):
         model.fail("is a mixture of experts, in which each token takes weights of its own")
     if any(key.startswith(f"{model.arch}.ssm.") for key in model.metadata):
         model.fail("has recurrent layers, which cannot see what lies to their right")

@@ -1,7 +1,7 @@
 """Whether all numbers of a model's tensors are finite, found while the SHA-256 of the file is taken.
 
-A packed block is finite if its scales are: quants are whole numbers, and no scale times a quant leaves float32. So
-only scales, minima and float tensors are looked at, which takes a tenth of the time of the sum.
+A packed block is finite if its scales are: quants are whole numbers, and no scale times a quant leaves
+float32. So only scales, minima and float tensors are looked at, which takes a tenth of the time of the sum.
 
 Deliberately not here: what the blocks hold else (csrc/kernels/unpack.h). Source: ggml's ggml-common.h.
 """
@@ -23,10 +23,12 @@ from ggml_diffusion.regular_file import open_regular
 
 _CHUNK_BYTES = 1 << 20
 _HALF_EXPONENT, _BFLOAT_EXPONENT = 0x7C00, 0x7F80  # all bits of it set: NaN or infinite
-# MXFP4's scale is 2^(e - 127) and its largest value 6: from here on that is no float32, and 255 stands for NaN.
+# MXFP4's scale is 2^(e - 127) and its largest value 6: from here on that is no float32, and 255 stands for
+# NaN.
 _FIRST_BAD_E8M0 = 253
 
-# Where the float16 scales and minima of a block lie, in bytes. NVFP4's scales have no code for NaN that ggml reads as such.
+# Where the float16 scales and minima of a block lie, in bytes. NVFP4's scales have no code for NaN that ggml
+# reads as such.
 _HALVES: dict[str, tuple[int, ...]] = {
     **dict.fromkeys(("Q8_0", "Q4_0", "Q5_0", "IQ4_NL", "IQ4_XS", "Q1_0", "Q2_0"), (0,)),
     **dict.fromkeys(("IQ1_S", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"), (0,)),
@@ -46,7 +48,8 @@ def checked_sha256(model: ModelFile, sound: str | None = None) -> str:
 
     Args:
         model: of supported types, as from `read_model`.
-        sound: the SHA-256 of a file that was found to be finite before: this one is not looked at if it is that.
+        sound: the SHA-256 of a file that was found to be finite before: this one is not looked at if it is
+        that.
 
     Raises:
         UserError: NaN or an infinite number, with the tensor and the row; or the file cannot be read.
@@ -65,7 +68,8 @@ def checked_sha256(model: ModelFile, sound: str | None = None) -> str:
                 row = (first_block + bad) * block // tensor.shape[-1]
                 what = "a scale that is" if block > 1 else "a value that is"
                 raise UserError(
-                    f"{part}: tensor {quoted(tensor.name)} has {what} NaN or infinite in row {row}: the file is damaged"
+                    f"{part}: tensor {quoted(tensor.name)} has {what} NaN or infinite in row {row}: "
+                    f"the file is damaged"
                 )
     return total.hexdigest()
 
@@ -95,13 +99,15 @@ def _u16(blocks: Blocks, place: int) -> NDArray[np.uint16]:
 
 
 def _is_full(numbers: NDArray[np.uint16], exponent: int) -> NDArray[np.bool_]:
-    return (numbers & np.uint16(exponent)) == exponent
+    full: NDArray[np.bool_] = (numbers & np.uint16(exponent)) == exponent
+    return full
 
 
 def _iq1_m_scale(blocks: Blocks) -> NDArray[np.uint16]:
     """The scale of IQ1_M: its four bits lie in the highest bits of each of four groups' scales."""
     quarters = [_u16(blocks, 48 + 2 * i) >> np.uint16(12) << np.uint16(4 * i) for i in range(4)]
-    return np.bitwise_or.reduce(quarters)
+    scale: NDArray[np.uint16] = np.bitwise_or.reduce(quarters)
+    return scale
 
 
 _BY_TYPE: dict[str, Callable[[Blocks], NDArray[np.bool_]]] = {
@@ -116,7 +122,8 @@ _BY_TYPE: dict[str, Callable[[Blocks], NDArray[np.bool_]]] = {
 def _chunks(
     path: Path, tensors: dict[str, TensorInfo]
 ) -> Iterator[tuple[memoryview, TensorInfo | None, int]]:
-    """The bytes of a file in their order: whole blocks of a tensor with the first one's number, or what lies between.
+    """The bytes of a file in their order: whole blocks of a tensor with the first one's number, or what lies
+    between.
 
     Each chunk lies in the place of the one before.
     """

@@ -40,7 +40,8 @@ class TimeEmbedding:
         self._frequencies = np.exp(np.arange(half) * (-math.log(10000.0) / half))
 
     def table_rows(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Rows (n,) of the table, each in [0, max_timesteps): (n, dim), sines of rising wavelength, then their cosines.
+        """Rows (n,) of the table, each in [0, max_timesteps): (n, dim), sines of rising wavelength, then
+        their cosines.
 
         Computed for those asked for alone: a table may be long.
         """

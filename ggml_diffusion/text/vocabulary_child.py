@@ -1,7 +1,7 @@
 """The vocabulary of a GGUF in a process of its own: what of llama.cpp turns text into tokens, and no more.
 
-llama.cpp loads the vocabulary only. It says nothing on the screen; what it says goes to the child's log, whose
-first error is the reason that is given when it dies.
+llama.cpp loads the vocabulary only. It says nothing on the screen; what it says goes to the child's log,
+whose first error is the reason that is given when it dies.
 
 `VocabularyChild` is this process's side, `_Vocabulary` the other. Requests and replies are numbers in the
 machine's own order, since both sides are on one machine.

@@ -22,7 +22,8 @@ from ggml_diffusion.text.vocabulary_child import VocabularyChild
 
 TOKENS = [*"abcdefgh", "ab", "é", "<end>", ""]
 
-# All names that llama.cpp knows (src/llama-vocab.cpp), but for those of the kinds of vocabulary that are refused.
+# All names that llama.cpp knows (src/llama-vocab.cpp), but for those of the kinds of vocabulary that are
+# refused.
 PRE_TOKENIZERS = (
     *(
         "a.x-4.0",
