@@ -39,6 +39,11 @@ _REFUSED_TOKENIZERS = {
     "whitespace": "it does not keep blanks, so a text does not come back from its tokens",
     "test": "it makes numbers of texts, and no texts of numbers",
 }
+# The same for pre-tokenizers of byte-level vocabularies.
+_REFUSED_PRE_TOKENIZERS = {
+    "gemma4": "it keeps no blanks in a byte-level vocabulary",
+    "whitespace": "llama.cpp aborts at the first blank",
+}
 # Roles of tokens that llama.cpp reads, from keys tokenizer.ggml.ROLE_token_id; it ignores other such keys.
 _TOKEN_ROLES = (
     *("bos", "eos", "eot", "eom", "unknown", "seperator", "padding", "mask", "prefix", "suffix", "middle"),
@@ -272,8 +277,9 @@ def check_tokenizer(model: ModelFile) -> None:
         _check_token_array(model, f"tokenizer.ggml.{key}", types, len(tokens))
     if kind in BPE_TOKENIZERS:
         _strings(model, "tokenizer.ggml.merges")
-        if model.optional("tokenizer.ggml.pre", "") == "whitespace":
-            model.fail("pre-tokenizer 'whitespace' is not supported: llama.cpp aborts at the first blank")
+        pre = model.optional("tokenizer.ggml.pre", "")
+        if pre in _REFUSED_PRE_TOKENIZERS:
+            model.fail(f"pre-tokenizer {quoted(pre)} is not supported: {_REFUSED_PRE_TOKENIZERS[pre]}")
     else:
         missing = [byte for byte in range(256) if not {b"<0x%02X>" % byte, bytes([byte])} & texts]
         if missing:

@@ -201,6 +201,17 @@ class Tokenizer:
                 return tokens[len(front) :]
         return self._encode(text, special)
 
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
+        """The tokens of many plain texts, none of which goes on where other text ended; see `encode`.
+
+        A call asks the vocabulary's process once: with texts of a line or a few that is several times as fast.
+
+        Raises:
+            UserError: a text holds half of a surrogate pair.
+
+        """
+        return self._vocabulary.tokenize([_utf8(text) for text in texts])
+
     def _encode_marked(self, text: str, mark: str, continued: bool) -> NDArray[np.int32]:
         """What llama.cpp does with control tokens in a text, but for the names with a mark inside."""
         control = self.control_tokens
@@ -219,13 +230,7 @@ class Tokenizer:
         return np.concatenate(tokens)
 
     def _encode(self, text: str, special: bool) -> NDArray[np.int32]:
-        try:
-            data = text.encode()
-        except UnicodeEncodeError as error:
-            raise UserError(
-                f"character {error.start + 1} of the text is half of a surrogate pair, not Unicode"
-            ) from None
-        return self._vocabulary.tokenize([data], special=special)[0]
+        return self._vocabulary.tokenize([_utf8(text)], special=special)[0]
 
     def decode(
         self, ids: Iterable[int] | NDArray[np.int32], *, special: bool = False, continued: bool = False
@@ -312,6 +317,15 @@ class Tokenizer:
             self._attributes(token)  # refuses what is outside of the vocabulary
         if unknown:
             self._pieces.update(zip(unknown, self._vocabulary.pieces(unknown), strict=True))
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"character {error.start + 1} of the text is half of a surrogate pair, not Unicode"
+        ) from None
 
 
 def _warnings(metadata: Mapping[str, Any]) -> tuple[str, ...]:

@@ -84,7 +84,9 @@ def overflowing(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("settings", [{}, {"temperature": 0.0}, {"top_p": 1.0}, {"top_k": 3, "remasking": 0.5}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"temperature": 0.0}, {"top_p": 1.0}, {"top_k": 3, "remasking": 0.5}]
+)
 def test_logits_that_are_not_finite_give_no_text_in_any_order(
     base: Path, overflowing: Path, settings: dict[str, Any]
 ) -> None:
@@ -104,7 +106,12 @@ def test_generate_and_evaluate_end_with_one_line(
     assert "NaN or infinite logits" in message
     (tmp_path / "text.txt").write_text(TEXT)
     inputs = EvaluationInputs(
-        base, overflowing, data=(tmp_path / "text.txt",), sequence_length=16, held_out_fraction=0.5, n_threads=1
+        base,
+        overflowing,
+        data=(tmp_path / "text.txt",),
+        sequence_length=16,
+        held_out_fraction=0.5,
+        n_threads=1,
     )
     from rich.console import Console
 
@@ -135,12 +142,22 @@ def test_a_base_with_a_number_that_is_none_is_refused_before_anything_is_written
     )
     assert not [path.name for path in output.iterdir() if not path.name.startswith(".")]
     conversion_of(damaged).save(tmp_path / "adapter.safetensors")
-    assert "row 300" in refused(capsys, "generate", damaged, tmp_path / "adapter.safetensors", "--threads", "1")
+    assert "row 300" in refused(
+        capsys, "generate", damaged, tmp_path / "adapter.safetensors", "--threads", "1"
+    )
 
 
 def test_the_verdict_on_the_base_is_kept_beside_the_run(base: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(TEXT)
-    arguments = ["convert", str(base), "--data", str(tmp_path / "text.txt"), "--output", str(tmp_path / "run"), *TINY]
+    arguments = [
+        "convert",
+        str(base),
+        "--data",
+        str(tmp_path / "text.txt"),
+        "--output",
+        str(tmp_path / "run"),
+        *TINY,
+    ]
     with pytest.raises(SystemExit) as exit_:
         main(arguments)
     assert not exit_.value.code
@@ -215,19 +232,27 @@ def test_every_key_has_a_type_and_a_range_in_safetensors(
     [
         (key, value)
         for key, value in _BAD_METADATA
-        if key not in ("alpha", "mask_token_id") and value is not None and not (isinstance(value, int) and value >= 2**64)
+        if key not in ("alpha", "mask_token_id")
+        and value is not None
+        and not (isinstance(value, int) and value >= 2**64)
     ],
 )
 def test_every_key_has_the_same_type_and_range_in_gguf(
     base: Path, tmp_path: Path, key: str, value: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = changed_gguf(base, tmp_path / "adapter.gguf", {key: value})
-    for command in (("inspect", path), ("generate", base, path), ("export", path, tmp_path / "o.safetensors")):
+    for command in (
+        ("inspect", path),
+        ("generate", base, path),
+        ("export", path, tmp_path / "o.safetensors"),
+    ):
         assert f"{path}: metadata key '{key}'" in refused(capsys, *command)
 
 
 @pytest.mark.parametrize("found", [[1.0], [1.0, 1.0], "1", 2, 1.0, True])
-def test_a_format_is_a_number(base: Path, tmp_path: Path, found: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_format_is_a_number(
+    base: Path, tmp_path: Path, found: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = changed_gguf(base, tmp_path / "adapter.gguf", {"format": found})
     assert "this version reads format 1" in refused(capsys, "inspect", path)
     other = changed_safetensors(base, tmp_path / "adapter.safetensors", "", {"format": found})
@@ -251,17 +276,28 @@ def test_a_format_is_a_number(base: Path, tmp_path: Path, found: Any, capsys: py
     ],
 )
 def test_settings_that_are_used_again_have_types_in_both_formats(
-    base: Path, tmp_path: Path, part: str, changes: dict[str, Any], fault: str, capsys: pytest.CaptureFixture[str]
+    base: Path,
+    tmp_path: Path,
+    part: str,
+    changes: dict[str, Any],
+    fault: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     path = changed_safetensors(base, tmp_path / "adapter.safetensors", part, changes)
     other = changed_gguf(base, tmp_path / "adapter.gguf", {part: json.dumps(changes)})
     for adapter in (path, other):
-        for command in (("inspect", adapter), ("generate", base, adapter), ("export", adapter, tmp_path / "o.gguf")):
+        for command in (
+            ("inspect", adapter),
+            ("generate", base, adapter),
+            ("export", adapter, tmp_path / "o.gguf"),
+        ):
             message = refused(capsys, *command)
             assert message.startswith(f"{adapter}: ") and fault in message
 
 
-@pytest.mark.parametrize("text", ['{"a":' * 40 + "1" + "}" * 40, '{"a": 1e999}', '{"a": ' + "[" * 5000 + "]" * 5000 + "}"])
+@pytest.mark.parametrize(
+    "text", ['{"a":' * 40 + "1" + "}" * 40, '{"a": 1e999}', '{"a": ' + "[" * 5000 + "]" * 5000 + "}"]
+)
 def test_json_that_could_not_be_written_again_is_refused(
     base: Path, tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
