@@ -204,7 +204,7 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
         """The tokens of many plain texts, none of which goes on where other text ended; see `encode`.
 
-        A call asks the vocabulary's process once: with texts of a line or a few that is several times as fast.
+        A call asks the vocabulary's process once: with short texts that is several times as fast.
 
         Raises:
             UserError: a text holds half of a surrogate pair.

@@ -57,7 +57,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     """The one line with which a command refuses."""
     with pytest.raises(SystemExit) as exit_:
         main([str(argument) for argument in arguments])
-    out, err = capsys.readouterr()
+    _, err = capsys.readouterr()
     assert exit_.value.code == 2
     assert err.startswith("error: ") and err.endswith("\n") and err[:-1].isprintable(), err
     return str(err[len("error: ") : -1])
@@ -137,9 +137,8 @@ def test_a_base_with_a_number_that_is_none_is_refused_before_anything_is_written
     (tmp_path / "text.txt").write_text(TEXT)
     output = tmp_path / "run"
     message = refused(capsys, "convert", damaged, "--data", tmp_path / "text.txt", "--output", output, *TINY)
-    assert message == (
-        f"{damaged}: tensor 'token_embd.weight' has a scale that is NaN or infinite in row 300: the file is damaged"
-    )
+    fault = "tensor 'token_embd.weight' has a scale that is NaN or infinite in row 300: the file is damaged"
+    assert message == f"{damaged}: {fault}"
     assert not [path.name for path in output.iterdir() if not path.name.startswith(".")]
     conversion_of(damaged).save(tmp_path / "adapter.safetensors")
     assert "row 300" in refused(

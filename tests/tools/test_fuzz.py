@@ -91,7 +91,7 @@ def test_every_kind_of_fault_is_found_and_kept_and_the_rest_is_read(tmp_path: Pa
 
 @pytest.mark.slow
 def test_a_minute_of_fuzzing_finds_no_fault(tmp_path: Path) -> None:
-    """Another seed would only move the chance; the recorded runs (docs/results/reliability.md) have others."""
+    """The recorded runs (docs/results/reliability.md) have other seeds."""
     run = subprocess.run(
         [
             sys.executable,
