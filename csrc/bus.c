@@ -67,6 +67,9 @@ void ggd_bus_watch(const void *data, size_t bytes, const char *path) {
     }
     if (map != NULL) {
         snprintf(map->line, sizeof map->line, "error: %.900s: the file was truncated or replaced while it was in use\n", path);
+        for (char *letter = map->line; *letter != '\0' && letter[1] != '\0'; letter++) {  // one line, whatever the file's name is
+            *letter = (unsigned char)*letter < ' ' || *letter == 0x7f ? '?' : *letter;
+        }
         atomic_store(&map->start, (uintptr_t)data);
         atomic_store(&map->end, (uintptr_t)data + bytes);
         if (is_new) {

@@ -29,7 +29,7 @@ from ggml_diffusion.errors import UserError, one_line
 START_LIMIT_S = 120.0  # Python, NumPy and libllama on a busy machine, from a cold disk
 MAX_REQUEST_BYTES = MAX_REPLY_BYTES = (1 << 31) - 1
 # A recursion over each letter of a long text needs some hundred bytes of stack a letter.
-STACK_BYTES = 1 << 30
+STACKS_BYTES = (1 << 30, 1 << 26, 0)  # the first that the system grants; 0 = its own
 _SLICE_S = 1.0
 _LOG_BYTES = 1 << 16
 
@@ -81,8 +81,7 @@ class Child:
         """
         self._what = what
         ours, theirs = socket.socketpair()
-        # A file, since a pipe that nobody reads fills up; it has no name, so it goes with the two processes.
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115 -- closed by `close`
+        self._log = _open_log()
         environment = {**os.environ, "GGML_NO_BACKTRACE": "1"}
         try:
             name = f"{worker.__module__}:{worker.__qualname__}"
@@ -96,10 +95,10 @@ class Child:
                 env=environment,
                 start_new_session=True,  # Ctrl-C is for this process, which decides what becomes of the child
             )
-        except BaseException:
+        except OSError as error:
             ours.close()
             self._log.close()
-            raise
+            raise UserError(f"{what} cannot be started: {error.strerror or error}") from None
         finally:
             theirs.close()
         self._connection = Connection(ours.detach())
@@ -172,6 +171,17 @@ def reason_in_log(log: str) -> str:
     return one_line(lines[-1]) if lines else "no message"
 
 
+def _open_log() -> Any:
+    """What a child writes: a file without a name, which goes with the two processes.
+
+    A pipe that nobody reads would fill up. Where there is no room for a file, nothing is kept.
+    """
+    try:
+        return tempfile.TemporaryFile()
+    except OSError:
+        return open(os.devnull, "w+b")
+
+
 def _end(process: "subprocess.Popen[bytes]", connection: Connection, log: Any) -> None:
     connection.close()
     process.kill()
@@ -209,11 +219,13 @@ def _main(arguments: list[str]) -> None:
         if int(memory_limit_bytes):
             resource.setrlimit(resource.RLIMIT_AS, (int(memory_limit_bytes), int(memory_limit_bytes)))
     connection = Connection(int(descriptor))
-    with contextlib.suppress(ValueError, RuntimeError):
-        threading.stack_size(STACK_BYTES)
-    thread = threading.Thread(target=_serve, args=(name, connection))
-    thread.start()
-    thread.join()
+    for stack_bytes in STACKS_BYTES:
+        with contextlib.suppress(ValueError, RuntimeError):
+            threading.stack_size(stack_bytes)
+            thread = threading.Thread(target=_serve, args=(name, connection))
+            thread.start()
+            thread.join()
+            return
 
 
 def _serve(name: str, connection: Connection) -> None:
