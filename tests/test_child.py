@@ -31,6 +31,9 @@ class Example:
             os._exit(3)
         if request == b"wait":
             time.sleep(60)
+        if request == b"loop":
+            while True:
+                pass
         if request == b"raise":
             raise ValueError("not \x1b[2Jthis")
         return request[::-1]
@@ -67,10 +70,12 @@ def test_its_death_is_a_line_with_the_signal_and_what_it_said() -> None:
     )
 
 
-def test_what_takes_too_long_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("request_, factor", [(b"wait", 2), (b"loop", 10**6)])
+def test_what_takes_too_long_is_ended(monkeypatch: pytest.MonkeyPatch, request_: bytes, factor: int) -> None:
     monkeypatch.setattr(child, "_SLICE_S", 0.05)
+    monkeypatch.setattr(child, "WAITING_FACTOR", factor)
     worker = Child(Example, b"", "it")
-    assert refusal(lambda: worker.ask(b"wait", 0.2, " at this")) == "it did not finish within 0 s at this"
+    assert refusal(lambda: worker.ask(request_, 0.2, " at this")) == "it did not finish within 0 s at this"
     assert not worker.is_alive and worker._process.poll() == -signal.SIGKILL
 
 

@@ -97,7 +97,7 @@ def llama_logits(path: Path, tokens: NDArray[np.int32], n_threads: int) -> NDArr
     """
     argument = {"path": str(path), "tokens": tokens.tolist(), "n_threads": n_threads}
     with Child(
-        _Logits, json.dumps(argument).encode(), f"{path}: llama.cpp", time_limit_s=CHILD_TIMEOUT_S
+        _Logits, json.dumps(argument).encode(), f"{path}: llama.cpp", time_limit_s=CHILD_TIMEOUT_S * n_threads
     ) as child:
         n_bytes_row = len(child.hello) // len(tokens)
         if len(child.hello) != len(tokens) * n_bytes_row or n_bytes_row % 4 or not n_bytes_row:
