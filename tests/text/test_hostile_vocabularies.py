@@ -193,6 +193,7 @@ def test_the_process_is_started_anew_after_its_death_and_says_what_it_died_of(
     child = tokenizer._vocabulary._child
     assert child is not None
     os.kill(child._process.pid, signal.SIGSEGV)
+    child._process.wait(30)
     message = refusal(lambda: tokenizer.encode("the sand"))
     assert message.startswith(f"{path}: llama.cpp died of SIGSEGV at a text of ") and "the sand'" in message
     assert np.array_equal(tokenizer.encode("the sand"), expected)
