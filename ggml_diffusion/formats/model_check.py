@@ -41,7 +41,8 @@ _REFUSED_TOKENIZERS = {
 }
 # The same for pre-tokenizers of byte-level vocabularies.
 _REFUSED_PRE_TOKENIZERS = {
-    "gemma4": "it keeps no blanks in a byte-level vocabulary",
+    "gemma4": "it looks for blanks as SentencePiece writes them, and a byte-level vocabulary has none",
+    "sarvam-moe": "it looks for blanks as SentencePiece writes them, and a byte-level vocabulary has none",
     "whitespace": "llama.cpp aborts at the first blank",
 }
 # Roles of tokens that llama.cpp reads, from keys tokenizer.ggml.ROLE_token_id; it ignores other such keys.

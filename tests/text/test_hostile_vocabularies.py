@@ -260,7 +260,7 @@ def test_any_text_of_any_pre_tokenizer_is_tokenised_or_refused_in_one_line(
     try:
         tokenizer = Tokenizer.from_gguf(path)
     except UserError as error:
-        assert str(error).isprintable() and pre in ("gemma4", "whitespace")
+        assert str(error).isprintable() and pre in ("gemma4", "sarvam-moe", "whitespace")
         return
     for text in TEXTS:
         assert tokenizer.decode(tokenizer.encode(text)) == text
