@@ -74,7 +74,6 @@ class Tokenizer:
         self.kind: str = metadata["tokenizer.ggml.model"]
         self.pre: str = str(metadata.get("tokenizer.ggml.pre", ""))
         self.vocabulary: Sequence[str] = metadata["tokenizer.ggml.tokens"]
-        self._pieces: dict[int, bytes] = {}
         self._fronts: dict[tuple[str, bool], NDArray[np.int32]] = {}  # the tokens of an anchor
         self.writes_blanks = self.kind == "llama" and bool(
             metadata.get("tokenizer.ggml.add_space_prefix", True)
@@ -149,7 +148,6 @@ class Tokenizer:
     def control_tokens(self) -> Mapping[str, int]:
         """The tokens that no plain text contains, by name; those of one character are left out."""
         hidden = np.flatnonzero(self._table[0] & _NOT_TEXT).tolist()
-        self._load_pieces(hidden)
         return {name: token for token in hidden if len(name := self.token_text(token)) > 1}
 
     @cached_property
@@ -250,7 +248,6 @@ class Tokenizer:
 
         """
         shown = [int(token) for token in ids if special or not self._is_hidden(int(token))]
-        self._load_pieces(shown)
         pieces = [self._piece(token) for token in shown]
         if self.writes_blanks and pieces and not continued:  # SentencePiece put it there in `encode`
             pieces[0] = pieces[0].removeprefix(b" ")
@@ -305,18 +302,14 @@ class Tokenizer:
         return bool(self._attributes(token) & _NOT_TEXT)
 
     def _piece(self, token: int) -> bytes:
-        """The bytes of a token, kept for the next time."""
-        if token not in self._pieces:
-            self._load_pieces([token])
+        """The bytes of a token."""
+        self._attributes(token)  # refuses what is outside of the vocabulary
         return self._pieces[token]
 
-    def _load_pieces(self, tokens: Sequence[int]) -> None:
-        """Ask for the bytes of all those tokens at once that are not known."""
-        unknown = sorted({token for token in tokens if token not in self._pieces})
-        for token in unknown:
-            self._attributes(token)  # refuses what is outside of the vocabulary
-        if unknown:
-            self._pieces.update(zip(unknown, self._vocabulary.pieces(unknown), strict=True))
+    @cached_property
+    def _pieces(self) -> list[bytes]:
+        """The bytes of every token: all at once, since each question takes as long as many tokens."""
+        return self._vocabulary.pieces(range(self.vocab_size))
 
 
 def _utf8(text: str) -> bytes:

@@ -4,8 +4,8 @@
 llama.cpp, resume from the last checkpoint or start again, measure, train, save and export, measure again.
 
 The output folder holds adapter.safetensors and adapter.gguf (the exports), metrics.jsonl (one object a step),
-config.toml (as resolved), base.json (the base that was read to its end and found sound), evaluation.json (if it
-was asked for), checkpoints/ and tokens/ (of the text).
+config.toml (as resolved), base.json (the base that was read to its end and found sound), evaluation.json (if
+it was asked for), checkpoints/ and tokens/ (of the text).
 
 Deliberately not here: what a step does (trainer.py), how it looks on the screen (app/display.py), flags
 (app/cli/).
