@@ -1,7 +1,7 @@
 """Whether all numbers of a model's tensors are finite, found while the SHA-256 of the file is taken.
 
 A packed block is finite if its scales are: quants are whole numbers, and no scale times a quant leaves
-float32. So only scales, minima and float tensors are looked at, which takes a tenth of the time of the sum.
+float32. So only scales, minima and float tensors are looked at, which takes a seventh of the time of the sum.
 
 Deliberately not here: what the blocks hold else (csrc/kernels/unpack.h). Source: ggml's ggml-common.h.
 """
