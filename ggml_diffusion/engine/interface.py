@@ -184,7 +184,12 @@ class Engine(Protocol):
 
     @property
     def sha256(self) -> str:
-        """Of the whole file, hexadecimal; read on first use."""
+        """Of the whole file, hexadecimal; read on first use.
+
+        Raises:
+            UserError: a number of the file is NaN or infinite; tensor and row are named.
+
+        """
 
     @property
     def description(self) -> str:
@@ -236,7 +241,7 @@ class Engine(Protocol):
 
         Raises:
             UserError: a token outside the vocabulary, a sequence longer than the context, an adapter that
-                does not fit.
+                does not fit, or logits that are not finite.
             ValueError: arrays of wrong shape.
 
         """
@@ -250,7 +255,12 @@ class Engine(Protocol):
         *,
         int8: Int8 = "none",
     ) -> LossResult:
-        """Weighted cross-entropy without gradients; see `loss_and_gradients`."""
+        """Weighted cross-entropy without gradients; see `loss_and_gradients`.
+
+        Raises:
+            UserError: as there, or a loss that is not finite.
+
+        """
 
     def loss_and_gradients(
         self,

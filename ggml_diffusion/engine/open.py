@@ -15,6 +15,7 @@ def open_engine(
     compute: Compute = "fast",
     use_simd: bool = True,
     memory_budget: int | None = None,
+    sound_sha256: str | None = None,
 ) -> Engine:
     """Open the engine of a model; the caller closes it.
 
@@ -24,9 +25,17 @@ def open_engine(
         compute: see `Engine.compute`.
         use_simd: False selects the naive reference kernels.
         memory_budget: bytes that a training step should take beside the mapped file; None = no limit.
+        sound_sha256: of a file whose numbers were found to be finite before; None = none was.
 
     Raises:
         UserError: the file is damaged, or an option is out of its limits.
 
     """
-    return Q4Model(file, n_threads, compute=compute, use_simd=use_simd, memory_budget=memory_budget)
+    return Q4Model(
+        file,
+        n_threads,
+        compute=compute,
+        use_simd=use_simd,
+        memory_budget=memory_budget,
+        sound_sha256=sound_sha256,
+    )

@@ -26,6 +26,7 @@ from ggml_diffusion.errors import UserError, quoted
 from ggml_diffusion.formats.adapter_file import CheckpointMetadata, DiffusionCheckpoint
 from ggml_diffusion.formats.model_file import file_sha256
 from ggml_diffusion.formats.safetensors_file import parse_object, read_safetensors, write_safetensors
+from ggml_diffusion.regular_file import open_regular
 
 __all__ = [
     "CheckpointMetadata",
@@ -48,6 +49,7 @@ _STATE_KEYS: dict[str, type] = {
 }
 _STATE_FILE, _ADAPTER_FILE, _MANIFEST_FILE = "state.safetensors", "adapter.safetensors", "manifest.json"
 _LATEST_FILE = "latest"
+_MAX_MANIFEST_BYTES = 1 << 16
 _FOLDER_NAME = re.compile(r"step-(\d{8,})(?:-(\d+))?")
 _UNFINISHED_PREFIX = ".unfinished-"
 
@@ -169,7 +171,8 @@ def _write_files(folder: Path, state: TrainingState, checkpoint: DiffusionCheckp
 def _load(folder: Path) -> tuple[TrainingState, DiffusionCheckpoint]:
     manifest_path = folder / _MANIFEST_FILE
     try:
-        text = manifest_path.read_bytes()
+        with open_regular(manifest_path) as file:
+            text = file.read(_MAX_MANIFEST_BYTES)
     except OSError as error:
         raise UserError(f"{manifest_path}: cannot be read: {error.strerror}") from None
     manifest = parse_object(manifest_path, text, "its content")
@@ -225,8 +228,9 @@ def _unused_name(folder: Path, step: int) -> Path:
 
 def _read_latest(folder: Path) -> str:
     try:
-        return (folder / _LATEST_FILE).read_bytes()[:100].decode("utf-8", errors="replace").strip()
-    except OSError:
+        with open_regular(folder / _LATEST_FILE) as file:
+            return file.read(100).decode("utf-8", errors="replace").strip()
+    except (UserError, OSError):
         return ""
 
 

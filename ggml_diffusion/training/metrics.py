@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 
 from ggml_diffusion.errors import UserError
+from ggml_diffusion.regular_file import kind_of
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ class MetricsWriter:
 
         """
         self.path = Path(path)
+        if (kind := kind_of(self.path)) is not None:
+            raise UserError(f"{self.path}: {kind}, not a file")
         try:
             self._file = self.path.open("ab")
             self._file.truncate(_end_of_step(self.path, resume_step))

@@ -4,7 +4,8 @@
 llama.cpp, resume from the last checkpoint or start again, measure, train, save and export, measure again.
 
 The output folder holds adapter.safetensors and adapter.gguf (the exports), metrics.jsonl (one object a step),
-config.toml (as resolved), evaluation.json (if it was asked for), checkpoints/ and tokens/ (of the text).
+config.toml (as resolved), base.json (the base that was read to its end and found sound), evaluation.json (if
+it was asked for), checkpoints/ and tokens/ (of the text).
 
 Deliberately not here: what a step does (trainer.py), how it looks on the screen (app/display.py), flags
 (app/cli/).
@@ -37,11 +38,14 @@ from ggml_diffusion.evaluation.held_out import MaskedScore, Score, as_rows, base
 from ggml_diffusion.formats.adapter_file import creation_time
 from ggml_diffusion.formats.model_check import read_model
 from ggml_diffusion.formats.model_file import ModelFile
+from ggml_diffusion.formats.safetensors_file import parse_object
 from ggml_diffusion.generation.diffusion_model import DiffusionModel
 from ggml_diffusion.generation.reading import ReadingRule
 from ggml_diffusion.objective.corruption import maskable
 from ggml_diffusion.objective.output_rows import Prediction
+from ggml_diffusion.regular_file import open_regular
 from ggml_diffusion.run_folder import (
+    BASE,
     CHECKPOINTS,
     CONFIG,
     EVALUATION,
@@ -63,6 +67,7 @@ from ggml_diffusion.training.trainer import ConversionTrainer
 
 # What systems answer where a file system has no locks, as some network and shared drives.
 _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
+_MAX_VERDICT_BYTES = 1 << 16
 
 
 class RunListener(Protocol):
@@ -166,9 +171,11 @@ def run_conversion(
                 compute=hardware.compute,
                 use_simd=hardware.use_simd,
                 memory_budget=_memory_budget(hardware.memory_mib),
+                sound_sha256=_sound_sha256(output),
             )
         ) as model:
             _describe(model, base, config, listener)
+            sha256 = model.sha256  # refuses numbers that are not finite before anything is computed with them
             trainer = ConversionTrainer(model, config, data_fingerprint=data.fingerprint, warn=listener.warn)
             listener.note(f"mask token {trainer.mask_token_id}: {trainer.mask_token_reason}")
             listener.note(_memory_line(trainer))
@@ -179,6 +186,7 @@ def run_conversion(
                 listener.note(str(choose_int8(trainer, data.batch_at(0))))
             data.keep_only_this_text()
             _write_text(output / CONFIG, to_toml(config))
+            _write_verdict(output, base, sha256)
             before = None
             if held_out is not None:
                 listener.note(f"measuring on {len(held_out)} held-out sequences before the first step")
@@ -266,8 +274,9 @@ def _exclusive(output: Path, warn: Callable[[str], None]) -> Iterator[None]:
 
 def _read_pid(output: Path) -> str:
     try:
-        return (output / PID).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError):
+        with open_regular(output / PID) as file:
+            return str(int(file.read(20)))
+    except (UserError, OSError, ValueError):
         return "of unknown number"
 
 
@@ -377,6 +386,23 @@ def _describe(
         )
 
 
+def _write_verdict(output: Path, base: ModelFile, sha256: str) -> None:
+    """Say beside the run which base was read to its end and found sound."""
+    verdict = {"file": base.path.name, "sha256": sha256, "all_finite": True}
+    _write_text(output / BASE, json.dumps(verdict, indent=2) + "\n")
+
+
+def _sound_sha256(output: Path) -> str | None:
+    """The base that `_write_verdict` spoke of, so that a resumed run need not look at its numbers again."""
+    try:
+        with open_regular(output / BASE) as file:
+            verdict = parse_object(output / BASE, file.read(_MAX_VERDICT_BYTES), "its content")
+    except (UserError, OSError):
+        return None
+    sha256 = verdict.get("sha256")
+    return sha256 if isinstance(sha256, str) and verdict.get("all_finite") is True else None
+
+
 def _weight_bits(base: ModelFile) -> int:
     """Bits a weight of the type that most bytes of the layers' matrices have, by its name: Q4_K has 4."""
     bytes_of_type: Counter[str] = Counter()
@@ -393,7 +419,7 @@ def _delete_run(output: Path) -> None:
     try:
         if (output / CHECKPOINTS).exists():
             shutil.rmtree(output / CHECKPOINTS)
-        for name in (*EXPORTS, METRICS, CONFIG, EVALUATION):
+        for name in (*EXPORTS, METRICS, CONFIG, EVALUATION, BASE):
             (output / name).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{output}: the earlier run cannot be deleted: {error.strerror or error}") from None

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -97,3 +98,9 @@ def test_closing_twice_is_harmless(tmp_path):
     writer = MetricsWriter(tmp_path / "metrics.jsonl")
     writer.close()
     writer.close()
+
+
+def test_a_named_pipe_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(UserError, match="a named pipe, not a file"):
+        MetricsWriter(tmp_path / "metrics.jsonl")

@@ -7,6 +7,7 @@ SIGTERM with everything saved. Deliberately not here: any work, and the commands
 import contextlib
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Collection, Sequence
 from importlib import import_module
 from typing import Any, NoReturn
@@ -68,6 +69,8 @@ def _listed() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run a command line and exit the process; None = this process's own arguments."""
+    # NumPy says so when a number overflows; what comes of it is checked where it matters.
+    warnings.filterwarnings("ignore", category=RuntimeWarning)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):  # a stream that a test put there
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]

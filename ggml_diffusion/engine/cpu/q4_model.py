@@ -22,7 +22,8 @@ from ggml_diffusion.engine.segments import token_array
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.formats.lora import LoraAdapter, lora_ranks
 from ggml_diffusion.formats.model_check import read_model
-from ggml_diffusion.formats.model_file import ModelFile, file_sha256
+from ggml_diffusion.formats.model_file import ModelFile
+from ggml_diffusion.formats.tensor_values import checked_sha256
 
 _COMPUTE = {"fast": lib.GGD_COMPUTE_FAST, "f32": lib.GGD_COMPUTE_F32}
 _INT8: dict[Int8, int] = {
@@ -59,6 +60,7 @@ class Q4Model:
         use_simd: bool = True,
         keep: Keep | Literal["auto"] = "auto",
         memory_budget: int | None = None,
+        sound_sha256: str | None = None,
     ) -> None:
         """Open a model whose header was read by `read_model`; see `from_gguf`."""
         if n_threads is not None and n_threads < 1:
@@ -68,6 +70,7 @@ class Q4Model:
                 raise UserError(f"{name} must be one of {', '.join(known)}, not {value!r}")
         self._keep = keep
         self._memory_budget = memory_budget
+        self._sound_sha256 = sound_sha256
         self._file = file
         self._n_threads = n_threads or default_threads()
         self._compute = compute
@@ -156,8 +159,8 @@ class Q4Model:
 
     @cached_property
     def sha256(self) -> str:
-        """Of the whole file, hexadecimal; read on first use."""
-        return file_sha256(self._file.path)
+        """Of the whole file, hexadecimal; read on first use, and with it whether all numbers are finite."""
+        return checked_sha256(self._file, self._sound_sha256)
 
     @property
     def n_threads(self) -> int:
@@ -293,6 +296,8 @@ class Q4Model:
                 self._session, rows.struct, native.struct, len(chosen), row_pointer, logits_pointer
             )
         )
+        # Row by row: a copy of all logits, even as truth values, may be large.
+        self._require_finite(all(np.isfinite(row).all() for row in logits), adapter)
         return rows.spread(logits) if select is None else logits
 
     def loss(
@@ -309,7 +314,9 @@ class Q4Model:
         objective = Objective(Rows(batch, self._file.C), targets, weights)
         native = self._native_adapter(adapter, None)
         check(lib.ggd_loss(self._session, objective.rows.struct, native.struct, objective.struct))
-        return objective.result(None)
+        result = objective.result(None)
+        self._require_finite(np.isfinite(result.row_loss).all(), adapter)
+        return result
 
     def loss_and_gradients(
         self,
@@ -358,6 +365,14 @@ class Q4Model:
 
         """
         check(lib.ggd_session_set_int8(self._open(), _INT8[products]))
+
+    def _require_finite(self, holds: object, adapter: LoraAdapter | None) -> None:
+        """Refuse what only damaged numbers give: no text and no figure can be made of it."""
+        if not holds:
+            at_fault = (
+                "its weights are damaged" if adapter is None else "the adapter or its weights are damaged"
+            )
+            self._file.fail(f"the model computes NaN or infinite logits: {at_fault}")
 
     def _native_adapter(
         self, adapter: LoraAdapter | None, gradients: Mapping[str, NDArray[np.float32]] | None
