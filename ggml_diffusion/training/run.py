@@ -13,7 +13,6 @@ Deliberately not here: what a step does (trainer.py), how it looks on the screen
 import json
 import os
 import re
-import shutil
 import signal
 import threading
 from collections import Counter
@@ -43,11 +42,30 @@ from ggml_diffusion.text.tokenizer import Tokenizer
 from ggml_diffusion.training.identity import check_identity
 from ggml_diffusion.training.int8_gate import choose_int8
 from ggml_diffusion.training.metrics import MetricsWriter, TrainMetrics
-from ggml_diffusion.training.resume import resume_run, save_run
-from ggml_diffusion.training.trainer import ConversionTrainer
+from ggml_diffusion.training.requirements import (
+    Requirements,
+    StepClock,
+    check_disk,
+    check_memory,
+    disk_line,
+    memory_budget,
+    memory_line,
+    requirements_of,
+    time_line,
+)
+from ggml_diffusion.training.resume import resume_run, roll_back, save_run
+from ggml_diffusion.training.run_folder import (
+    CHECKPOINTS,
+    CONFIG,
+    EVALUATION,
+    EXPORTS,
+    METRICS,
+    bytes_of_run,
+    delete_run,
+    is_half_deleted,
+)
+from ggml_diffusion.training.trainer import ConversionTrainer, Diverged
 
-CHECKPOINTS, METRICS, CONFIG, EVALUATION = "checkpoints", "metrics.jsonl", "config.toml", "evaluation.json"
-EXPORTS = ("adapter.safetensors", "adapter.gguf")
 _LOCK, _PID = ".lock", ".pid"
 
 
@@ -134,29 +152,20 @@ def run_conversion(
         config, sentence = scaled_to_run(config)
         if sentence is not None:
             listener.note(sentence)
-        tokenizer = Tokenizer.from_file(base)
-        for warning in tokenizer.warnings:
-            listener.warn(warning)
-        data = _training_data(config, tokenizer, base, listener)
-        held_out = _held_out(data, evaluate_on)
-        hardware = config.hardware
-        with closing(
-            open_engine(
-                base,
-                hardware.num_threads,
-                compute=hardware.compute,
-                use_simd=hardware.use_simd,
-                memory_budget=_memory_budget(hardware.memory_mib),
-            )
-        ) as model:
-            _describe(model, base, config, listener)
+        with closing(open_base(base, config)) as model:
+            describe(model, config, listener)
+            check_requirements(model, config, output, listener)
+            tokenizer = Tokenizer.from_file(base)
+            for warning in tokenizer.warnings:
+                listener.warn(warning)
+            data = training_data(config, tokenizer, listener)
+            held_out = _held_out(data, evaluate_on)
             trainer = ConversionTrainer(model, config, data_fingerprint=data.fingerprint, warn=listener.warn)
             listener.note(f"mask token {trainer.mask_token_id}: {trainer.mask_token_reason}")
-            listener.note(_memory_line(trainer))
             listener.note(str(check_identity(model, tokenizer)))
-            if fresh:
-                _delete_run(output)
-            if not _resume(trainer, output, listener) and hardware.int8:
+            if fresh or is_half_deleted(output):
+                delete_run(output)
+            if not _resume(trainer, output, listener) and config.hardware.int8:
                 listener.note(str(choose_int8(trainer, data.batch_at(0))))
             _write_text(output / CONFIG, to_toml(config))
             before = None
@@ -220,15 +229,49 @@ def _read_pid(output: Path) -> str:
         return "of unknown number"
 
 
-def _training_data(
-    config: ConversionTrainingConfig, tokenizer: Tokenizer, base: ModelFile, listener: RunListener
-) -> TextDataLoader:
-    """The text to train on; one batch is what one optimizer step takes."""
+def open_base(base: ModelFile, config: ConversionTrainingConfig) -> Engine:
+    """The engine of a run; the caller closes it.
+
+    Raises:
+        UserError: the file is damaged, or its context is shorter than the sequences.
+
+    """
     if config.sequence_length > base.context_length:
         raise UserError(
             f"sequence_length {config.sequence_length} is longer than the context of {base.path}, "
             f"{base.context_length} tokens"
         )
+    hardware = config.hardware
+    return open_engine(
+        base,
+        hardware.num_threads,
+        compute=hardware.compute,
+        use_simd=hardware.use_simd,
+        memory_budget=memory_budget(base, config),
+    )
+
+
+def check_requirements(
+    model: Engine, config: ConversionTrainingConfig, output: Path, listener: RunListener
+) -> Requirements:
+    """Say what memory and disk the run needs.
+
+    Raises:
+        UserError: there is less.
+
+    """
+    needs = requirements_of(model, config)
+    listener.note(memory_line(needs, config))
+    listener.note(disk_line(needs, output))
+    check_memory(needs, config)
+    check_disk(needs, output, bytes_of_run(output))
+    return needs
+
+
+def training_data(
+    config: ConversionTrainingConfig, tokenizer: Tokenizer, listener: RunListener
+) -> TextDataLoader:
+    """The text to train on; one batch is what one optimizer step takes."""
     data = TextDataLoader(
         config.data,
         tokenizer,
@@ -258,38 +301,21 @@ def _held_out(data: TextDataLoader, n_sequences: int) -> TokenBatch | None:
     return data.with_split("held_out", n_sequences, seed=0).batch_at(0)
 
 
-def _memory_budget(memory_mib: int | None) -> int:
-    """Bytes for a training step: as set, else half of the machine's memory."""
-    if memory_mib is not None:
-        return memory_mib << 20
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-
-
-def _memory_line(trainer: ConversionTrainer) -> str:
-    """What a training step will take, before the first one takes it."""
-    config = trainer.config
-    step = trainer.model.describe_step(
-        config.batch_size,
-        config.sequence_length,
-        config.qlora.rank,
-        teacher=config.distillation_weight > 0.0,
-    )
-    recomputed = f", {step.recomputed} computed again" if step.recomputed else ""
-    return (
-        f"a step takes {step.memory_bytes >> 20} MiB beside the model: {step.sequences} of "
-        f"{config.batch_size} sequences at a time{recomputed}"
-    )
-
-
-def _describe(
-    model: Engine, base: ModelFile, config: ConversionTrainingConfig, listener: RunListener
-) -> None:
+def describe(model: Engine, config: ConversionTrainingConfig, listener: RunListener) -> None:
+    """Say what the base is, and what of the settings does not fit it well."""
+    base, qlora = model.file, config.qlora
     listener.note(f"base: {model.description}")
     bits = _weight_bits(base)
-    expected = config.qlora.quantization_bits
-    if bits != expected:
+    if bits != qlora.quantization_bits:
         listener.warn(
-            f"quantization_bits is {expected}, but the layers of {base.path} have {bits} bits a weight"
+            f"quantization_bits is {qlora.quantization_bits}, but the layers of {base.path} have {bits} bits "
+            f"a weight"
+        )
+    sizes = {module.value: min(module.weight_shape(base)) for module in qlora.target_modules}
+    if too_small := {name: size for name, size in sizes.items() if size < qlora.rank}:
+        names = ", ".join(f"{name} ({size})" for name, size in too_small.items())
+        listener.warn(
+            f"rank {qlora.rank} is more than the smaller dimension of {names}: it adds nothing there"
         )
 
 
@@ -302,17 +328,6 @@ def _weight_bits(base: ModelFile) -> int:
     digits = re.search(r"\d+", bytes_of_type.most_common(1)[0][0])
     assert digits is not None
     return int(digits[0])
-
-
-def _delete_run(output: Path) -> None:
-    """Delete what earlier runs wrote into the folder, and nothing else."""
-    try:
-        if (output / CHECKPOINTS).exists():
-            shutil.rmtree(output / CHECKPOINTS)
-        for name in (*EXPORTS, METRICS, CONFIG, EVALUATION):
-            (output / name).unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"{output}: the earlier run cannot be deleted: {error.strerror or error}") from None
 
 
 def _resume(trainer: ConversionTrainer, output: Path, listener: RunListener) -> bool:
@@ -340,21 +355,40 @@ def _train(
         return None
     with (
         _stop_on_signals(listener) as received,
-        MetricsWriter(output / METRICS, resume_step=trainer.step_count) as writer,
+        MetricsWriter(output / METRICS, trainer.step_count, listener.warn) as writer,
     ):
+        clock = StepClock()
         listener.start(trainer.step_count, trainer.tokens_seen, total_steps)
         try:
             while trainer.step_count < total_steps and not received:
-                metrics = trainer.train_step(data.batch_at(trainer.step_count))
+                try:
+                    with clock:
+                        metrics = trainer.train_step(data.batch_at(trainer.step_count))
+                except Diverged as cause:
+                    listener.stop()
+                    roll_back(trainer, output / CHECKPOINTS, cause)
+                    writer.rewind(trainer.step_count)
+                    listener.start(trainer.step_count, trainer.tokens_seen, total_steps)
+                    continue
                 writer.write(metrics)
                 listener.step(metrics)
+                if clock.has_just_timed:
+                    listener.note(time_line(clock.step_s, trainer.step_count, total_steps))
                 if checkpoint_every and trainer.step_count % checkpoint_every == 0:
-                    save_run(trainer, output / CHECKPOINTS)
+                    _save(trainer, output, writer)
         finally:
             listener.stop()
         if not (checkpoint_every and trainer.step_count % checkpoint_every == 0):
-            save_run(trainer, output / CHECKPOINTS)
+            _save(trainer, output, writer)
         return received[0] if received and trainer.step_count < total_steps else None
+
+
+def _save(trainer: ConversionTrainer, output: Path, writer: MetricsWriter) -> None:
+    """Save a checkpoint, and see to it that the metrics of its steps are on the disk."""
+    try:
+        writer.sync()
+    finally:
+        save_run(trainer, output / CHECKPOINTS)
 
 
 @contextmanager
