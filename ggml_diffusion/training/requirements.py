@@ -222,7 +222,7 @@ def smaller(needs: Requirements, available: int) -> str:
     """What would need less memory, in words: about the largest part of it that can be changed."""
     step_mib = (available - needs.memory + needs.step.memory_bytes) >> 20
     if step_mib << 20 >= needs.step.least_bytes:
-        return f"set memory_mib = {step_mib}, which computes more a second time"
+        return f"set --memory-mib {step_mib}, which computes more a second time"
     advice = (
         (needs.state, "lower the rank, or choose fewer target modules"),
         (needs.batches, "lower batch_size or gradient_accumulation"),

@@ -43,7 +43,6 @@ from ggml_diffusion.training.identity import check_identity
 from ggml_diffusion.training.int8_gate import choose_int8
 from ggml_diffusion.training.metrics import MetricsWriter, TrainMetrics
 from ggml_diffusion.training.requirements import (
-    Requirements,
     StepClock,
     check_disk,
     check_memory,
@@ -153,8 +152,12 @@ def run_conversion(
         if sentence is not None:
             listener.note(sentence)
         with closing(open_base(base, config)) as model:
+            needs = requirements_of(model, config)
+            check_memory(needs, config)
+            check_disk(needs, output, bytes_of_run(output))
             describe(model, config, listener)
-            check_requirements(model, config, output, listener)
+            for line in (memory_line(needs, config), disk_line(needs, output)):
+                listener.note(line)
             tokenizer = Tokenizer.from_file(base)
             for warning in tokenizer.warnings:
                 listener.warn(warning)
@@ -194,14 +197,20 @@ def exported_weights(adapter: Path) -> Path:
     return adapter / EXPORTS[0] if adapter.is_dir() else adapter
 
 
-def _paths(config: ConversionTrainingConfig) -> tuple[Path, Path]:
+def base_and_data(config: ConversionTrainingConfig) -> Path:
+    """The base's file, of a config that names one, and data."""
     if config.base_model is None:
         raise UserError("which model? name a GGUF file")
     if not config.data:
         raise UserError("which text? give --data: a .txt or .jsonl file, or a folder of them")
+    return Path(config.base_model)
+
+
+def _paths(config: ConversionTrainingConfig) -> tuple[Path, Path]:
+    base = base_and_data(config)
     if config.output is None:
         raise UserError("where to? give --output: a folder for the run")
-    return Path(config.base_model), Path(config.output)
+    return base, Path(config.output)
 
 
 @contextmanager
@@ -249,23 +258,6 @@ def open_base(base: ModelFile, config: ConversionTrainingConfig) -> Engine:
         use_simd=hardware.use_simd,
         memory_budget=memory_budget(base, config),
     )
-
-
-def check_requirements(
-    model: Engine, config: ConversionTrainingConfig, output: Path, listener: RunListener
-) -> Requirements:
-    """Say what memory and disk the run needs.
-
-    Raises:
-        UserError: there is less.
-
-    """
-    needs = requirements_of(model, config)
-    listener.note(memory_line(needs, config))
-    listener.note(disk_line(needs, output))
-    check_memory(needs, config)
-    check_disk(needs, output, bytes_of_run(output))
-    return needs
 
 
 def training_data(
@@ -357,7 +349,7 @@ def _train(
         _stop_on_signals(listener) as received,
         MetricsWriter(output / METRICS, trainer.step_count, listener.warn) as writer,
     ):
-        clock = StepClock()
+        clock, saved_step = StepClock(), -1
         listener.start(trainer.step_count, trainer.tokens_seen, total_steps)
         try:
             while trainer.step_count < total_steps and not received:
@@ -372,13 +364,15 @@ def _train(
                     continue
                 writer.write(metrics)
                 listener.step(metrics)
-                if clock.has_just_timed:
+                if clock.has_just_timed and trainer.step_count < total_steps:
                     listener.note(time_line(clock.step_s, trainer.step_count, total_steps))
-                if checkpoint_every and trainer.step_count % checkpoint_every == 0:
+                is_due = bool(checkpoint_every) and trainer.step_count % checkpoint_every == 0
+                if is_due and not trainer.is_in_doubt:
                     _save(trainer, output, writer)
+                    saved_step = trainer.step_count
         finally:
             listener.stop()
-        if not (checkpoint_every and trainer.step_count % checkpoint_every == 0):
+        if saved_step != trainer.step_count:
             _save(trainer, output, writer)
         return received[0] if received and trainer.step_count < total_steps else None
 

@@ -166,9 +166,15 @@ class ConversionTrainer:
             return config.embedding_rate_factor * (time_embedding.rate_factor or 1.0 / time_embedding.dim)
         return config.embedding_rate_factor if name in (MASK_EMBEDDING, TIME_BIAS) else 1.0
 
+    @property
+    def is_in_doubt(self) -> bool:
+        """Whether the last step was not finite or exploded: not a state to come back to."""
+        return self._bad_in_a_row > 0
+
     def lower_rate(self, learning_rate: float) -> None:
         """Go on with a lower learning rate, and keep that on record."""
         self.learning_rate = learning_rate
+        self._bad_in_a_row = 0
         self.rate_changes.append((self.step_count, learning_rate))
 
     def restart(self) -> None:

@@ -21,6 +21,10 @@ _COMMANDS = {
         "Convert a GGUF model: train its adapter on text and export it.",
         "convert model.gguf --data books/ --output run --preset laptop",
     ),
+    "estimate": (
+        "Say what a conversion would need of memory, disk and time, and what would need less.",
+        "estimate model.gguf --data books/ --preset laptop",
+    ),
     "generate": (
         "Write text by denoising.",
         'generate model.gguf run --prompt "Once upon a time" --length 32',

@@ -67,7 +67,7 @@ class Q4Model:
                 raise UserError(f"{name} must be one of {', '.join(known)}, not {value!r}")
         self._keep = keep
         self._memory_budget = memory_budget
-        self._checked_bytes = 0  # what the largest call so far took
+        self._checked_bytes = self._arena_bytes = 0  # of the largest call so far, with its logits and without
         self._file = file
         self._n_threads = n_threads or processors()
         self._compute = compute
@@ -244,7 +244,7 @@ class Q4Model:
 
     def check_memory(self, n_sequences: int, n_tokens: int, adapter: LoraAdapter | None = None) -> None:
         """See `Engine`."""
-        self._check_memory(n_sequences * n_tokens, n_tokens, adapter)
+        self._check_memory(n_sequences * n_tokens, n_tokens, adapter, is_call=False)
 
     def _check_memory(
         self,
@@ -255,24 +255,27 @@ class Q4Model:
         keep: Keep | None = None,
         teacher: bool = False,
         n_logits: int = 0,
+        is_call: bool = True,
     ) -> None:
         """Refuse a call for which the machine's memory is too small, before the system ends the process.
 
-        `keep` is of a call with gradients, None = without; `n_logits` are the rows of logits that it returns.
+        `keep` is of a call with gradients, None = without; `n_logits` are the rows of logits that it returns;
+        `is_call` is False where the call may never come.
         """
         rank = max(lora_ranks(adapter.tensors).values(), default=0) if adapter is not None else 0
         gradients, keep = keep is not None, keep or "boundaries"
-        needed = self.memory_bytes(max(n_rows, 1), longest, rank, gradients, keep=keep, teacher=teacher)
-        needed += n_logits * self._file.V * 4
+        arena = self.memory_bytes(max(n_rows, 1), longest, rank, gradients, keep=keep, teacher=teacher)
+        needed = arena + n_logits * self._file.V * 4
         if needed <= self._checked_bytes:
             return
-        # What the call before took is given back first.
-        if needed > memory_available() + self._checked_bytes:
+        # The arena of the call before is given back first.
+        if needed > memory_available() + self._arena_bytes:
             raise UserError(
                 f"not enough memory: {n_rows} tokens at once need {in_bytes(needed)} beside the model, and "
                 f"{in_bytes(memory_available())} of {in_bytes(memory_limit())} are available"
             )
-        self._checked_bytes = needed
+        if is_call:
+            self._checked_bytes, self._arena_bytes = needed, max(arena, self._arena_bytes)
 
     def reset_profile(self) -> None:
         """Start counting `profile` from zero."""
