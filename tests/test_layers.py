@@ -27,7 +27,7 @@ WINGS = (
 PYTHON_LAYERS = (
     {"__init__", "__main__"},
     *({wing} for wing in WINGS),
-    {"durable", "machine", "randomness", "units"},
+    {"durable", "machine", "randomness", "run_folder", "units"},
     {"errors", "_core"},
 )
 # Wings that do not know each other, though the order would let the upper ones see the lower ones.

@@ -27,10 +27,10 @@ from ggml_diffusion.evaluation.held_out import as_rows, masked_scores
 from ggml_diffusion.evaluation.suite import load_held_out
 from ggml_diffusion.formats.adapter_file import DiffusionCheckpoint
 from ggml_diffusion.generation.diffusion_model import DiffusionModel
+from ggml_diffusion.run_folder import EVALUATION, METRICS
 from ggml_diffusion.text.tokenizer import Tokenizer
 from ggml_diffusion.training.metrics import TrainMetrics
 from ggml_diffusion.training.run import exported_weights, run_conversion
-from ggml_diffusion.training.run_folder import EVALUATION, METRICS
 
 QKVO = ["q_proj", "k_proj", "v_proj", "o_proj"]
 HELD_OUT_SEQUENCES, BATCH_SIZE = 62, 8

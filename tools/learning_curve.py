@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tool_errors import run_tool
 
-from ggml_diffusion.training.run_folder import METRICS
+from ggml_diffusion.run_folder import METRICS
 
 COLORS = ("#1d5fa6", "#d9822b", "#3b9a6d", "#7d5ba6", "#c0392b", "#6b7280")
 

@@ -1,6 +1,5 @@
 #!/usr/bin/env python3
-"""Kills conversions at random, resumes them, and compares what they end with, bit for bit, with an undisturbed
-run.
+"""Kills conversions at random, resumes them, and compares what they end with, bit for bit.
 
     python tools/torture.py --kills 200 --seed 0
     python tools/torture.py --seconds 60
@@ -39,8 +38,8 @@ from make_tiny_gguf import make_tiny_gguf
 from tool_errors import run_tool
 
 from ggml_diffusion.errors import UserError
+from ggml_diffusion.run_folder import CHECKPOINTS, CONFIG, EXPORTS, METRICS
 from ggml_diffusion.training.checkpoint import KEPT, load_latest
-from ggml_diffusion.training.run_folder import CHECKPOINTS, CONFIG, EXPORTS, METRICS
 
 KINDS = ("moment", "call", "save", "fresh")
 MAX_KILLS_A_ROUND = 6

@@ -12,6 +12,7 @@ from ggml_diffusion.engine.interface import Engine
 from ggml_diffusion.formats.model_check import read_model
 from ggml_diffusion.machine import processors
 from ggml_diffusion.text.tokenizer import Tokenizer
+from ggml_diffusion.training.earlier_run import bytes_of_run
 from ggml_diffusion.training.int8_gate import choose_int8
 from ggml_diffusion.training.requirements import (
     TIMED_STEPS,
@@ -25,7 +26,6 @@ from ggml_diffusion.training.requirements import (
     time_line,
 )
 from ggml_diffusion.training.run import RunListener, base_and_data, describe, open_base, training_data
-from ggml_diffusion.training.run_folder import bytes_of_run
 from ggml_diffusion.training.trainer import ConversionTrainer
 from ggml_diffusion.units import duration, in_bytes
 

@@ -37,8 +37,10 @@ from ggml_diffusion.formats.model_check import read_model
 from ggml_diffusion.formats.model_file import ModelFile
 from ggml_diffusion.generation.diffusion_model import DiffusionModel
 from ggml_diffusion.generation.reading import ReadingRule
+from ggml_diffusion.run_folder import CHECKPOINTS, CONFIG, EVALUATION, EXPORTS, LOCK, METRICS, PID
 from ggml_diffusion.text.loader import TextDataLoader, TokenBatch
 from ggml_diffusion.text.tokenizer import Tokenizer
+from ggml_diffusion.training.earlier_run import bytes_of_run, delete_run, is_half_deleted
 from ggml_diffusion.training.identity import check_identity
 from ggml_diffusion.training.int8_gate import choose_int8
 from ggml_diffusion.training.metrics import MetricsWriter, TrainMetrics
@@ -53,19 +55,7 @@ from ggml_diffusion.training.requirements import (
     time_line,
 )
 from ggml_diffusion.training.resume import resume_run, roll_back, save_run
-from ggml_diffusion.training.run_folder import (
-    CHECKPOINTS,
-    CONFIG,
-    EVALUATION,
-    EXPORTS,
-    METRICS,
-    bytes_of_run,
-    delete_run,
-    is_half_deleted,
-)
 from ggml_diffusion.training.trainer import ConversionTrainer, Diverged
-
-_LOCK, _PID = ".lock", ".pid"
 
 
 class RunListener(Protocol):
@@ -218,14 +208,14 @@ def _exclusive(output: Path) -> Iterator[None]:
     """Make the output folder and keep other processes out of it; the operating system lifts the lock."""
     try:
         output.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(output / _LOCK)
+        lock = FileLock(output / LOCK)
         lock.acquire(timeout=0)
     except Timeout:
         raise UserError(f"{output}: process {_read_pid(output)} is converting into this folder") from None
     except OSError as error:
         raise UserError(f"{output}: cannot be used as output folder: {error.strerror or error}") from None
     try:
-        _write_text(output / _PID, f"{os.getpid()}\n")
+        _write_text(output / PID, f"{os.getpid()}\n")
         yield
     finally:
         lock.release()
@@ -233,7 +223,7 @@ def _exclusive(output: Path) -> Iterator[None]:
 
 def _read_pid(output: Path) -> str:
     try:
-        return (output / _PID).read_text(encoding="utf-8").strip()
+        return (output / PID).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
         return "of unknown number"
 

@@ -18,12 +18,12 @@ from ggml_diffusion.engine.interface import Batch
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.formats.adapter_file import DiffusionCheckpoint
 from ggml_diffusion.text.tokenizer import Tokenizer
-from ggml_diffusion.training import requirements, run_folder
+from ggml_diffusion.training import earlier_run, requirements
 from ggml_diffusion.training import run as convert
 from ggml_diffusion.training.checkpoint import load_latest
+from ggml_diffusion.training.earlier_run import delete_run, is_half_deleted
 from ggml_diffusion.training.identity import check_identity, mean_kl_divergence
 from ggml_diffusion.training.run import run_conversion
-from ggml_diffusion.training.run_folder import delete_run, is_half_deleted
 from ggml_diffusion.training.trainer import ConversionTrainer
 
 TEXT = "the old mill ground corn for the whole village and the miller told his children of it. " * 40
@@ -303,7 +303,7 @@ def test_a_damaged_checkpoint_does_not_count_among_those_that_are_kept(settings,
 def test_a_run_that_was_killed_while_it_was_deleted_is_never_resumed(settings, tmp_path, monkeypatch, fresh):
     run(settings)
 
-    unlink = run_folder.Path.unlink
+    unlink = earlier_run.Path.unlink
 
     def killed(path, missing_ok=False):
         if path.name == "metrics.jsonl":
@@ -311,7 +311,7 @@ def test_a_run_that_was_killed_while_it_was_deleted_is_never_resumed(settings, t
         unlink(path, missing_ok)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(run_folder.Path, "unlink", killed)
+        patch.setattr(earlier_run.Path, "unlink", killed)
         run(settings, fresh=True)
     _, recorder = run(settings, fresh=fresh)
     assert recorder.started == (0, 0, 5)

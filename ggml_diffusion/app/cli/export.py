@@ -41,9 +41,9 @@ def export(
 
 
 def _conversion_in(source: Path) -> DiffusionCheckpoint:
+    from ggml_diffusion.run_folder import CHECKPOINTS, EXPORTS
     from ggml_diffusion.training.checkpoint import load_latest
     from ggml_diffusion.training.run import exported_weights
-    from ggml_diffusion.training.run_folder import CHECKPOINTS, EXPORTS
 
     if not source.is_dir() or (source / EXPORTS[0]).exists():
         return DiffusionCheckpoint.load(exported_weights(source))

@@ -1,6 +1,6 @@
-"""What runs leave in their output folder: names, sizes, and how it is deleted.
+"""What an earlier run left in the output folder: its size, and how it is deleted.
 
-Deliberately not here: the content of the files, and the lock (run.py).
+Deliberately not here: the names (run_folder.py), the content of the files, and the lock (run.py).
 """
 
 import contextlib
@@ -10,9 +10,8 @@ from pathlib import Path
 
 from ggml_diffusion.durable import fsync_path
 from ggml_diffusion.errors import UserError
+from ggml_diffusion.run_folder import CHECKPOINTS, CONFIG, EVALUATION, EXPORTS, METRICS
 
-CHECKPOINTS, METRICS, CONFIG, EVALUATION = "checkpoints", "metrics.jsonl", "config.toml", "evaluation.json"
-EXPORTS = ("adapter.safetensors", "adapter.gguf")
 _DELETED = ".deleted"
 
 
