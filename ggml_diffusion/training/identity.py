@@ -9,6 +9,7 @@ Deliberately not here: close comparisons (tests/ has them); llama.cpp quantises 
 3e-3 nats on a Q4_1 model, and the gate is there to catch a wrong computation, not a rounding.
 """
 
+import io
 import os
 import subprocess
 import sys
@@ -94,31 +95,38 @@ def llama_logits(path: Path, tokens: NDArray[np.int32], n_threads: int) -> NDArr
         UserError: the child failed or was killed; the message holds the last line that it wrote.
 
     """
-    with tempfile.TemporaryDirectory() as folder:
-        token_file, logits_file = Path(folder) / "tokens.npy", Path(folder) / "logits.npy"
+    # Files without a name: they go with the two processes, whoever is killed.
+    with tempfile.TemporaryFile() as token_file, tempfile.TemporaryFile() as logits_file:
         np.save(token_file, tokens)
+        token_file.seek(0)
         command = [
             sys.executable,
             "-c",
             "from ggml_diffusion.training.identity import child; child()",
             str(path),
-            str(token_file),
-            str(logits_file),
+            str(logits_file.fileno()),
             str(n_threads),
         ]
         # the child must import this package, whatever lies in the current folder
         environment = {**os.environ, "PYTHONSAFEPATH": "1"}
         try:
             done = subprocess.run(
-                command, capture_output=True, check=False, timeout=CHILD_TIMEOUT_S, env=environment
+                command,
+                stdin=token_file,
+                capture_output=True,
+                pass_fds=[logits_file.fileno()],
+                check=False,
+                timeout=CHILD_TIMEOUT_S,
+                env=environment,
             )
         except subprocess.TimeoutExpired:
             raise UserError(f"{path}: llama.cpp did not finish within {CHILD_TIMEOUT_S:.0f} s") from None
-        if done.returncode != 0 or not logits_file.exists():
+        if done.returncode != 0 or logits_file.seek(0, os.SEEK_END) == 0:
             reason = _reason(done.stderr.decode(errors="replace"))
             raise UserError(
                 f"{path}: llama.cpp cannot run this model (exit code {done.returncode}): {reason}"
             )
+        logits_file.seek(0)
         logits: NDArray[np.float32] = np.load(logits_file)
         return logits
 
@@ -134,9 +142,12 @@ def _reason(log: str) -> str:
 
 
 def child() -> None:
-    """Body of the child process. Its arguments: model, token file, file to write logits to, threads."""
-    path, token_file, logits_file, n_threads = sys.argv[1:]
-    np.save(logits_file, _run_llama(path, np.load(token_file), int(n_threads)))
+    """Body of the child process: tokens come by stdin; arguments: model, descriptor for logits, threads."""
+    path, descriptor, n_threads = sys.argv[1:]
+    tokens = np.load(io.BytesIO(sys.stdin.buffer.read()))
+    logits = _run_llama(path, tokens, int(n_threads))
+    with open(int(descriptor), "wb") as logits_file:
+        np.save(logits_file, logits)
 
 
 def _run_llama(path: str, tokens: NDArray[np.int32], n_threads: int) -> NDArray[np.float32]:

@@ -62,8 +62,8 @@ from ggml_diffusion.training.noisy_batch import NoisyBatch, block_size_of_step, 
 
 MAX_BAD_IN_A_ROW = 3
 # Cross-entropy beyond which a step has exploded, as a multiple of that of a blind guess, ln V, and of the
-# first step's: a base that is very sure of itself may begin with more than a guess. SmolLM2 (ln V = 10.8 nats)
-# begins with 8, and at a hundred times its learning rate has 14 to 80 in a dozen of steps.
+# first step's: a base that is very sure of itself may begin with more than a guess. SmolLM2, with an ln V of
+# 10.8 nats, begins with 8, and at a hundred times its learning rate has 14 to 80 in a dozen of steps.
 EXPLODED_FROM_GUESS, EXPLODED_FROM_START = 1.3, 1.5
 
 _log = logging.getLogger("ggml_diffusion")
