@@ -166,8 +166,8 @@ def check_disk(needs: Requirements, output: Path, already: int) -> None:
         raise UserError(
             f"{output}: not enough disk: the run needs {in_bytes(needs.disk)} ({KEPT + 1} checkpoints of "
             f"{in_bytes(needs.checkpoint)}, exports {in_bytes(needs.exports)}, metrics "
-            f"{in_bytes(needs.metrics)}), and {in_bytes(free)} are free: lower the rank, or choose another "
-            f"disk"
+            f"{in_bytes(needs.metrics)}), and {in_bytes(free)} are free: choose another disk, or "
+            + ("fewer steps" if 2 * needs.metrics > needs.disk else "lower the rank")
         )
 
 

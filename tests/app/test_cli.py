@@ -16,6 +16,7 @@ from ggml_diffusion.app.cli.main import main
 from ggml_diffusion.config.toml import load_config
 from ggml_diffusion.formats.adapter_file import DiffusionCheckpoint
 from ggml_diffusion.generation.denoise import GenerationConfig
+from ggml_diffusion.generation.diffusion_model import DiffusionModel
 from ggml_diffusion.training import run as convert
 
 TEXT = "the old mill ground corn for the whole village and the miller told his children of it. " * 40
@@ -147,6 +148,21 @@ def test_too_little_memory_is_one_line(base, tmp_path, capsys, arguments):
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 1
     assert re.search(r"needs \d+", err)
+
+
+def test_what_is_found_too_large_for_memory_later_is_one_line_too(base, finished_run, capsys, monkeypatch):
+    def allocate(*_, **__):
+        raise MemoryError("Unable to allocate 60. GiB for an array")
+
+    monkeypatch.setattr(DiffusionModel, "load", allocate)
+    assert run("generate", base, finished_run) == 2
+    assert capsys.readouterr().err == "error: not enough memory: Unable to allocate 60. GiB for an array\n"
+
+
+@pytest.mark.parametrize("flag", ["--seeds", "--candidates"])
+def test_an_evaluation_of_a_billion_repetitions_is_refused(base, finished_run, capsys, flag):
+    assert run("evaluate", base, finished_run, flag, 1_000_000_000) == 2
+    assert "less than or equal to 10000" in capsys.readouterr().err
 
 
 def test_more_tokens_than_a_context_holds_are_refused_before_they_are_made(base, finished_run, capsys):

@@ -137,6 +137,12 @@ def test_a_disk_without_room_for_the_checkpoints_is_refused_with_numbers(path, m
     message = refusal(lambda: check_disk(needs, tmp_path, already))
     assert message.startswith(f"{tmp_path}: not enough disk: the run needs ")
     assert "64 KiB are free" in message
+    assert message.endswith("lower the rank")
+
+
+def test_a_run_of_so_many_steps_that_their_metrics_fill_the_disk_is_refused(path, machine, tmp_path):
+    needs = needs_of(path, small(training__total_steps=10**12))
+    assert refusal(lambda: check_disk(needs, tmp_path, 0)).endswith("or fewer steps")
 
 
 def test_what_a_run_will_replace_counts_as_free(path, machine, tmp_path):
