@@ -68,6 +68,7 @@ class TextDataLoader:
         batch_size: B.
         n_documents: documents in the text, examples included.
         n_skipped: documents without any token, which are left out.
+        n_blank: documents with at most one character that is no white space.
         n_examples: prompts with their responses.
         n_too_long: examples whose prompts alone fill a sequence, which are left out.
         held_out_fraction: share of the sequences that the split "held_out" has.
@@ -160,7 +161,7 @@ class TextDataLoader:
     def _read(self, tokenizer: TextEncoder) -> None:
         stream, starts = array("i"), array("q")
         examples: list[Example] = []
-        self.n_documents = self.n_skipped = self.n_too_long = 0
+        self.n_documents = self.n_skipped = self.n_blank = self.n_too_long = 0
         with ExampleReader(tokenizer) as reader:
             for document in documents(self._paths, reader):
                 self.n_documents += 1
@@ -170,8 +171,9 @@ class TextDataLoader:
                     else:
                         self.n_too_long += 1
                     continue
-                start = len(stream)
+                start, n_letters = len(stream), 0
                 for number, text in enumerate(document):
+                    n_letters += len(text.strip())
                     tokens = tokenizer.encode(text, continued=number > 0)
                     if number == 0 and len(tokens):
                         tokens = with_start(tokens, tokenizer)
@@ -179,6 +181,7 @@ class TextDataLoader:
                 if len(stream) == start:
                     self.n_skipped += 1
                     continue
+                self.n_blank += n_letters < 2
                 starts.append(start)
                 if tokenizer.eos_id is not None:
                     stream.append(tokenizer.eos_id)

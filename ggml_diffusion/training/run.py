@@ -269,6 +269,8 @@ def training_data(
     )
     if data.n_skipped:
         listener.warn(f"{data.n_skipped} documents without text were left out")
+    if data.n_blank:
+        listener.warn(f"{data.n_blank} documents hold nothing but white space or a single character")
     if data.n_too_long:
         listener.warn(f"{data.n_too_long} examples whose prompt alone fills a sequence were left out")
     return data

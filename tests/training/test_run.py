@@ -506,6 +506,17 @@ def test_memory_disk_and_time_are_told_in_a_line_each(settings):
     )
 
 
+def test_documents_of_white_space_or_one_character_are_a_warning(settings, tmp_path):
+    texts = [TEXT, " \t\n \u3000 ", "x", " y\n", "no", ""]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (tmp_path / "text.jsonl").write_text(lines)
+    _, recorder = run({**settings, "training.data": [str(tmp_path / "text.jsonl")]})
+    assert recorder.warnings == [
+        "1 documents without text were left out",
+        "3 documents hold nothing but white space or a single character",
+    ]
+
+
 def test_a_rank_above_a_dimension_is_a_warning(settings):
     _, recorder = run({**settings, "model.qlora_rank": 20})
     assert recorder.warnings == [
