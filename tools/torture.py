@@ -7,7 +7,7 @@
 Each round converts a tiny model in a folder of its own: the command is killed some times (SIGKILL) and
 started again, then left alone. A kill is of one of four kinds:
 
-- moment: after a random time, start-up and end included;
+- moment: after a random time, start-up, identity gate and end included;
 - call: in a random file operation in the output folder, half of a write done (tools/faults.c, preloaded);
 - save: the same inside a checkpoint that is being saved;
 - fresh: the same in a command with --fresh, mostly while it deletes the run that is there.
@@ -15,7 +15,8 @@ started again, then left alone. A kill is of one of four kinds:
 After each kill the newest checkpoint must load, without a damaged one beside it. In the end exports, settings
 and metrics (but for times) must be those of the undisturbed run, two whole checkpoints must be there, and
 nothing else: no temporary file in the folder or where the system puts them. Exit code 2 where not; the folder
-of the round stays.
+of the round stays. All but the first kind run in processes that are forked from one that has imported the
+package, and without the identity gate, which writes nothing: start-up would be nine tenths of the time.
 
 For Linux; needs a C compiler. docs/results/reliability.md has a recorded run.
 """
@@ -49,6 +50,31 @@ FLAGS = (
     f"{BASE} --data {TEXT} --output {OUTPUT} --steps 40 --batch-size 2 --gradient-accumulation 2 --rank 4 "
     f"--sequence-length 32 --checkpoint-every 4 --threads 2"
 ).split()
+# A request a line: where to run which command. The answer is the exit code of the process that ran it.
+FORKER = """
+import json, os, sys
+from ggml_diffusion.app import display
+from ggml_diffusion.app.cli import convert
+from ggml_diffusion.app.cli.main import main
+from ggml_diffusion.training import run
+run.check_identity = lambda *_: "no identity gate"
+for line in sys.stdin:
+    request = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        os.chdir(request["folder"])
+        os.environ.update(request["environment"])
+        for descriptor, name in enumerate((os.devnull, "output.log", "output.log")):
+            os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_APPEND), descriptor)
+        try:
+            main(request["arguments"])
+        except SystemExit as error:
+            sys.stdout.flush()
+            os._exit(error.code or 0)
+        finally:
+            os._exit(1)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
 # What a run may leave in its folder.
 LEFT = {".lock", ".pid", CHECKPOINTS, CONFIG, METRICS, *EXPORTS}
 
@@ -129,14 +155,30 @@ class Torture:
             "-ldl",
         ]
         subprocess.run(command, check=True)
+        self._forker = subprocess.Popen(
+            [sys.executable, "-c", FORKER],
+            env={**os.environ, "LD_PRELOAD": str(self._library)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         make_tiny_gguf(self._folder / BASE, L=2, type="Q4_0")
         folder = self._new_folder("undisturbed")
         started_s = time.monotonic()
-        if self._start(folder, log=True).wait() != 0:
+        if self._run_for(folder, float("inf")) != 0:
             raise UserError(f"{folder}: the undisturbed run failed: {(folder / 'output.log').read_text()}")
-        calls = (folder / "calls.log").read_text().splitlines()
-        paths = [line.partition(" ")[2] for line in calls]
-        self._undisturbed = Undisturbed(folder, time.monotonic() - started_s, paths)
+        seconds = time.monotonic() - started_s
+        logged = self._new_folder("logged")
+        self._run(logged, log=True)
+        compare(folder, logged)
+        paths = [line.partition(" ")[2] for line in (logged / "calls.log").read_text().splitlines()]
+        self._undisturbed = Undisturbed(folder, seconds, paths)
+
+    def close(self) -> None:
+        """End the process that the others are forked from."""
+        if self._forker.stdin is not None:
+            self._forker.stdin.close()
+        self._forker.wait()
 
     def round(self, max_kills: int) -> None:
         """Kill a run a few times, let it end, and compare.
@@ -151,8 +193,7 @@ class Torture:
             if self._killed(folder, kill):
                 self.killed[kill.kind] += 1
             self._check_checkpoints(folder, kill)
-        process = self._start(folder)
-        if process.wait() != 0:
+        if self._run(folder) != 0:
             raise UserError(f"{folder}: the last run failed: {(folder / 'output.log').read_text()}")
         compare(self._undisturbed.folder, folder)
         shutil.rmtree(folder)
@@ -160,37 +201,49 @@ class Torture:
 
     def _killed(self, folder: Path, kill: Kill) -> bool:
         """Start the command and kill it; False if it ended before."""
-        process = self._start(folder, kill)
-        if kill.seconds is not None:
-            try:
-                process.wait(kill.seconds)
-            except subprocess.TimeoutExpired:
-                process.kill()
-        code = process.wait()
+        code = self._run(folder, kill) if kill.seconds is None else self._run_for(folder, kill.seconds)
         if code not in (0, -signal.SIGKILL):
             raise UserError(f"{folder}: exit code {code} after {kill}: {(folder / 'output.log').read_text()}")
         return code == -signal.SIGKILL
 
-    def _start(
-        self, folder: Path, kill: Kill | None = None, *, log: bool = False
-    ) -> "subprocess.Popen[bytes]":
-        environment = {**os.environ, "SOURCE_DATE_EPOCH": "1700000000", "TMPDIR": str(folder / TEMPORARY)}
+    def _run_for(self, folder: Path, seconds: float) -> int:
+        """Run the whole command, and kill it after some time; returns its exit code."""
+        with (folder / "output.log").open("wb") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "ggml_diffusion", "convert", *FLAGS],
+                cwd=folder,
+                env={**os.environ, **_environment(folder)},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+            )
+        try:
+            return process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return process.wait()
+
+    def _run(self, folder: Path, kill: Kill | None = None, *, log: bool = False) -> int:
+        """Run the command in a forked process, which may die in a file operation; returns its exit code."""
+        environment = _environment(folder)
         if log:
             environment |= {"GGD_FAULT_PATH": OUTPUT, "GGD_FAULT_LOG": str(folder / "calls.log")}
-        if kill is not None and kill.seconds is None:
+        if kill is not None:
             environment |= {
                 "GGD_FAULT": "kill",
                 "GGD_FAULT_AT": str(kill.number),
                 "GGD_FAULT_PATH": kill.path,
             }
-        if "GGD_FAULT_PATH" in environment:
-            environment["LD_PRELOAD"] = str(self._library)
         more = ["--fresh"] if kill is not None and kill.kind == "fresh" else []
-        command = [sys.executable, "-m", "ggml_diffusion", "convert", *FLAGS, *more]
-        with (folder / "output.log").open("wb") as output:
-            return subprocess.Popen(
-                command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output
-            )
+        request = {
+            "folder": str(folder),
+            "environment": environment,
+            "arguments": ["convert", *FLAGS, *more],
+        }
+        assert self._forker.stdin is not None and self._forker.stdout is not None
+        self._forker.stdin.write(json.dumps(request) + "\n")
+        self._forker.stdin.flush()
+        return int(self._forker.stdout.readline())
 
     def _new_folder(self, name: str) -> Path:
         folder = self._folder / name
@@ -204,6 +257,10 @@ class Torture:
         loaded = load_latest(folder / OUTPUT / CHECKPOINTS)
         if loaded is not None and loaded.damaged:
             raise UserError(f"{folder}: {kill} left a damaged checkpoint: {loaded.warnings[0]}")
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    return {"SOURCE_DATE_EPOCH": "1700000000", "TMPDIR": str(folder / TEMPORARY)}
 
 
 def compare(expected: Path, folder: Path) -> None:
@@ -256,6 +313,7 @@ def main(arguments: list[str] | None = None) -> None:
     while torture.killed.total() < options.kills and time.monotonic() - started_s < options.seconds:
         torture.round(options.kills - torture.killed.total())
         print(f"round {torture.rounds}: {torture.killed.total()} kills, identical", flush=True)
+    torture.close()
     shutil.rmtree(folder)
     kinds = ", ".join(f"{kind} {torture.killed[kind]}" for kind in KINDS)
     print(

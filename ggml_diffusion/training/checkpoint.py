@@ -33,6 +33,7 @@ __all__ = [
     "DiffusionCheckpoint",
     "LoadedCheckpoint",
     "TrainingState",
+    "delete_older",
     "load_latest",
     "save_state",
     "set_aside",
@@ -128,10 +129,17 @@ def save_state(
         reason = error if isinstance(error, UserError) else error.strerror or error
         raise UserError(f"{folder}: the checkpoint of step {state.step} was not saved: {reason}") from error
     replace_file(folder / _LATEST_FILE, lambda path: _write_text(path, saved.name + "\n"))
-    for old in [other for other in _newest_first(folder) if other != saved][max(keep, 2) - 1 :]:
-        shutil.rmtree(old, ignore_errors=True)
+    delete_older(folder, saved, keep)
     _delete_all(folder, _DAMAGED_PREFIX)
     return saved
+
+
+def delete_older(folder: str | Path, newest: Path, keep: int = KEPT) -> None:
+    """Delete all checkpoints but the newest `keep`, and what a killed process left of one."""
+    folder = Path(folder)
+    for old in [other for other in _newest_first(folder) if other != newest][max(keep, 2) - 1 :]:
+        shutil.rmtree(old, ignore_errors=True)
+    _delete_all(folder, _UNFINISHED_PREFIX)
 
 
 def load_latest(folder: str | Path) -> LoadedCheckpoint | None:

@@ -11,6 +11,7 @@ from ggml_diffusion.errors import UserError
 from ggml_diffusion.training.checkpoint import (
     LoadedCheckpoint,
     TrainingState,
+    delete_older,
     load_latest,
     save_state,
     set_aside,
@@ -88,6 +89,7 @@ def _restore(trainer: ConversionTrainer, loaded: LoadedCheckpoint) -> None:
     for warning in loaded.warnings:
         trainer.warn(warning)
     set_aside(loaded.damaged)
+    delete_older(loaded.folder.parent, loaded.folder)  # a save may have been killed before it did
     trainer.restore(loaded.state)
 
 

@@ -299,6 +299,16 @@ def test_a_damaged_checkpoint_does_not_count_among_those_that_are_kept(settings,
     assert recorder.started[0] == 4
 
 
+def test_what_a_killed_save_did_not_delete_goes_with_the_next_start(settings, tmp_path):
+    """Also where all steps were taken, and nothing is saved any more."""
+    run(settings)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    for name in ("step-00000001", "step-00000002", ".unfinished-123"):
+        shutil.copytree(checkpoints / "step-00000004", checkpoints / name)
+    run(settings)
+    assert sorted(os.listdir(checkpoints)) == ["latest", "step-00000004", "step-00000005"]
+
+
 @pytest.mark.parametrize("fresh", [True, False])
 def test_a_run_that_was_killed_while_it_was_deleted_is_never_resumed(settings, tmp_path, monkeypatch, fresh):
     run(settings)
