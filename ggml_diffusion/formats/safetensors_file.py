@@ -9,6 +9,8 @@ Source: the format section of the safetensors README.
 
 import json
 import math
+import os
+import shutil
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,10 +47,18 @@ def write_safetensors(
     metadata = {DOCUMENT_KEY: json.dumps(document, sort_keys=True, allow_nan=False)}
 
     def write(temporary: Path) -> None:
+        # The library fills a file of a random name first: in a folder of its own, what a killed process left
+        # of it is found again.
+        folder = temporary.with_name(temporary.name + ".d")
+        shutil.rmtree(folder, ignore_errors=True)
         try:
-            save_file(arrays, temporary, metadata=metadata)
+            folder.mkdir()
+            save_file(arrays, folder / temporary.name, metadata=metadata)
+            os.replace(folder / temporary.name, temporary)
         except SafetensorError as error:
             raise OSError(str(error)) from error
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
     replace_file(path, write)
 

@@ -18,6 +18,11 @@ from numpy.typing import NDArray
 from ggml_diffusion.formats.tensor_names import TIME_BIAS, TIME_WEIGHT
 
 
+def parameter_shapes(dim: int, hidden_dim: int) -> dict[str, tuple[int, ...]]:
+    """Name and shape of what is trained; all of it starts at zero."""
+    return {TIME_WEIGHT: (hidden_dim, dim), TIME_BIAS: (hidden_dim,)}
+
+
 class TimeEmbedding:
     """Sinusoidal features of the diffusion time and their projection.
 
@@ -47,11 +52,6 @@ class TimeEmbedding:
         """
         angles = rows[:, None] * self._frequencies
         return np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
-
-    @property
-    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of what is trained; all of it starts at zero."""
-        return {TIME_WEIGHT: (self.hidden_dim, self.dim), TIME_BIAS: (self.hidden_dim,)}
 
     def features(self, t: NDArray[np.floating]) -> NDArray[np.float32]:
         """Rows of the table for times (B,) in [0, 1], linearly interpolated: (B, dim) float32."""

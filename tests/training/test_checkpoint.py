@@ -16,7 +16,7 @@ from conversions import conversion, refusal
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.formats import safetensors_file
 from ggml_diffusion.formats.adapter_file import DiffusionCheckpoint
-from ggml_diffusion.training.checkpoint import TrainingState, load_latest, save_state
+from ggml_diffusion.training.checkpoint import TrainingState, load_latest, save_state, set_aside
 
 DIMS = SimpleNamespace(L=1, C=8, H=2, G=1, D=4, F=8, V=20)
 FILES = ("state.safetensors", "adapter.safetensors", "manifest.json")
@@ -164,6 +164,28 @@ def test_truncated_and_missing_files_are_noticed(tmp_path: Path, name: str):
         assert len(assert_whole(tmp_path, 1)) == 1
     path.unlink()
     assert len(assert_whole(tmp_path, 1)) == 1
+
+
+def test_what_is_set_aside_does_not_count_among_those_that_are_kept(tmp_path: Path):
+    save(tmp_path, 1)
+    (save(tmp_path, 2) / "state.safetensors").unlink()
+    loaded = load_latest(tmp_path)
+    assert [path.name for path in loaded.damaged] == ["step-00000002"]
+    set_aside(loaded.damaged)
+    assert names(tmp_path) == [".damaged-step-00000002", "latest", "step-00000001"]
+    assert assert_whole(tmp_path, 1) == []
+    save(tmp_path, 2)  # the whole one of step 1 stays beside it
+    assert names(tmp_path) == ["latest", "step-00000001", "step-00000002"]
+
+
+def test_setting_aside_again_what_was_damaged_again_does_no_harm(tmp_path: Path):
+    for _ in range(2):
+        (tmp_path / ".damaged-step-00000002").mkdir(exist_ok=True)
+        save(tmp_path, 1)
+        (save(tmp_path, 2) / "state.safetensors").unlink()
+        set_aside(load_latest(tmp_path).damaged)
+        assert_whole(tmp_path, 1)
+    set_aside([tmp_path / "step-00000009"])  # gone already
 
 
 def test_if_every_checkpoint_is_damaged_that_is_said(tmp_path: Path):

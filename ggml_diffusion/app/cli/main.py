@@ -22,6 +22,10 @@ _COMMANDS = {
         "Convert a GGUF model: train its adapter on text and export it.",
         "convert model.gguf --data books/ --output run --preset laptop",
     ),
+    "estimate": (
+        "Say what a conversion would need of memory, disk and time, and what would need less.",
+        "estimate model.gguf --data books/ --preset laptop",
+    ),
     "generate": (
         "Write text by denoising.",
         'generate model.gguf run --prompt "Once upon a time" --length 32',
@@ -79,6 +83,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         _app([name for name in _COMMANDS if name in given])(args=given)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except MemoryError as error:  # where nothing said so before
+        print(f"error: not enough memory: {str(error) or 'ask for less at a time'}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
