@@ -30,7 +30,6 @@ from ggml_diffusion.run_folder import CHECKPOINTS, EXPORTS, TOKENS
 from ggml_diffusion.text.special_tokens import choose_mask_token, token_id
 from ggml_diffusion.text.token_store import Manifest, read_manifest
 from ggml_diffusion.text.tokenizer import Tokenizer
-from ggml_diffusion.training.run import exported_weights
 
 Rows = tuple[tuple[str, str], ...]
 
@@ -108,6 +107,8 @@ def _foreign_adapter_sections(file: ModelFile) -> tuple[Section, ...]:
 
 
 def _run_sections(folder: Path) -> tuple[Section, ...]:
+    from ggml_diffusion.training.run import exported_weights  # the whole of training: for folders alone
+
     has_weights = any((folder / name).exists() for name in (*EXPORTS, CHECKPOINTS))
     sections = _conversion_sections(DiffusionCheckpoint.load(exported_weights(folder))) if has_weights else ()
     kept = [read_manifest(place) for place in sorted((folder / TOKENS).glob("[!.]*"))]

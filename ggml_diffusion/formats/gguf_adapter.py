@@ -13,11 +13,9 @@ src/llama-graph.cpp. Letters: C hidden size, V vocabulary, R rank.
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from gguf import GGUFWriter
-from gguf.constants import GGMLQuantizationType, GGUFType, GGUFValueType
-from gguf.quants import dequantize
 from numpy.typing import NDArray
 
 from ggml_diffusion.durable import replace_file
@@ -33,6 +31,9 @@ from ggml_diffusion.formats.tensor_names import (
     TOKEN_EMBEDDING,
 )
 from ggml_diffusion.regular_file import open_regular
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
 
 KEY_PREFIX = "ggml_diffusion."
 _ALPHA_KEY = "adapter.lora.alpha"
@@ -74,6 +75,8 @@ def write_gguf_adapter(
                 tensors |= _mask_pair(adapter.mask_embedding, adapter.mask_token_id, base.V, adapter.alpha)
 
     def write(temporary: Path) -> None:
+        from gguf import GGUFWriter  # slow to import, and reading does without it
+
         writer = GGUFWriter(temporary, base.arch)
         try:
             _add_keys(writer, adapter.alpha, base, values)
@@ -89,7 +92,9 @@ def write_gguf_adapter(
     replace_file(path, write)
 
 
-def _add_keys(writer: GGUFWriter, alpha: float, base: ModelFile, values: Mapping[str, KeyValue]) -> None:
+def _add_keys(writer: "GGUFWriter", alpha: float, base: ModelFile, values: Mapping[str, KeyValue]) -> None:
+    from gguf.constants import GGUFType, GGUFValueType
+
     writer.add_type(GGUFType.ADAPTER)
     writer.add_string("adapter.type", "lora")
     writer.add_float32(_ALPHA_KEY, alpha)
@@ -168,6 +173,9 @@ def _read_tensor(file: ModelFile, info: TensorInfo) -> NDArray[np.float32]:
     if len(raw) != info.n_bytes:
         file.fail("has become shorter while it was read")
     rows = np.frombuffer(raw, np.uint8).reshape(*info.shape[:-1], -1)
+    from gguf.constants import GGMLQuantizationType
+    from gguf.quants import dequantize
+
     try:
         with np.errstate(all="ignore"):  # what is not finite is refused below
             values = dequantize(rows, GGMLQuantizationType[info.type_name])

@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import BinaryIO, NoReturn, overload
 
 import numpy as np
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 
 from ggml_diffusion.errors import UserError, quoted
-from ggml_diffusion.formats.tensor_types import TENSOR_TYPES
+from ggml_diffusion.formats.tensor_types import OTHER_TYPES, TENSOR_TYPES
 from ggml_diffusion.regular_file import open_regular
 
 DEFAULT_ALIGNMENT = 32
@@ -52,8 +51,8 @@ _NUMBER_TYPES = {
     12: ("f64", "<f8"),
 }
 # ggml's number of a type -> name, elements and bytes of a block; all types, since any file can be described.
-_TENSOR_TYPES = {int(other): (other.name, *GGML_QUANT_SIZES[other]) for other in GGMLQuantizationType}
-_TENSOR_TYPES |= {known.id: (known.name, known.block, known.bytes_block) for known in TENSOR_TYPES.values()}
+_TENSOR_TYPES = {known.id: (known.name, known.block, known.bytes_block) for known in TENSOR_TYPES.values()}
+_TENSOR_TYPES |= OTHER_TYPES
 
 
 class StringArray(Sequence[str]):

@@ -66,3 +66,14 @@ _ALL = (
 )
 TENSOR_TYPES: Mapping[str, TensorType] = {tensor_type.name: tensor_type for tensor_type in _ALL}
 SUPPORTED_TYPES = tuple(TENSOR_TYPES)
+
+# Of types that no model stores its matrices in: ggml's number -> name, elements and bytes of a block.
+OTHER_TYPES: Mapping[int, tuple[str, int, int]] = {
+    9: ("Q8_1", 32, 40),
+    15: ("Q8_K", 256, 292),
+    24: ("I8", 1, 1),
+    25: ("I16", 1, 2),
+    26: ("I32", 1, 4),
+    27: ("I64", 1, 8),
+    28: ("F64", 1, 8),
+}

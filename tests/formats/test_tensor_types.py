@@ -16,7 +16,7 @@ from ggml_diffusion.engine.cpu.q4_model import Q4Model
 from ggml_diffusion.engine.interface import Batch
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.formats.model_check import read_model
-from ggml_diffusion.formats.tensor_types import TENSOR_TYPES, TensorType
+from ggml_diffusion.formats.tensor_types import OTHER_TYPES, TENSOR_TYPES, TensorType
 
 MORE_THAN_GGML_HAS = 100
 
@@ -46,6 +46,12 @@ def test_the_table_agrees_with_the_gguf_package() -> None:
         number = gguf.GGMLQuantizationType[name]
         assert (known.id, (known.block, known.bytes_block)) == (int(number), gguf.GGML_QUANT_SIZES[number])
     assert unknown == ["Q2_0"]
+    others = {
+        int(number): (number.name, *gguf.GGML_QUANT_SIZES[number])
+        for number in gguf.GGMLQuantizationType
+        if number.name not in TENSOR_TYPES
+    }
+    assert others == OTHER_TYPES
     assert TENSOR_TYPES["Q4_K"].bits == 4.5
 
 

@@ -194,7 +194,8 @@ def test_a_fault_that_a_process_finds_is_reported_in_its_own_words(tokenizer, tm
 def test_processes_end_with_their_parent(tokenizer, tmp_path, number):
     (tmp_path / "a.txt").write_text(f"{SENTENCE}\n" * 250_000)  # so large that it goes to processes
     program = (
-        "import sys; from pathlib import Path\n"
+        "import signal, sys; from pathlib import Path\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
         "def wait(done, total):\n"
         "    print('x', flush=True)\n"
         "    if done: sys.stdin.read()\n"
