@@ -32,7 +32,7 @@ class PlantedEngine:
         self.rows = rows
         self.n_tokens = 0
 
-    def logits(self, batch: Batch, adapter=None, *, select=None):
+    def logits(self, batch: Batch, adapter=None, *, select=None, int8="none"):
         tokens = batch.tokens
         lengths = np.full(len(tokens), tokens.shape[1]) if batch.lengths is None else batch.lengths
         documents = np.zeros(tokens.shape) if batch.document_ids is None else batch.document_ids

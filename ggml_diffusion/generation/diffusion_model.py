@@ -34,6 +34,7 @@ class DiffusionModel:
         adapter: LoRA pairs, mask token and mask embedding.
         tokenizer: the base's own vocabulary.
         rule: how the two are to be read.
+        int8: products of the frozen weights that go in int8 while text is written.
 
     """
 
@@ -47,6 +48,7 @@ class DiffusionModel:
         self.tokenizer = tokenizer
         self.mask_token_id: int = adapter.mask_token_id
         self.rule = rule
+        self.int8: Int8 = "none"
 
     @classmethod
     def load(
@@ -57,7 +59,9 @@ class DiffusionModel:
         *,
         allow_other_base: bool = False,
     ) -> "DiffusionModel":
-        """Read a base GGUF and a conversion of it.
+        """Read a base GGUF and a conversion of it, to write with in int8 where the engine has it.
+
+        That is no further from exact than what llama.cpp writes with.
 
         Args:
             base: the GGUF that was converted.
@@ -73,7 +77,9 @@ class DiffusionModel:
         file = read_model(base)
         engine = open_engine(file, n_threads)
         checkpoint.check_base(engine.sha256, allow_other_base=allow_other_base)
-        return cls.from_checkpoint(engine, Tokenizer.from_file(file), checkpoint)
+        model = cls.from_checkpoint(engine, Tokenizer.from_file(file), checkpoint)
+        model.int8 = "both" if engine.has_int8 else "none"
+        return model
 
     @classmethod
     def from_checkpoint(
@@ -249,16 +255,12 @@ class DiffusionModel:
     def _predict(
         self, tokens: NDArray[np.int32], positions: NDArray[np.int64], share_masked: float
     ) -> NDArray[np.float32]:
-        """Logits (N, V) of the tokens at `positions`, computing the head for no other row.
-
-        In int8 where the engine has it: no further from exact than what llama.cpp writes with.
-        """
+        """Logits (N, V) of the tokens at `positions`, computing the head for no other row."""
         t = self.rule.noise_schedule.time_at(share_masked)
         select = np.zeros((1, len(tokens)), dtype=bool)
         select[0, rows_of_positions(positions, self.rule.prediction)] = True
         offset = self.rule.embedding_offset(np.array([t], dtype=np.float32))
         batch = Batch(tokens[None], self.rule.causal_ratio, embedding_offset=offset)
-        int8: Int8 = "both" if self.engine.has_int8 else "none"
-        logits = self.engine.logits(batch, self.adapter, select=select, int8=int8)
+        logits = self.engine.logits(batch, self.adapter, select=select, int8=self.int8)
         logits[:, self.mask_token_id] = -np.inf
         return logits

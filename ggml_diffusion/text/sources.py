@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ggml_diffusion.errors import UserError
+from ggml_diffusion.regular_file import kind_of
 from ggml_diffusion.run_folder import OWN_NAMES, is_run_folder
 
 Kind = Literal["text", "lines", "parquet"]
@@ -158,7 +159,10 @@ def _of_path(given: str | Path, include: Sequence[str]) -> TextSources:
         if not path.exists():
             raise UserError(f"{path}: no such file or folder")
         if not path.is_file():
-            raise UserError(f"{path}: no file and no folder; what comes through a pipe is given by '-'")
+            kind = kind_of(path) or "something else"
+            raise UserError(
+                f"{path}: {kind}, not a file or folder; what comes through a pipe is given by '-'"
+            )
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     return TextSources((_text_file(path),))

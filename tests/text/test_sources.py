@@ -173,7 +173,7 @@ def test_a_pipe_is_refused_and_one_in_a_folder_passed_over(tmp_path):
     make_files(tmp_path, "a.txt")
     os.mkfifo(tmp_path / "pipe.txt")
     assert names_in(tmp_path) == ["a.txt"]
-    with pytest.raises(UserError, match=r"pipe\.txt: no file and no folder"):
+    with pytest.raises(UserError, match=r"pipe\.txt: a named pipe, not a file or folder"):
         tokens_in(tmp_path / "pipe.txt")
 
 

@@ -94,7 +94,7 @@ def check_refused(done, word):
 @pytest.mark.parametrize(
     ("calls", "path", "at", "number", "step"),
     [
-        ("fsync", ".unfinished", 7, errno.EIO, 2),
+        ("fsync", "run/checkpoints", 7, errno.EIO, 2),
         ("write", "run/metrics.jsonl", 5, errno.ENOSPC, 4),
         # the checkpoint is saved all the same
         pytest.param("fsync", "run/metrics.jsonl", 2, errno.EIO, 6, marks=pytest.mark.slow),

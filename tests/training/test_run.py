@@ -408,7 +408,7 @@ def test_a_deletion_that_is_killed_anywhere_has_left_all_or_can_be_finished(sett
         if is_half_deleted(folder):
             n_halves += 1
             delete_run(folder)
-            assert sorted(path.name for path in folder.iterdir()) == [".lock", ".pid", "notes.txt"]
+            assert sorted(path.name for path in folder.iterdir()) == [".lock", ".pid", "notes.txt", "tokens"]
         else:
             assert sorted(folder.rglob("*")) == whole or not (folder / "checkpoints").exists()
         at += 1

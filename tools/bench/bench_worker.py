@@ -221,6 +221,7 @@ class Worker:
         """Denoise `length` tokens after a prompt in `steps` steps."""
         assert self.trainer is not None
         model = DiffusionModel.from_checkpoint(self.model, self.tokenizer, self.trainer.checkpoint())
+        model.int8 = "both" if self.model.has_int8 else "none"  # as `DiffusionModel.load` does
         tokens = np.full(prompt_length + length, model.mask_token_id, dtype=np.int32)
         tokens[:prompt_length] = self._tokens(prompt_length)
         started_s = time.perf_counter()
