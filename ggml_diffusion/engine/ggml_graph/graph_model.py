@@ -111,7 +111,7 @@ class GraphModel:
             raise UserError(f"compute must be one of fast, f32, not {compute!r}")
         self._file, self._device, self._compute = file, device, compute
         self._n_threads = n_threads or default_threads()
-        self._sessions: OrderedDict[object, _Session] = OrderedDict()
+        self._sessions: OrderedDict[tuple[Shape, object, bool, bool], _Session] = OrderedDict()
         self._weights: ModelWeights | None = None
         self._runtime = Runtime(device.handle, find_device("cpu").handle, self._n_threads)
         try:
@@ -119,7 +119,9 @@ class GraphModel:
         except UserError:
             self.close()
             raise
-        self._compiler = Compiler(self._runtime, file, self._weights, exact=compute == "f32")
+        self._compilers = {
+            packed: Compiler(self._runtime, file, self._weights, packed=packed) for packed in (False, True)
+        }
         self._memory_budget = memory_budget
         if not self._runtime.on_cpu and device.memory_free:
             free = int(SHARE_OF_MEMORY * (device.memory_free - self._weights.n_bytes))
@@ -141,7 +143,8 @@ class GraphModel:
             path: a GGUF file of a supported architecture.
             device: the kind of device: "cpu" (GGML's own backend), "metal", "cuda", "vulkan".
             n_threads: of what runs on the processor; None = those that this process may use.
-            compute: "fast" multiplies packed weights as the device does, "f32" unpacks them to float32.
+            compute: "f32" has no int8 products; the rest is the device's float32 in both, which is rounder on
+                some (TF32 on CUDA).
             memory_budget: bytes that a training step should take beside the weights; None = what is free.
 
         Raises:
@@ -195,8 +198,8 @@ class GraphModel:
 
     @property
     def has_int8(self) -> bool:
-        """No: the device rounds activations as it does, and nobody can ask for more or less of it."""
-        return False
+        """Whether the forward can multiply packed weights as the device does it, most by rounding to 8 bits."""
+        return self._compute == "fast" and self._open().n_quantised > 0
 
     @property
     def device(self) -> Device:
@@ -254,11 +257,11 @@ class GraphModel:
         int8: Int8 = "none",
     ) -> NDArray[np.float32]:
         """See `Engine`."""
-        _refuse_int8(int8)
+        self._check_int8(int8)
         wanted = batch.valid if select is None else batch.check_by_row(np.asarray(select, bool), "select")
         pieces = []
         for part in self._parts(batch, adapter):
-            session = self._start(batch.part(part), adapter, gradients=False)
+            session = self._start(batch.part(part), adapter, int8, gradients=False)
             numbers = np.flatnonzero((wanted & batch.valid)[part]).astype(np.int32)
             step = session.logit_head.n_rows
             for first in range(0, len(numbers), step):
@@ -280,8 +283,8 @@ class GraphModel:
         int8: Int8 = "none",
     ) -> LossResult:
         """See `Engine`."""
-        _refuse_int8(int8)
-        return self._losses(batch, targets, weights, adapter, None)
+        self._check_int8(int8)
+        return self._losses(batch, targets, weights, adapter, None, int8)
 
     def loss_and_gradients(
         self,
@@ -294,9 +297,9 @@ class GraphModel:
         int8: Int8 = "none",
     ) -> LossResult:
         """See `Engine`. The batch goes in parts of whole sequences where the device's memory asks for it."""
-        _refuse_int8(int8)
+        self._check_int8(int8)
         _check_gradients(adapter, gradients)
-        return self._losses(batch, targets, weights, adapter, gradients)
+        return self._losses(batch, targets, weights, adapter, gradients, int8)
 
     def _losses(
         self,
@@ -305,12 +308,13 @@ class GraphModel:
         weights: ArrayLike,
         adapter: LoraAdapter | None,
         gradients: Gradients | None,
+        int8: Int8,
     ) -> LossResult:
         targets, weights = batch.check_by_row(targets, "targets"), batch.check_by_row(weights, "weights")
         results = []
         for part in self._parts(batch, adapter):
             one = batch.part(part)
-            session = self._start(one, adapter, gradients=gradients is not None)
+            session = self._start(one, adapter, int8, gradients=gradients is not None)
             result = self._head_losses(session, one, targets[part], weights[part], adapter)
             if gradients is not None and adapter is not None:
                 offset = self._run_backward(session, one, adapter, gradients)
@@ -327,7 +331,9 @@ class GraphModel:
         for first in range(0, n_sequences, step):
             yield slice(first, min(first + step, n_sequences))
 
-    def _start(self, batch: Batch, adapter: LoraAdapter | None, *, gradients: bool) -> _Session:
+    def _start(
+        self, batch: Batch, adapter: LoraAdapter | None, int8: Int8, *, gradients: bool
+    ) -> _Session:
         """The session of a batch, with the batch and the adapter on the device and the forward done."""
         weights, teacher = self._open(), batch.teacher
         if adapter is not None:
@@ -336,8 +342,7 @@ class GraphModel:
         is_long = document_lengths(batch).max() > weights.network.original_context
         has_long = bool(is_long and weights.periods[2] is not None)
         shape = Shape(*batch.tokens.shape, sees_everything(batch), has_long, gradients)
-        key = (shape, AdapterTensors.key(adapter), teacher is not None)
-        session = self._session(key, shape, adapter, teacher is not None)
+        session = self._session(shape, adapter, with_teacher=teacher is not None, packed=int8 == "both")
         if session.adapter is not None and adapter is not None:
             session.adapter.set(adapter)
         session.rows.set(batch, self._embeddings(batch, adapter))
@@ -351,12 +356,17 @@ class GraphModel:
         return session
 
     def _session(
-        self, key: object, shape: Shape, adapter: LoraAdapter | None, with_teacher: bool
+        self, shape: Shape, adapter: LoraAdapter | None, *, with_teacher: bool, packed: bool
     ) -> _Session:
+        """The graphs of a shape; of those with gradients, which are the large ones, one is kept at a time."""
+        key = (shape, AdapterTensors.key(adapter), with_teacher, packed)
         if key not in self._sessions:
+            for old in [one for one in self._sessions if shape.gradients and one[0].gradients]:
+                self._sessions.pop(old).close()
             while len(self._sessions) >= KEPT_SHAPES:
                 self._sessions.popitem(last=False)[1].close()
-            self._sessions[key] = _Session(self._compiler, shape, adapter, with_teacher=with_teacher)
+            compiler = self._compilers[packed]
+            self._sessions[key] = _Session(compiler, shape, adapter, with_teacher=with_teacher)
         self._sessions.move_to_end(key)
         return self._sessions[key]
 
@@ -451,15 +461,15 @@ class GraphModel:
             gradients[MASK_EMBEDDING].__iadd__(rows[masked].sum(axis=0, dtype=np.float64).astype(np.float32))
         return rows.sum(axis=1, dtype=np.float64).astype(np.float32)
 
+    def _check_int8(self, products: Int8) -> None:
+        """Only the forward has int8 products here: "backward" alone is none."""
+        if products != "none" and not self.has_int8:
+            raise UserError("int8 products need compute \"fast\" and quantised weights")
+
     def _open(self) -> ModelWeights:
         if self._weights is None:
             raise ValueError("the model is closed")
         return self._weights
-
-
-def _refuse_int8(products: Int8) -> None:
-    if products != "none":
-        raise UserError("this engine has no int8 products")
 
 
 def _check_gradients(adapter: LoraAdapter, gradients: Gradients) -> None:

@@ -86,13 +86,14 @@ class Operations:
     Attributes:
         graph: where they go.
         row_numbers: 0, 1, 2, ... int32, as many as the largest matrix has rows.
-        exact: whether packed weights are unpacked for the forward too, instead of multiplied as they are.
+        packed: whether packed weights are multiplied as they are, for which most devices round the other factor
+            to 8 bits, or are unpacked to float32 before.
 
     """
 
     graph: Graph
     row_numbers: Tensor
-    exact: bool = False
+    packed: bool = False
     _tape: list[Callable[[], None]] = field(default_factory=list)
 
     # -- the tape --------------------------------------------------------------------------------------------
@@ -229,7 +230,7 @@ class Operations:
 
     def project(self, weight: Weight, x: Tensor) -> Tensor:
         """W x: (in, M) -> (out, M)."""
-        if not self.exact or weight.tensor.type == ggml.F32:
+        if self.packed or weight.tensor.type == ggml.F32:
             return self.multiply(weight.tensor, x)
         pieces = [self.multiply(self.unpack(weight, *tile), x) for tile in weight.tiles()]
         product = pieces[0]

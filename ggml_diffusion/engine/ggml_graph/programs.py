@@ -25,8 +25,6 @@ from ggml_diffusion.formats.lora import LoraAdapter, TargetModule, lora_ranks
 from ggml_diffusion.formats.model_file import ModelFile
 from ggml_diffusion.formats.tensor_names import LORA_A_SUFFIX, LORA_B_SUFFIX
 
-# Logits of one head's call take at most so many bytes.
-LOGIT_BYTES = 128 << 20
 GLOBAL, WINDOW, LONG = range(3)  # the core's GGD_ROPE_*
 _TARGETS = {target.gguf_name: target for target in TargetModule}
 
@@ -162,10 +160,10 @@ Write = Callable[[Operations], Sequence[Tensor]]
 
 
 class Compiler:
-    """Writes the programs of a model."""
+    """Writes the programs of a model, with products of packed weights or of unpacked ones."""
 
-    def __init__(self, runtime: Runtime, file: ModelFile, weights: ModelWeights, *, exact: bool) -> None:
-        self.runtime, self.file, self.weights, self._exact = runtime, file, weights, exact
+    def __init__(self, runtime: Runtime, file: ModelFile, weights: ModelWeights, *, packed: bool) -> None:
+        self.runtime, self.file, self.weights, self._packed = runtime, file, weights, packed
 
     def program(self, write: Write) -> Program:
         """A program of what a function writes."""
@@ -174,7 +172,7 @@ class Compiler:
         graph_size = 1024 + 640 * self.file.L + 16 * (n_tiles + len(weights.head.tiles()))  # nodes and leafs
 
         def write_all(graph: Graph) -> Sequence[Tensor]:
-            return write(Operations(graph, weights.row_numbers, self._exact))
+            return write(Operations(graph, weights.row_numbers, self._packed))
 
         return Program(self.runtime, graph_size, write_all)
 

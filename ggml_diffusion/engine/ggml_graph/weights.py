@@ -51,6 +51,7 @@ class ModelWeights:
         output_norm: (C), times what logits are scaled by.
         row_numbers: 0, 1, 2, ... as many as the largest matrix has rows.
         periods: of each kind of RoPE 1 / frequency (n_rotated / 2), None where the model has none.
+        n_quantised: matrices whose rows are packed in blocks.
         on_host: tensors of the file that the device cannot compute with, by type.
 
     """
@@ -61,6 +62,7 @@ class ModelWeights:
         self._maps: list[Any] = []
         self._mapped_context: Any = ffi.NULL
         self.on_host: dict[str, int] = {}
+        self.n_quantised = 0
         model = core_ffi.new("ggd_model **")
         paths = [core_ffi.new("char[]", os.fsencode(part)) for part in file.parts]
         try:
@@ -124,6 +126,7 @@ class ModelWeights:
         bias = None if native.bias == core_ffi.NULL else self._vector(native.bias, native.n_rows)
         address = int(core_ffi.cast("uintptr_t", native.data))
         usable = self._device_takes(native.type, native.n_cols)
+        self.n_quantised += native.type not in (ggml.F32, ggml.F16, ggml.BF16)
         if usable and not self._runtime.on_cpu:
             tensor = self._store.new(native.n_cols, native.n_rows, kind=native.type)
             self._uploads.append((tensor, address, lib.ggml_nbytes(tensor)))
