@@ -14,6 +14,7 @@ from ggml_diffusion.objective.corruption import Masking, ScheduleType
 from ggml_diffusion.objective.output_rows import Prediction
 
 Arithmetic = Literal["fast", "f32"]
+DeviceKind = Literal["auto", "cpu", "metal", "cuda", "vulkan"]
 
 Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
 # Settings are strict, but TOML has neither enumerations nor tuples.
@@ -199,7 +200,10 @@ class QLoraConversionConfig(Settings):
 class HardwareConfig(Settings):
     """What the conversion runs on."""
 
-    device: Literal["cpu"] = Field(default="cpu", description="Only cpu for now.")
+    device: DeviceKind = Field(
+        default="cpu",
+        description="cpu, metal, cuda or vulkan; auto = the first of the others that computes the base rightly.",
+    )
     num_threads: int | None = Field(
         default=None, ge=1, le=1024, description="Threads; left out, as many as the process may use."
     )
@@ -218,9 +222,8 @@ class HardwareConfig(Settings):
         description="Arithmetic of the matrix products: fast, or f32 = exact products in float32.",
     )
 
-    @field_validator("device", mode="before")
-    @classmethod
-    def _check_device(cls, device: object) -> object:
-        if device in ("cuda", "metal"):
-            raise ValueError('not supported yet; conversion runs on the CPU, so set device = "cpu"')
-        return device
+    @model_validator(mode="after")
+    def _check_kernels(self) -> "HardwareConfig":
+        if self.device != "cpu" and not self.use_simd:
+            raise ValueError(f"use_simd = false is for device = \"cpu\", not {self.device}")
+        return self

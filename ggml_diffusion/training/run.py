@@ -27,11 +27,12 @@ from types import FrameType
 from typing import Any, Protocol
 
 from ggml_diffusion.config.fit import scaled_to_run
+from ggml_diffusion.config.groups import HardwareConfig
 from ggml_diffusion.config.settings import ConversionTrainingConfig
 from ggml_diffusion.config.toml import to_toml
 from ggml_diffusion.durable import replace_file
 from ggml_diffusion.engine.interface import Engine
-from ggml_diffusion.engine.open import open_engine
+from ggml_diffusion.engine.open import accelerators, open_engine
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.evaluation.held_out import MaskedScore, Score, as_rows, base_score, masked_scores
 from ggml_diffusion.formats.adapter_file import creation_time
@@ -158,16 +159,8 @@ def run_conversion(
         data = _training_data(config, tokenizer, base, output, listener)
         _check_targets(data, config.qlora.prediction, tokenizer.bos_id)
         held_out = _held_out(data, evaluate_on)
-        hardware = config.hardware
-        with closing(
-            open_engine(
-                base,
-                hardware.num_threads,
-                compute=hardware.compute,
-                use_simd=hardware.use_simd,
-                memory_budget=_memory_budget(hardware.memory_mib),
-            )
-        ) as model:
+        config = _with_device(config, base, tokenizer, listener)
+        with closing(_open(base, config.hardware)) as model:
             _describe(model, base, config, listener)
             trainer = ConversionTrainer(model, config, data_fingerprint=data.fingerprint, warn=listener.warn)
             listener.note(f"mask token {trainer.mask_token_id}: {trainer.mask_token_reason}")
@@ -175,7 +168,7 @@ def run_conversion(
             listener.note(str(check_identity(model, tokenizer)))
             if fresh:
                 _delete_run(output)
-            if not _resume(trainer, output, listener) and hardware.int8:
+            if not _resume(trainer, output, listener) and config.hardware.int8:
                 listener.note(str(choose_int8(trainer, data.batch_at(0))))
             data.keep_only_this_text()
             _write_text(output / CONFIG, to_toml(config))
@@ -342,10 +335,43 @@ def _held_out(data: TextDataLoader, n_sequences: int) -> TokenBatch | None:
     return data.with_split("held_out", n_sequences, seed=0).batch_at(0)
 
 
-def _memory_budget(memory_mib: int | None) -> int:
-    """Bytes for a training step: as set, else half of the machine's memory."""
-    if memory_mib is not None:
-        return memory_mib << 20
+def _open(base: ModelFile, hardware: HardwareConfig) -> Engine:
+    return open_engine(
+        base,
+        hardware.num_threads,
+        device=hardware.device,
+        compute=hardware.compute,
+        use_simd=hardware.use_simd,
+        memory_budget=_memory_budget(hardware),
+    )
+
+
+def _with_device(
+    config: ConversionTrainingConfig, base: ModelFile, tokenizer: Tokenizer, listener: RunListener
+) -> ConversionTrainingConfig:
+    """The config with the device that `auto` stands for: the first that computes the base as llama.cpp does."""
+    if config.hardware.device != "auto":
+        return config
+    for kind in [*accelerators(), "cpu"]:
+        hardware = config.hardware.model_copy(update={"device": kind})
+        if kind != "cpu":
+            try:
+                with closing(_open(base, hardware)) as model:
+                    check_identity(model, tokenizer)
+            except UserError as error:
+                listener.warn(f"device {kind} is left out: {error}")
+                continue
+        listener.note(f"device: {kind}")
+        return config.model_copy(update={"hardware": hardware})
+    raise AssertionError("the processor is always there")
+
+
+def _memory_budget(hardware: HardwareConfig) -> int | None:
+    """Bytes for a training step: as set, else half of the machine's memory, or what the device has free."""
+    if hardware.memory_mib is not None:
+        return hardware.memory_mib << 20
+    if hardware.device != "cpu":
+        return None
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 

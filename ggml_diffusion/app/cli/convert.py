@@ -41,6 +41,7 @@ def convert(
     checkpoint_every: Annotated[
         int | None, setting("training.checkpoint_every", "--checkpoint-every")
     ] = None,
+    device: Annotated[str | None, setting("hardware.device", "--device")] = None,
     threads: Threads = None,
     evaluate: Annotated[
         int,
@@ -72,6 +73,7 @@ def convert(
         "model.mask_token_id": mask_token_id,
         "training.seed": seed,
         "training.checkpoint_every": checkpoint_every,
+        "hardware.device": device,
         "hardware.num_threads": threads,
     }
     run_and_show(load_config(config, overrides, preset), fresh=fresh, evaluate_on=evaluate)

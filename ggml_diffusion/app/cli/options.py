@@ -1,7 +1,7 @@
 """Flags that are settings: their help comes from the setting, and which were given becomes settings again."""
 
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 from pydantic import BaseModel, ValidationError
@@ -37,6 +37,9 @@ def _with_default(description: str, default: Any) -> str:
 
 Settings = TypeVar("Settings", bound=BaseModel)
 Threads = Annotated[int | None, setting("hardware.num_threads", "--threads")]
+Device = Annotated[
+    Literal["cpu", "metal", "cuda", "vulkan"], typer.Option(help="What computes; see `ggml-diffusion devices`.")
+]
 AllowOtherBase = Annotated[
     bool, typer.Option("--allow-other-base", help="Use an adapter that was trained on another file.")
 ]

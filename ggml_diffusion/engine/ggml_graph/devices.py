@@ -13,6 +13,7 @@ from ggml_diffusion.errors import UserError
 
 # How ggml's registries begin their names -> what a person calls the kind.
 KINDS = {"CPU": "cpu", "MTL": "metal", "Metal": "metal", "CUDA": "cuda", "Vulkan": "vulkan"}
+ACCELERATORS = ("cuda", "metal", "vulkan")
 _OPTIONS = {"metal": "-DGGML_METAL=ON", "cuda": "-DGGML_CUDA=ON", "vulkan": "-DGGML_VULKAN=ON"}
 _TYPES = {ggml.CPU: "CPU", ggml.GPU: "GPU", ggml.INTEGRATED_GPU: "integrated GPU", ggml.ACCELERATOR: "accelerator"}
 

@@ -1,0 +1,63 @@
+"""What this installation computes on, for people: a table, and a report for an issue.
+
+Deliberately not here: the choice of a device (engine/open.py), and what one does with a model (inspect.py).
+"""
+
+import platform
+from collections.abc import Iterator
+from importlib import metadata
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from ggml_diffusion.engine.ggml_graph.devices import ACCELERATORS, Device, how_to_install, list_devices
+from ggml_diffusion.engine.ggml_graph.probe import OPERATIONS, missing_operations, types_taken
+
+_OWN = "cpu is this program's own core; the others are computed by ggml inside llama-cpp-python"
+
+
+def describe_devices() -> RenderableType:
+    """The devices of this installation, and how to install the kinds that it lacks."""
+    found = [device for device in list_devices() if device.kind != "cpu"]
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for title in ("--device", "device", "what it is", "memory"):
+        table.add_column(title)
+    table.add_row("cpu", "CPU", platform.processor() or platform.machine(), "")
+    for device in found:
+        memory = f"{device.memory_free >> 20} of {device.memory_total >> 20} MiB free"
+        table.add_row(device.kind, device.name, Text(device.description), memory)
+    parts: list[RenderableType] = [table, Text(""), Text(_OWN)]
+    missing = [kind for kind in ACCELERATORS if kind not in {device.kind for device in found}]
+    if missing:
+        parts += [Text(""), Text("To install one that is missing, with its SDK at hand:")]
+        parts += [Text(f"  {kind:7} {how_to_install(kind)}") for kind in missing]
+    return Group(*parts)
+
+
+def device_report() -> str:
+    """Versions, devices, and what each device cannot compute, as plain text."""
+    return "\n".join(_report_lines()) + "\n"
+
+
+def _report_lines() -> Iterator[str]:
+    for name in ("ggml-diffusion", "llama-cpp-python", "numpy"):
+        yield f"{name} {metadata.version(name)}"
+    yield f"Python {platform.python_version()} on {platform.platform()}"
+    for device in list_devices():
+        yield ""
+        yield from _device_lines(device)
+
+
+def _device_lines(device: Device) -> Iterator[str]:
+    yield f"{device.name} ({device.kind}, {device.type}): {device.description}"
+    yield f"  memory: {device.memory_free >> 20} of {device.memory_total >> 20} MiB free"
+    yield f"  computes in the mapped file: {'yes' if device.maps_host_memory else 'no'}"
+    missing = missing_operations(device)
+    yield f"  operations: {len(OPERATIONS) - len(missing)} of {len(OPERATIONS)}" + (
+        f"; left to the CPU: {', '.join(missing)}" if missing else ""
+    )
+    taken, left = types_taken(device)
+    yield f"  types: {', '.join(taken)}"
+    if left:
+        yield f"  types left to the CPU: {', '.join(left)}"
