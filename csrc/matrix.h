@@ -32,7 +32,8 @@ static inline ggd_matrix ggd_matrix_f32(const float *data, size_t n_rows, size_t
 // Activations as an operand.
 static inline ggd_matrix ggd_matrix_of(ggd_activation x, size_t n_rows, size_t n_cols, ggd_element element) {
     size_t bytes = ggd_element_bytes(element);
-    return (ggd_matrix){x.data, n_rows, n_cols, x.ld * bytes, element == GGD_ELEMENT_BF16 ? GGD_BF16 : GGD_F32, 1, bytes, NULL, 0};
+    return (ggd_matrix){x.data, n_rows, n_cols, x.ld * bytes, element == GGD_ELEMENT_BF16 ? GGD_BF16 : GGD_F32, 1,
+                        bytes,  NULL,   0};
 }
 
 // Rows [first, first + n) of a matrix.

@@ -35,8 +35,9 @@ from rich.console import Console
 from rich.table import Table
 from tool_errors import run_tool
 
-from ggml_diffusion.engine.cpu.q4_model import Q4Model, default_threads
+from ggml_diffusion.engine.cpu.q4_model import Q4Model
 from ggml_diffusion.engine.interface import Batch
+from ggml_diffusion.engine.threads import default_threads
 from ggml_diffusion.formats.adapter_file import DiffusionCheckpoint, load_adapter
 from ggml_diffusion.formats.lora import LoraAdapter, TargetModule
 from ggml_diffusion.text.tokenizer import Tokenizer

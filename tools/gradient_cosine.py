@@ -22,7 +22,9 @@ from ggml_diffusion.text.tokenizer import Tokenizer
 TEXT = Path(__file__).resolve().parents[1] / "docs" / "architecture.md"
 
 
-def make_case(model: Engine, n_sequences: int, n_tokens: int, rank: int) -> tuple[Batch, Any, Any, LoraAdapter]:
+def make_case(
+    model: Engine, n_sequences: int, n_tokens: int, rank: int
+) -> tuple[Batch, Any, Any, LoraAdapter]:
     """Masked random text, its targets and weights, and an adapter with all seven projections."""
     rng = np.random.default_rng(7)
     hidden = model.file.C
@@ -30,7 +32,8 @@ def make_case(model: Engine, n_sequences: int, n_tokens: int, rank: int) -> tupl
     targets = np.resize(text, (n_sequences, n_tokens)).astype(np.int32)
     masked = rng.random(targets.shape) < 0.5
     tensors = {
-        name: np.zeros(shape, np.float32) for name, shape in lora_shapes(model.file, TargetModule, rank).items()
+        name: np.zeros(shape, np.float32)
+        for name, shape in lora_shapes(model.file, TargetModule, rank).items()
     }
     init_lora(tensors, rng)
     for name, values in tensors.items():

@@ -202,7 +202,7 @@ class HardwareConfig(Settings):
 
     device: DeviceKind = Field(
         default="cpu",
-        description="cpu, metal, cuda or vulkan; auto = the first of the others that computes the base rightly.",
+        description="cpu, metal, cuda or vulkan; auto = the first of the others that computes rightly.",
     )
     num_threads: int | None = Field(
         default=None, ge=1, le=1024, description="Threads; left out, as many as the process may use."
@@ -221,9 +221,3 @@ class HardwareConfig(Settings):
         default="fast",
         description="Arithmetic of the matrix products: fast, or f32 = exact products in float32.",
     )
-
-    @model_validator(mode="after")
-    def _check_kernels(self) -> "HardwareConfig":
-        if self.device != "cpu" and not self.use_simd:
-            raise ValueError(f"use_simd = false is for device = \"cpu\", not {self.device}")
-        return self

@@ -5,6 +5,7 @@ Deliberately not here: what an engine computes (interface.py), and how (cpu/, gg
 
 from ggml_diffusion.engine.cpu.q4_model import Q4Model
 from ggml_diffusion.engine.interface import Compute, Engine
+from ggml_diffusion.errors import UserError
 from ggml_diffusion.formats.model_file import ModelFile
 
 
@@ -34,11 +35,13 @@ def open_engine(
     """
     if device == "cpu":
         return Q4Model(file, n_threads, compute=compute, use_simd=use_simd, memory_budget=memory_budget)
+    if not use_simd:
+        raise UserError(f"use_simd = false is for the device cpu, not {device}")
     # Loading GGML's backends starts their drivers, so that only those do who ask for one.
-    from ggml_diffusion.engine.ggml_graph.devices import find_device
+    from ggml_diffusion.engine.ggml_graph import devices
     from ggml_diffusion.engine.ggml_graph.graph_model import GraphModel
 
-    found = find_device(device)
+    found = devices.find_device(device)
     return GraphModel(file, found, n_threads, compute=compute, memory_budget=memory_budget)
 
 

@@ -349,7 +349,7 @@ def _open(base: ModelFile, hardware: HardwareConfig) -> Engine:
 def _with_device(
     config: ConversionTrainingConfig, base: ModelFile, tokenizer: Tokenizer, listener: RunListener
 ) -> ConversionTrainingConfig:
-    """The config with the device that `auto` stands for: the first that computes the base as llama.cpp does."""
+    """The config with the device that `auto` is: the first that computes the base as llama.cpp does."""
     if config.hardware.device != "auto":
         return config
     for kind in [*accelerators(), "cpu"]:

@@ -111,7 +111,9 @@ def check(
         )
     expected = _expected[key]
     path = tiny_model(**case.options)
-    opened = open_engine(path) if open_engine else Q4Model.from_gguf(path, 2, compute=compute, use_simd=use_simd)
+    opened = (
+        open_engine(path) if open_engine else Q4Model.from_gguf(path, 2, compute=compute, use_simd=use_simd)
+    )
     with opened as model:
         result, gradients = engine_result(model, adapter, batch, case)
     rows = max(1, np.count_nonzero(batch.weights))

@@ -109,7 +109,9 @@ def test_logits_of_every_feature_of_a_file_are_the_oracles(tiny_model: TinyModel
     # on the CPU backend alone: what differs from file to file is the graph, not the device
     case: Feature = FEATURES[feature]
     path = tiny_model(**case.options)
-    tokens = np.random.default_rng(3).integers(10, 256, 300 if case.n_ctx is not None else 40).astype(np.int32)
+    tokens = (
+        np.random.default_rng(3).integers(10, 256, 300 if case.n_ctx is not None else 40).astype(np.int32)
+    )
     exact = oracle.load_model(path, n_ctx=len(tokens))
     expected = oracle.batch_logits(exact, tokens[None], 0.6)[0]
     with GraphModel.from_gguf(path, n_threads=1) as model:
@@ -129,9 +131,7 @@ def test_documents_of_a_batch_may_be_longer_and_shorter_than_the_original_contex
     np.testing.assert_allclose(ours, expected, atol=1e-4)
 
 
-def test_weights_in_tiles_give_the_same_gradients(
-    check_here: Check, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_in_tiles_give_the_same_gradients(check_here: Check, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ggml_diffusion.engine.ggml_graph.operations.TILE_BYTES", 4 * 64 * 7)
     monkeypatch.setattr("ggml_diffusion.engine.ggml_graph.head.LOGIT_BYTES", 4 * 300 * 5)
     check_here(Case({"type": "Q4_0", "tied": True}, packed, 0.3), "packed")
@@ -159,7 +159,9 @@ def test_a_batch_in_parts_has_the_loss_and_the_gradients_of_the_whole(
         )
 
 
-def test_the_same_call_gives_the_same_bits_and_adds_to_what_is_there(tiny_model: TinyModel, kind: str) -> None:
+def test_the_same_call_gives_the_same_bits_and_adds_to_what_is_there(
+    tiny_model: TinyModel, kind: str
+) -> None:
     path = tiny_model(type="Q4_0")
     reference = oracle.load_model(path)
     batch, adapter = packed_batch(reference.V, B=3, T=13), random_adapter(reference, rank=3, B=3)

@@ -31,7 +31,7 @@ from bench_sections import Settings
 from rich.console import Console
 
 from ggml_diffusion.app.demo import demo_model
-from ggml_diffusion.engine.cpu.q4_model import default_threads
+from ggml_diffusion.engine.threads import default_threads
 from ggml_diffusion.errors import UserError
 
 SECTIONS: Mapping[str, tuple[Callable[[Settings], Any], str]] = {

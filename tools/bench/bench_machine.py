@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ggml_diffusion.engine.cpu.q4_model import default_threads
+from ggml_diffusion.engine.threads import default_threads
 
 PACKAGES = ("ggml-diffusion", "llama-cpp-python", "numpy")
 

@@ -38,7 +38,8 @@ def _with_default(description: str, default: Any) -> str:
 Settings = TypeVar("Settings", bound=BaseModel)
 Threads = Annotated[int | None, setting("hardware.num_threads", "--threads")]
 Device = Annotated[
-    Literal["cpu", "metal", "cuda", "vulkan"], typer.Option(help="What computes; see `ggml-diffusion devices`.")
+    Literal["cpu", "metal", "cuda", "vulkan"],
+    typer.Option(help="What computes; see `ggml-diffusion devices`."),
 ]
 AllowOtherBase = Annotated[
     bool, typer.Option("--allow-other-base", help="Use an adapter that was trained on another file.")

@@ -14,11 +14,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ggml_diffusion.engine.cpu._native import ffi, lib
-from ggml_diffusion.engine.cpu.native_structs import NativeAdapter, Objective, Rows, check, pointer
+from ggml_diffusion.engine.cpu.native_structs import NativeAdapter, Objective, Rows
 from ggml_diffusion.engine.interface import Batch, Compute, Int8, LossResult, StepDescription
 from ggml_diffusion.engine.memory_plan import Keep, StepPlan, plan_step
+from ggml_diffusion.engine.native import check, ffi, lib, pointer
 from ggml_diffusion.engine.segments import token_array
+from ggml_diffusion.engine.threads import default_threads
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.formats.lora import LoraAdapter, lora_ranks
 from ggml_diffusion.formats.model_check import read_model
@@ -36,11 +37,6 @@ _KEEP = {
     "boundaries": lib.GGD_KEEP_BOUNDARIES,
 }
 _RECOMPUTED: dict[Keep, str] = {"all": "", "without-ffn": "gate and up", "boundaries": "layers"}
-
-
-def default_threads() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Q4Model:

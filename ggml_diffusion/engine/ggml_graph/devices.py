@@ -15,7 +15,12 @@ from ggml_diffusion.errors import UserError
 KINDS = {"CPU": "cpu", "MTL": "metal", "Metal": "metal", "CUDA": "cuda", "Vulkan": "vulkan"}
 ACCELERATORS = ("cuda", "metal", "vulkan")
 _OPTIONS = {"metal": "-DGGML_METAL=ON", "cuda": "-DGGML_CUDA=ON", "vulkan": "-DGGML_VULKAN=ON"}
-_TYPES = {ggml.CPU: "CPU", ggml.GPU: "GPU", ggml.INTEGRATED_GPU: "integrated GPU", ggml.ACCELERATOR: "accelerator"}
+_TYPES = {
+    ggml.CPU: "CPU",
+    ggml.GPU: "GPU",
+    ggml.INTEGRATED_GPU: "integrated GPU",
+    ggml.ACCELERATOR: "accelerator",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,4 +93,3 @@ def how_to_install(kind: str) -> str:
         f'CMAKE_ARGS="{option}" pip install --force-reinstall --no-deps --no-cache-dir --no-binary '
         f"llama-cpp-python llama-cpp-python=={version}"
     )
-

@@ -13,7 +13,7 @@ from typing import Any
 
 from cffi import FFI
 
-from ggml_diffusion.engine.cpu._native import lib as core
+from ggml_diffusion.engine.native import lib as core
 
 _DECLARATIONS = """
 typedef struct ggml_context ggml_context;
@@ -95,8 +95,9 @@ tensor *ggml_transpose(ggml_context *, tensor *);
 tensor *ggml_get_rows(ggml_context *, tensor *, tensor *);
 tensor *ggml_set_rows(ggml_context *, tensor *, tensor *, tensor *);
 tensor *ggml_soft_max_ext(ggml_context *, tensor *, tensor *mask, float scale, float max_bias);
-tensor *ggml_rope_ext(ggml_context *, tensor *, tensor *positions, tensor *factors, int n_dims, int mode, int n_ctx_orig,
-                      float freq_base, float freq_scale, float ext_factor, float attn_factor, float beta_fast, float beta_slow);
+tensor *ggml_rope_ext(ggml_context *, tensor *, tensor *positions, tensor *factors, int n_dims, int mode,
+                      int n_ctx_orig, float freq_base, float freq_scale, float ext_factor, float attn_factor,
+                      float beta_fast, float beta_slow);
 
 size_t ggml_backend_buft_get_alignment(buffer_type);
 size_t ggml_backend_buft_get_alloc_size(buffer_type, const tensor *);
@@ -128,7 +129,8 @@ const char *ggml_backend_reg_name(registry);
 void *ggml_backend_reg_get_proc_address(registry, const char *name);
 void ggml_backend_load_all(void);
 
-sched ggml_backend_sched_new(backend *, buffer_type *, int n, size_t graph_size, bool parallel, bool op_offload);
+sched ggml_backend_sched_new(backend *, buffer_type *, int n, size_t graph_size, bool parallel,
+                             bool op_offload);
 void ggml_backend_sched_free(sched);
 void ggml_backend_sched_reserve_size(sched, ggml_cgraph *, size_t *sizes);
 int ggml_backend_sched_get_n_splits(sched);

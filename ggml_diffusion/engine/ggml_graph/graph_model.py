@@ -17,8 +17,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ggml_diffusion.engine.cpu.native_structs import Rows as HostRows
-from ggml_diffusion.engine.cpu.q4_model import default_threads
 from ggml_diffusion.engine.ggml_graph.devices import Device, find_device
 from ggml_diffusion.engine.ggml_graph.head import LOGIT_BYTES, Head
 from ggml_diffusion.engine.ggml_graph.operations import TILE_BYTES
@@ -28,6 +26,8 @@ from ggml_diffusion.engine.ggml_graph.runtime import Program, Runtime
 from ggml_diffusion.engine.ggml_graph.weights import ModelWeights
 from ggml_diffusion.engine.interface import Batch, Compute, Int8, LossResult, StepDescription
 from ggml_diffusion.engine.memory_plan import Keep, plan_step
+from ggml_diffusion.engine.segments import rows_before
+from ggml_diffusion.engine.threads import default_threads
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.formats.lora import LoraAdapter, lora_ranks
 from ggml_diffusion.formats.model_check import read_model
@@ -55,7 +55,10 @@ class _Session:
         self.teacher_rows = None
         if with_teacher:
             self.teacher_rows = Rows(
-                runtime, file, weights, Shape(shape.n_sequences, shape.n_tokens, shape.one_mask, shape.has_long, False)
+                runtime,
+                file,
+                weights,
+                Shape(shape.n_sequences, shape.n_tokens, shape.one_mask, shape.has_long, False),
             )
 
     @cached_property
@@ -198,7 +201,7 @@ class GraphModel:
 
     @property
     def has_int8(self) -> bool:
-        """Whether the forward can multiply packed weights as the device does it, most by rounding to 8 bits."""
+        """Whether the forward can multiply weights as they are packed, which most devices do in int8."""
         return self._compute == "fast" and self._open().n_quantised > 0
 
     @property
@@ -331,9 +334,7 @@ class GraphModel:
         for first in range(0, n_sequences, step):
             yield slice(first, min(first + step, n_sequences))
 
-    def _start(
-        self, batch: Batch, adapter: LoraAdapter | None, int8: Int8, *, gradients: bool
-    ) -> _Session:
+    def _start(self, batch: Batch, adapter: LoraAdapter | None, int8: Int8, *, gradients: bool) -> _Session:
         """The session of a batch, with the batch and the adapter on the device and the forward done."""
         weights, teacher = self._open(), batch.teacher
         if adapter is not None:
@@ -341,16 +342,15 @@ class GraphModel:
         self._check(batch)
         is_long = document_lengths(batch).max() > weights.network.original_context
         has_long = bool(is_long and weights.periods[2] is not None)
-        shape = Shape(*batch.tokens.shape, sees_everything(batch), has_long, gradients)
+        n_sequences, n_tokens = batch.tokens.shape
+        shape = Shape(n_sequences, n_tokens, sees_everything(batch), has_long, gradients)
         session = self._session(shape, adapter, with_teacher=teacher is not None, packed=int8 == "both")
         if session.adapter is not None and adapter is not None:
             session.adapter.set(adapter)
         session.rows.set(batch, self._embeddings(batch, adapter))
         session.forward.run()
         if teacher is not None and session.teacher_rows is not None:
-            base = Batch(
-                np.where(batch.valid, teacher.tokens, 0), 1.0, batch.lengths, batch.document_ids
-            )
+            base = Batch(np.where(batch.valid, teacher.tokens, 0), 1.0, batch.lengths, batch.document_ids)
             session.teacher_rows.set(base, self._embeddings(base, None))
             session.teacher_forward.run()
         return session
@@ -383,10 +383,12 @@ class GraphModel:
 
     def _embeddings(self, batch: Batch, adapter: LoraAdapter | None) -> NDArray[np.float32]:
         """What the first layer reads, (B, T, C)."""
-        HostRows(batch, self._file.C)  # raises for an offset of another width
         rows = self.embed(np.where(batch.valid, batch.tokens, 0))
-        if batch.embedding_offset is not None:
-            rows += batch.embedding_offset[:, None, :]
+        offset = batch.embedding_offset
+        if offset is not None:
+            if offset.shape[1] != self._file.C:
+                raise ValueError(f"embedding_offset has the shape {offset.shape}, not (B, {self._file.C})")
+            rows += offset[:, None, :]
         if adapter is not None and adapter.mask_embedding is not None:
             rows[batch.tokens == adapter.mask_token_id] += adapter.mask_embedding
         scale = np.float32(self._open().network.embedding_scale)
@@ -405,9 +407,8 @@ class GraphModel:
         teacher_numbers = np.zeros(batch.tokens.size, dtype=np.int32)
         if teacher is not None:
             teacher_weights = np.where(batch.valid, teacher.weights, 0.0).astype(np.float32).reshape(-1)
-            back = HostRows(batch, self._file.C).rows_before(
-                teacher.rows_back, teacher_weights.reshape(batch.valid.shape)[batch.valid] != 0.0
-            )
+            needed = teacher_weights.reshape(batch.valid.shape)[batch.valid] != 0.0
+            back = rows_before(batch.segments, teacher.rows_back, needed)
             place = np.flatnonzero(batch.valid).astype(np.int32)
             teacher_numbers[place] = place[back]
         row_weights = np.where(batch.valid, weights, 0.0).astype(np.float32).reshape(-1)
@@ -424,7 +425,11 @@ class GraphModel:
         for first in range(0, len(numbers), head.n_rows):
             some = numbers[first : first + head.n_rows]
             row_loss[some], row_correct[some], taught[some] = head.losses(
-                some, row_targets[some].astype(np.int32), row_weights[some], teacher_numbers[some], teacher_weights[some]
+                some,
+                row_targets[some].astype(np.int32),
+                row_weights[some],
+                teacher_numbers[some],
+                teacher_weights[some],
             )
         counts = row_weights != 0.0
         row_loss[~counts], row_correct[~counts] = 0.0, False
@@ -451,7 +456,9 @@ class GraphModel:
         session.backward.run()
         runtime = self._runtime
         embedding, *halves = session.backward.outputs
-        names = [name + half for name in lora_ranks(adapter.tensors) for half in (LORA_A_SUFFIX, LORA_B_SUFFIX)]
+        names = [
+            name + half for name in lora_ranks(adapter.tensors) for half in (LORA_A_SUFFIX, LORA_B_SUFFIX)
+        ]
         for name, tensor in zip(names, halves, strict=True):
             gradients[name].__iadd__(runtime.get(tensor).reshape(gradients[name].shape))
         rows = runtime.get(embedding).reshape(*batch.tokens.shape, self._file.C)
@@ -459,12 +466,13 @@ class GraphModel:
         if adapter.mask_embedding is not None and MASK_EMBEDDING in gradients:
             masked = batch.valid & (batch.tokens == adapter.mask_token_id)
             gradients[MASK_EMBEDDING].__iadd__(rows[masked].sum(axis=0, dtype=np.float64).astype(np.float32))
-        return rows.sum(axis=1, dtype=np.float64).astype(np.float32)
+        offsets: NDArray[np.float32] = rows.sum(axis=1, dtype=np.float64).astype(np.float32)
+        return offsets
 
     def _check_int8(self, products: Int8) -> None:
         """Only the forward has int8 products here: "backward" alone is none."""
         if products != "none" and not self.has_int8:
-            raise UserError("int8 products need compute \"fast\" and quantised weights")
+            raise UserError('int8 products need compute "fast" and quantised weights')
 
     def _open(self) -> ModelWeights:
         if self._weights is None:

@@ -144,7 +144,7 @@ class Head:
         teacher_numbers: NDArray[np.int32] | None = None,
         teacher_weights: NDArray[np.float32] | None = None,
     ) -> tuple[NDArray[np.float32], NDArray[np.bool_], NDArray[np.float32]]:
-        """Of up to N rows: cross-entropies, whether the target is the most probable token, teacher's losses."""
+        """Of up to N rows: cross-entropies, whether the target is the likeliest token, teacher's losses."""
         n, runtime = len(numbers), self._runtime
         runtime.set(self._numbers, self._filled(numbers, 0))
         runtime.set(self._places, self._filled(numbers, self._last_row))
@@ -184,5 +184,3 @@ class _Back:
 
     def __init__(self, x: Value, normed: Value, capped: Tensor | None) -> None:
         self.x, self.normed, self.capped = x, normed, capped
-
-

@@ -3,13 +3,12 @@
   a = x + s post(O attention(rope(norm(Q pre(x))), rope(norm(K pre(x))), V pre(x)))
   y = a + s post(D (gate(G pre(a)) * U pre(a)))
 
-as in csrc/transformer.c, which is its twin; no architecture is known by name. Rows are (C, M) with M = B T, in
-whole sequences with their padding, since a graph has one shape.
+as in csrc/transformer.c, which is its twin; no architecture is known by name. Rows are (C, M) with M = B T,
+in whole sequences with their padding, since a graph has one shape.
 Deliberately not here: graphs that run (programs.py) and arrays of the host (graph_model.py).
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 from ggml_diffusion.engine.ggml_graph.operations import Operations, Pair, Rotation, Value
 from ggml_diffusion.engine.ggml_graph.runtime import Tensor
@@ -109,4 +108,3 @@ def windows(weights: ModelWeights) -> int:
 def ropes(weights: ModelWeights) -> set[int]:
     """The kinds of RoPE that the layers take."""
     return {one.rope for one in weights.layers if one.rope >= 0}
-

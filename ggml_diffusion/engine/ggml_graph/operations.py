@@ -86,8 +86,8 @@ class Operations:
     Attributes:
         graph: where they go.
         row_numbers: 0, 1, 2, ... int32, as many as the largest matrix has rows.
-        packed: whether packed weights are multiplied as they are, for which most devices round the other factor
-            to 8 bits, or are unpacked to float32 before.
+        packed: whether packed weights are multiplied as they are, for which most devices round the other
+            factor to 8 bits, or are unpacked to float32 before.
 
     """
 
@@ -147,7 +147,7 @@ class Operations:
         return self._write(lib.ggml_sqr, a)
 
     def tanh(self, a: Tensor) -> Tensor:
-        """tanh(a)."""
+        """The hyperbolic tangent."""
         return self._write(lib.ggml_tanh, a)
 
     def sum_rows(self, a: Tensor) -> Tensor:
@@ -390,7 +390,11 @@ class Operations:
         def by_group(x: Tensor) -> Tensor:  # the query heads of a key head one after the other, as more rows
             return self.reshape(x, int(x.ne[0]), t * shared, groups, n_sequences)
 
-        queries, keys, values = (by_head(q.tensor, heads), by_head(k.tensor, groups), by_head(v.tensor, groups))
+        queries, keys, values = (
+            by_head(q.tensor, heads),
+            by_head(k.tensor, groups),
+            by_head(v.tensor, groups),
+        )
         scores = self.reshape(self.multiply(keys, by_group(queries)), t, t, heads, n_sequences)
         capped = None
         if cap > 0.0:

@@ -96,7 +96,9 @@ class Rows:
         self.gradient = store.new(file.C, n_rows + 1) if shape.gradients else None
         masks = 1 if shape.one_mask else shape.n_sequences
         kinds = ropes(weights) | ({LONG} if shape.has_long else set())
-        self._positions = {kind: (store.new(n_rows, kind=ggml.I32), store.new(n_rows, kind=ggml.I32)) for kind in kinds}
+        self._positions = {
+            kind: (store.new(n_rows, kind=ggml.I32), store.new(n_rows, kind=ggml.I32)) for kind in kinds
+        }
         self._window = windows(weights)
         self.inputs = RowInputs(
             shape.n_sequences,

@@ -40,7 +40,7 @@ def sees_everything(batch: Batch) -> bool:
 
 
 def log_visibility(batch: Batch, window: int = 0) -> NDArray[np.float32]:
-    """What is added to scores, (B or 1, T, T) query by key: log of the key's weight, -inf where it is not seen.
+    """What is added to scores, (B or 1, T, T) query by key: log of the key's weight, -inf if it is not seen.
 
     Args:
         batch: see `Batch`.
@@ -77,7 +77,9 @@ def _future(batch: Batch, n_tokens: int) -> NDArray[np.float32] | np.float32:
 def _uniform(seed: int, n_tokens: int) -> NDArray[np.float32]:
     """Uniform in [0, 1) from (seed, query, key): the core's `pattern`, splitmix64's finaliser."""
     places = np.arange(n_tokens, dtype=np.uint64)
-    x = np.uint64(seed % 2**64) + _GOLDEN * ((places[:, None] << np.uint64(32) | places[None, :]) + np.uint64(1))
+    x = np.uint64(seed % 2**64) + _GOLDEN * (
+        (places[:, None] << np.uint64(32) | places[None, :]) + np.uint64(1)
+    )
     x = (x ^ (x >> np.uint64(30))) * _FIRST
     x = (x ^ (x >> np.uint64(27))) * _SECOND
     x = x ^ (x >> np.uint64(31))

@@ -1,8 +1,8 @@
 """A device with its memory and its graphs: what owns something in ggml, and gives it back.
 
 A `Runtime` has the device that was asked for and GGML's CPU backend, to which the scheduler gives what the
-device lacks. A `Store` is tensors that stay in the device's memory; a `Program` is a graph, allocated once and
-run many times. Deliberately no arithmetic: operations.py writes the graphs.
+device lacks. A `Store` is tensors that stay in the device's memory; a `Program` is a graph, allocated once
+and run many times. Deliberately no arithmetic: operations.py writes the graphs.
 """
 
 from collections.abc import Callable, Sequence
@@ -53,7 +53,7 @@ class Runtime:
         lib.ggml_backend_tensor_set(tensor, ffi.from_buffer(array), 0, array.nbytes)
 
     def get(self, tensor: Tensor) -> NDArray[Any]:
-        """A tensor's values, with its slowest dimension first; dimensions of one at the front are left out."""
+        """A tensor's values, its slowest dimension first, without dimensions of one at the front."""
         shape = tuple(tensor.ne[i] for i in range(3, -1, -1))
         while len(shape) > 1 and shape[0] == 1:
             shape = shape[1:]
@@ -173,7 +173,7 @@ class Program:
 
 
 class Graph:
-    """A graph that is being written: ggml's context for new tensors, and the order in which they are computed."""
+    """A graph that is being written: the context of its tensors, and the order of their computation."""
 
     def __init__(self, context: Any, nodes: Any) -> None:
         self.context = context

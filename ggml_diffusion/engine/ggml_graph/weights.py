@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ggml_diffusion.engine.cpu._native import ffi as core_ffi
-from ggml_diffusion.engine.cpu._native import lib as core
-from ggml_diffusion.engine.cpu.native_structs import check, pointer
 from ggml_diffusion.engine.ggml_graph import ggml
 from ggml_diffusion.engine.ggml_graph.ggml import ffi, lib
 from ggml_diffusion.engine.ggml_graph.operations import Weight
 from ggml_diffusion.engine.ggml_graph.runtime import Runtime, Store, Tensor, new_context
+from ggml_diffusion.engine.native import check, pointer
+from ggml_diffusion.engine.native import ffi as core_ffi
+from ggml_diffusion.engine.native import lib as core
 from ggml_diffusion.engine.segments import token_array
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.formats.lora import TargetModule
