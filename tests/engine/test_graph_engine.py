@@ -137,6 +137,15 @@ def test_weights_in_tiles_give_the_same_gradients(check_here: Check, monkeypatch
     check_here(Case({"type": "Q4_0", "tied": True}, packed, 0.3), "packed")
 
 
+@pytest.mark.parametrize("arch", ["llama", "gemma2"])
+def test_attention_in_parts_gives_the_same_gradients(
+    check_here: Check, monkeypatch: pytest.MonkeyPatch, arch: str
+) -> None:
+    # a key head at a time, and at last the one that is left over
+    monkeypatch.setattr("ggml_diffusion.engine.ggml_graph.attention.SCORE_BYTES", 4 * 13 * 13 * 2 * 3 * 2)
+    check_here(Case({**SMALL[arch], "H": 6, "G": 3, "C": 48}, packed, 0.3), "packed")
+
+
 def test_a_batch_in_parts_has_the_loss_and_the_gradients_of_the_whole(
     tiny_model: TinyModel, kind: str
 ) -> None:

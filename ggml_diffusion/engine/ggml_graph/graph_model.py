@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ggml_diffusion.engine.ggml_graph.attention import SCORE_BYTES
 from ggml_diffusion.engine.ggml_graph.devices import Device, find_device
 from ggml_diffusion.engine.ggml_graph.head import LOGIT_BYTES, Head
 from ggml_diffusion.engine.ggml_graph.operations import TILE_BYTES
@@ -241,7 +242,7 @@ class GraphModel:
         file, n_rows = self._file, n_sequences * n_tokens
         heads = (file.H + 2 * file.G) * file.D
         layer = 4 * n_rows * (16 * file.C + 12 * heads + 10 * file.F)
-        scores = 4 * n_rows * n_tokens * file.H * 6
+        scores = 8 * min(4 * n_rows * n_tokens * file.H, SCORE_BYTES)
         adapter = 4 * file.L * rank * (7 * file.C + 2 * heads + 3 * file.F) * 2
         kept = 4 * n_rows * file.C * (file.L + 3)
         head = 4 * min(LOGIT_BYTES, 4 * n_rows * file.V)

@@ -10,6 +10,7 @@ Deliberately not here: graphs that run (programs.py) and arrays of the host (gra
 
 from dataclasses import dataclass
 
+from ggml_diffusion.engine.ggml_graph.attention import attention
 from ggml_diffusion.engine.ggml_graph.operations import Operations, Pair, Rotation, Value
 from ggml_diffusion.engine.ggml_graph.runtime import Tensor
 from ggml_diffusion.engine.ggml_graph.weights import (
@@ -89,7 +90,7 @@ class Network:
             q = ops.scale_rows(q, self.rows.query_factors)
         mask = self.rows.window_mask if one.window and self.rows.window_mask is not None else self.rows.mask
         scale, cap = float(network.score_scale), float(network.score_cap)
-        out = ops.attention(q, k, v, mask, self.rows.n_sequences, scale, cap)
+        out = attention(ops, (q, k, v), mask, self.rows.n_sequences, scale, cap)
         return self._linear(ops, index, TargetModule.OUTPUT_PROJ, out)
 
     def _ffn(self, ops: Operations, index: int, one: LayerWeights, x: Value) -> Value:

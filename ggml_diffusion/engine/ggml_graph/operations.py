@@ -8,12 +8,12 @@ is written here from products, sums and element-wise functions.
 ggml names its dimensions from the fastest: (C, M) here is M rows of C numbers. A product `multiply(a, b)` is
 over the fastest dimension of both: (k, n), (k, m) -> (n, m). Gradients of frozen weights are not computed.
 
-Deliberately not here: what a network is made of (network.py).
+Deliberately not here: attention (attention.py), and what a network is made of (network.py).
 Letters: C hidden size, M rows of a batch, D head size, R LoRA rank.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,7 +103,9 @@ class Operations:
         while self._tape:
             self._tape.pop()()
 
-    def _record(self, result: Value, step: Callable[[Tensor], None]) -> Value:
+    def record(self, result: Value, step: Callable[[Tensor], None]) -> Value:
+        """Leave on the tape how a result's gradient goes back; returns the result."""
+
         def follow() -> None:
             if result.gradient is not None:
                 step(result.gradient)
@@ -212,6 +214,20 @@ class Operations:
         """Write rows to their places in a tensor that stays."""
         self.graph.expand(self._write(lib.ggml_set_rows, place, rows, numbers))
 
+    def heads(self, a: Tensor, first: int, n: int) -> Tensor:
+        """Heads [first, first + n) of (D, heads, M), copied where they are not all."""
+        if first == 0 and n == a.ne[1]:
+            return self.contiguous(a)
+        view = self._write(lib.ggml_view_3d, a, a.ne[0], n, a.ne[2], a.nb[1], a.nb[2], first * a.nb[1])
+        return self._write(lib.ggml_cont, view)
+
+    def join(self, parts: Sequence[Tensor], dimension: int) -> Tensor:
+        """Tensors one after the other along a dimension."""
+        whole = parts[0]
+        for part in parts[1:]:
+            whole = self._write(lib.ggml_concat, whole, part, dimension)
+        return whole
+
     def copy(self, a: Tensor, place: Tensor) -> Tensor:
         """Copy into a tensor that stays; the result is that tensor, computed after the copy."""
         copied = self._write(lib.ggml_cpy, a, place)
@@ -233,10 +249,7 @@ class Operations:
         if self.packed or weight.tensor.type == ggml.F32:
             return self.multiply(weight.tensor, x)
         pieces = [self.multiply(self.unpack(weight, *tile), x) for tile in weight.tiles()]
-        product = pieces[0]
-        for piece in pieces[1:]:
-            product = self._write(lib.ggml_concat, product, piece, 0)
-        return product
+        return self.join(pieces, 0)
 
     def project_back(self, weight: Weight, dy: Tensor) -> Tensor:
         """W^T dy: (out, M) -> (in, M), from unpacked and transposed tiles of W."""
@@ -271,7 +284,7 @@ class Operations:
                 self.add_gradient(pair.b, self.scale(of_b, pair.scale))
             self.add_gradient(x, dx)
 
-        return self._record(Value(y), step)
+        return self.record(Value(y), step)
 
     def add_block(self, x: Value, block: Value, factor: float) -> Value:
         """X + factor block."""
@@ -281,7 +294,7 @@ class Operations:
             self.add_gradient(x, dy)
             self.add_gradient(block, self.scale(dy, factor))
 
-        return self._record(y, step)
+        return self.record(y, step)
 
     def norm(self, x: Value, weight: Tensor | None, eps: float) -> Value:
         """RMS norm over the fastest dimension, times a weight; without a weight x itself."""
@@ -297,7 +310,7 @@ class Operations:
             size = self.scale(self.sum_rows(self.square(x.tensor)), 1.0 / n, eps)
             self.add_gradient(x, self.divide(across, self._write(lib.ggml_sqrt, size)))
 
-        return self._record(Value(self.times(unit, weight)), step)
+        return self.record(Value(self.times(unit, weight)), step)
 
     def head_norm(self, x: Value, weight: Tensor | None, eps: float) -> Value:
         """RMS norm of (heads D, M) in pieces as long as the weight."""
@@ -314,7 +327,7 @@ class Operations:
         def step(dy: Tensor) -> None:
             self.add_gradient(x, self.reshape(self.contiguous(dy), *before))
 
-        return self._record(Value(self.reshape(x.tensor, *sizes)), step)
+        return self.record(Value(self.reshape(x.tensor, *sizes)), step)
 
     def rotate(self, x: Value, rotation: Rotation) -> Value:
         """RoPE of (D, heads, M)."""
@@ -322,7 +335,7 @@ class Operations:
         def step(dy: Tensor) -> None:
             self.add_gradient(x, self._rope(dy, rotation, rotation.positions_back))
 
-        return self._record(Value(self._rope(x.tensor, rotation, rotation.positions)), step)
+        return self.record(Value(self._rope(x.tensor, rotation, rotation.positions)), step)
 
     def _rope(self, x: Tensor, rotation: Rotation, positions: Tensor) -> Tensor:
         # With base 1 ggml turns pair i by position / factor_i, so that any frequencies are data.
@@ -336,7 +349,7 @@ class Operations:
         def step(dy: Tensor) -> None:
             self.add_gradient(x, self.times(dy, factors))
 
-        return self._record(Value(self.times(x.tensor, factors)), step)
+        return self.record(Value(self.times(x.tensor, factors)), step)
 
     def gated(self, gate: Value, up: Value, *, gelu: bool) -> Value:
         """Act(gate) up, with SiLU or GELU by its tanh formula."""
@@ -346,7 +359,7 @@ class Operations:
             self.add_gradient(gate, self.times(self.times(dy, up.tensor), slope()))
             self.add_gradient(up, self.times(dy, active))
 
-        return self._record(Value(self.times(active, up.tensor)), step)
+        return self.record(Value(self.times(active, up.tensor)), step)
 
     def _silu(self, x: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
         share = self._write(lib.ggml_sigmoid, x)
@@ -364,60 +377,3 @@ class Operations:
             return self.add(half, self.times(inner, self.scale(self.square(t), -1.0, 1.0)))
 
         return self.times(x, half), slope
-
-    def attention(
-        self, q: Value, k: Value, v: Value, mask: Tensor, n_sequences: int, scale: float, cap: float
-    ) -> Value:
-        """Softmax attention of (D, H, M) queries over (D, G, M) keys and values -> (D H, M).
-
-        Args:
-            q: queries; H / G neighbouring heads share a key head.
-            k: keys.
-            v: values.
-            mask: (T, T, 1, B or 1), added to the scores, key by query.
-            n_sequences: B.
-            scale: of the scores.
-            cap: their soft cap, 0 = none.
-
-        """
-        d, heads, n_rows = (int(q.tensor.ne[i]) for i in range(3))
-        groups, t = int(k.tensor.ne[1]), n_rows // n_sequences
-        shared = heads // groups
-
-        def by_head(x: Tensor, n: int) -> Tensor:
-            return self.swap_heads(self.reshape(self.contiguous(x), d, n, t, n_sequences))
-
-        def by_group(x: Tensor) -> Tensor:  # the query heads of a key head one after the other, as more rows
-            return self.reshape(x, int(x.ne[0]), t * shared, groups, n_sequences)
-
-        queries, keys, values = (
-            by_head(q.tensor, heads),
-            by_head(k.tensor, groups),
-            by_head(v.tensor, groups),
-        )
-        scores = self.reshape(self.multiply(keys, by_group(queries)), t, t, heads, n_sequences)
-        capped = None
-        if cap > 0.0:
-            capped = self.tanh(self.scale(scores, scale / cap))
-            scores = self.scale(capped, cap)
-        weights = self.softmax(scores, mask, 1.0 if cap > 0.0 else scale)
-        out = self.multiply(self.transpose(values), by_group(weights))
-        out = self.swap_heads(self.reshape(out, d, t, heads, n_sequences))
-
-        def step(dy: Tensor) -> None:
-            d_out = by_head(self.reshape(self.contiguous(dy), d, heads, n_rows), heads)
-            d_weights = self.reshape(self.multiply(values, by_group(d_out)), t, t, heads, n_sequences)
-            mean = self.sum_rows(self.times(weights, d_weights))
-            d_scores = self.times(weights, self.subtract(d_weights, mean))
-            if capped is not None:
-                d_scores = self.times(d_scores, self.scale(self.square(capped), -1.0, 1.0))
-            d_scores = by_group(self.scale(d_scores, scale))
-            d_out, rows = by_group(d_out), by_group(queries)
-            d_queries = self.multiply(self.transpose(keys), d_scores)
-            d_keys = self.multiply(self.transpose(rows), self.transpose(d_scores))
-            d_values = self.multiply(self.transpose(d_out), self.transpose(by_group(weights)))
-            for value, gradient, n in ((q, d_queries, heads), (k, d_keys, groups), (v, d_values, groups)):
-                by_row = self.swap_heads(self.reshape(gradient, d, t, n, n_sequences))
-                self.add_gradient(value, self.reshape(by_row, d, n, n_rows))
-
-        return self._record(Value(self.reshape(out, d * heads, n_rows)), step)
