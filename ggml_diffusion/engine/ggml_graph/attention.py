@@ -3,8 +3,8 @@
   P = softmax(cap(scale Q K^T) + mask),  O = P V
   dV = P^T dO,  dP = dO V^T,  dS = scale P (dP - sum(P dP)),  dQ = dS K,  dK = dS^T Q
 
-The queries of all heads that share a key head are rows of one product, so that sums over the group are part of
-the products for dK and dV. Scores are (T, T) numbers a head and sequence: where those of all heads are too
+The queries of all heads that share a key head are rows of one product, so that sums over the group are part
+of the products for dK and dV. Scores are (T, T) numbers a head and sequence: where those of all heads are too
 many, the key heads go in parts, whose scores are computed again in the backward.
 Letters: B sequences, T tokens a sequence, M = B T rows, H query heads, G key/value heads, D head size.
 """
@@ -16,6 +16,12 @@ from ggml_diffusion.engine.ggml_graph.runtime import Tensor
 
 # Scores of the heads that are computed together take at most so many bytes.
 SCORE_BYTES = 256 << 20
+
+
+def heads_of_a_part(n_sequences: int, n_tokens: int, heads: int, groups: int) -> int:
+    """Key heads that are computed together."""
+    scores_bytes = 4 * n_tokens * n_tokens * (heads // groups) * n_sequences
+    return max(1, min(groups, SCORE_BYTES // scores_bytes))
 
 
 def attention(
@@ -41,7 +47,7 @@ def attention(
     d, heads, n_rows = (int(queries.tensor.ne[i]) for i in range(3))
     groups, t = int(keys.tensor.ne[1]), n_rows // n_sequences
     shared = heads // groups
-    step = max(1, min(groups, SCORE_BYTES // (4 * t * t * shared * n_sequences)))
+    step = heads_of_a_part(n_sequences, t, heads, groups)
     ranges = [(first, min(step, groups - first)) for first in range(0, groups, step)]
     parts = [_Part(ops, mask, (d, t, n, n_sequences, shared), scale, cap) for _, n in ranges]
     outputs = [

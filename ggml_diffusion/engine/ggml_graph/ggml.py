@@ -90,7 +90,8 @@ tensor *ggml_cpy(ggml_context *, tensor *, tensor *);
 tensor *ggml_reshape_4d(ggml_context *, tensor *, int64_t, int64_t, int64_t, int64_t);
 tensor *ggml_view_1d(ggml_context *, tensor *, int64_t, size_t offset);
 tensor *ggml_view_2d(ggml_context *, tensor *, int64_t, int64_t, size_t nb1, size_t offset);
-tensor *ggml_view_3d(ggml_context *, tensor *, int64_t, int64_t, int64_t, size_t nb1, size_t nb2, size_t offset);
+tensor *ggml_view_3d(ggml_context *, tensor *, int64_t, int64_t, int64_t, size_t nb1, size_t nb2,
+                     size_t offset);
 tensor *ggml_permute(ggml_context *, tensor *, int, int, int, int);
 tensor *ggml_transpose(ggml_context *, tensor *);
 tensor *ggml_get_rows(ggml_context *, tensor *, tensor *);

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ggml_diffusion.engine.ggml_graph import ggml
+from ggml_diffusion.engine.ggml_graph.attention import heads_of_a_part
 from ggml_diffusion.engine.ggml_graph.ggml import lib
 from ggml_diffusion.engine.ggml_graph.network import Network, Pairs, RowInputs, ropes, windows
 from ggml_diffusion.engine.ggml_graph.operations import Operations, Pair, Rotation, Value
@@ -167,11 +168,16 @@ class Compiler:
     def __init__(self, runtime: Runtime, file: ModelFile, weights: ModelWeights, *, packed: bool) -> None:
         self.runtime, self.file, self.weights, self._packed = runtime, file, weights, packed
 
-    def program(self, write: Write) -> Program:
-        """A program of what a function writes."""
-        weights = self.weights
+    def program(self, write: Write, shape: Shape | None = None) -> Program:
+        """A program of what a function writes; with a shape for what runs through the layers."""
+        weights, file = self.weights, self.file
         n_tiles = sum(len(w.tiles()) for one in weights.layers for w in one.projections.values())
-        graph_size = 1024 + 640 * self.file.L + 16 * (n_tiles + len(weights.head.tiles()))  # nodes and leafs
+        n_parts = 0
+        if shape is not None:
+            together = heads_of_a_part(shape.n_sequences, shape.n_tokens, file.H, file.G)
+            n_parts = file.L * -(-file.G // together)
+        # nodes and leafs
+        graph_size = 1024 + 640 * file.L + 128 * n_parts + 16 * (n_tiles + len(weights.head.tiles()))
 
         def write_all(graph: Graph) -> Sequence[Tensor]:
             return write(Operations(graph, weights.row_numbers, self._packed))
@@ -190,7 +196,7 @@ class Compiler:
                     x = ops.copy(x, rows.stream[index + 1 if rows.shape.gradients else 1])
             return []
 
-        return self.program(write)
+        return self.program(write, rows.shape)
 
     def backward(self, rows: Rows, pairs: Pairs) -> Program:
         """From the gradient of the last layer's output to those of the embeddings and of all pairs.
@@ -215,4 +221,4 @@ class Compiler:
                 ops.graph.expand(gradient)
             return [gradient, *(value.gradient for pair in pairs.values() for value in (pair.a, pair.b))]
 
-        return self.program(write)
+        return self.program(write, rows.shape)
