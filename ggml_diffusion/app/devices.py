@@ -1,4 +1,4 @@
-"""What this installation computes on, for people: a table, and a report for an issue.
+"""What this installation computes on, for people: a table, a report for an issue, and a model on a device.
 
 Deliberately not here: the choice of a device (engine/open.py), and what one does with a model (inspect.py).
 """
@@ -11,8 +11,17 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ggml_diffusion.engine.ggml_graph.devices import ACCELERATORS, Device, how_to_install, list_devices
+from ggml_diffusion.engine.ggml_graph.devices import (
+    ACCELERATORS,
+    Device,
+    find_device,
+    how_to_install,
+    list_devices,
+)
 from ggml_diffusion.engine.ggml_graph.probe import OPERATIONS, missing_operations, types_taken
+from ggml_diffusion.engine.ggml_graph.weights import device_takes
+from ggml_diffusion.formats.model_file import ModelFile
+from ggml_diffusion.formats.tensor_types import TENSOR_TYPES
 
 _OWN = "cpu is this program's own core; the others are computed by ggml inside llama-cpp-python"
 
@@ -33,6 +42,27 @@ def describe_devices() -> RenderableType:
         parts += [Text(""), Text("To install one that is missing, with its SDK at hand:")]
         parts += [Text(f"  {kind:7} {how_to_install(kind)}") for kind in missing]
     return Group(*parts)
+
+
+def model_on_device(file: ModelFile, kind: str) -> Iterator[tuple[str, str]]:
+    """Which of a model's matrices a device computes with, by type, and which it leaves to the CPU.
+
+    Raises:
+        UserError: there is no such device.
+
+    """
+    if kind == "cpu":
+        yield "cpu", "everything that can be converted"
+        return
+    device = find_device(kind)
+    yield "device", f"{device.name}: {device.description}"
+    counts: dict[tuple[str, bool], int] = {}
+    for info in file.tensors.values():
+        if len(info.shape) == 2 and info.type_name in TENSOR_TYPES:
+            takes = device_takes(device.handle, TENSOR_TYPES[info.type_name].id, info.shape[1])
+            counts[info.type_name, takes] = counts.get((info.type_name, takes), 0) + 1
+    for (name, takes), count in counts.items():
+        yield name, f"{count:,} matrices, " + ("on the device" if takes else "left to the CPU, which is slow")
 
 
 def device_report() -> str:
