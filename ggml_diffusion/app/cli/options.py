@@ -39,7 +39,7 @@ Settings = TypeVar("Settings", bound=BaseModel)
 Threads = Annotated[int | None, setting("hardware.num_threads", "--threads")]
 Device = Annotated[
     Literal["cpu", "metal", "cuda", "vulkan"],
-    typer.Option(help="What computes; see `ggml-diffusion devices`."),
+    typer.Option(help="What computes: cpu, metal, cuda or vulkan. Default: cpu."),
 ]
 AllowOtherBase = Annotated[
     bool, typer.Option("--allow-other-base", help="Use an adapter that was trained on another file.")
