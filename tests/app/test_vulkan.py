@@ -20,7 +20,8 @@ pytestmark = pytest.mark.slow
 
 
 def run(*command: object, timeout_s: float) -> str:
-    environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
+    # ggml leaves out drivers that compute on the processor unless a device is named
+    environment = {**os.environ, "OMP_WAIT_POLICY": "passive", "GGML_VK_VISIBLE_DEVICES": "0"}
     done = subprocess.run(
         [str(part) for part in command],
         capture_output=True,
