@@ -7,6 +7,7 @@ llama-cpp-python has one: in CI a software Vulkan, in an environment of its own 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ from test_distillation import check_student
 from test_gradients import BATCHES, SHAPES, Case, check, engine_result, make_trainer, packed, whole
 
 from ggml_diffusion.engine.cpu.q4_model import Q4Model
-from ggml_diffusion.engine.ggml_graph import graph_model
+from ggml_diffusion.engine.ggml_graph import graph_model, weights
 from ggml_diffusion.engine.ggml_graph.devices import find_device, how_to_install, list_devices
+from ggml_diffusion.engine.ggml_graph.ggml import F32
 from ggml_diffusion.engine.ggml_graph.graph_model import GraphModel
 from ggml_diffusion.engine.ggml_graph.operations import Weight
 from ggml_diffusion.engine.ggml_graph.probe import missing_operations, types_taken
@@ -144,6 +146,24 @@ def test_attention_in_parts_gives_the_same_gradients(
     # a key head at a time, and at last the one that is left over
     monkeypatch.setattr("ggml_diffusion.engine.ggml_graph.attention.SCORE_BYTES", 4 * 13 * 13 * 2 * 3 * 2)
     check_here(Case({**SMALL[arch], "H": 6, "G": 3, "C": 48}, packed, 0.3), "packed")
+
+
+@pytest.mark.parametrize("on_host", [True, False])
+def test_weights_that_are_uploaded_or_stay_on_the_host_give_the_same_gradients(
+    check_here: Check, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch, kind: str, on_host: bool
+) -> None:
+    # as on a device that maps nothing, which GGML's CPU backend does; or that takes no quantised type
+    if on_host:
+        takes = weights.device_takes
+        monkeypatch.setattr(weights, "device_takes", lambda *a: a[1] == F32 and takes(*a))
+    else:
+        found = find_device(kind)
+        monkeypatch.setattr(graph_model, "find_device", lambda name: replace(found, maps_host_memory=False))
+    path = tiny_model(type="Q5_0")
+    with opener(kind)(path) as model:
+        assert dict(model.on_host) == ({"q5_0": 2 * 7 + 1} if on_host else {})
+        assert (model._weights.n_bytes > path.stat().st_size / 2) == (not on_host)  # type: ignore[union-attr]
+    check_here(Case({"type": "Q5_0"}, packed, 0.7), "packed")
 
 
 def test_a_batch_in_parts_has_the_loss_and_the_gradients_of_the_whole(

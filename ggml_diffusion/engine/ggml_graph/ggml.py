@@ -115,8 +115,6 @@ void ggml_backend_tensor_set_async(backend, tensor *, const void *data, size_t o
 void ggml_backend_tensor_get_async(backend, const tensor *, void *data, size_t offset, size_t size);
 void ggml_backend_tensor_memset(tensor *, uint8_t value, size_t offset, size_t size);
 void ggml_backend_synchronize(backend);
-buffer ggml_backend_cpu_buffer_from_ptr(void *ptr, size_t size);
-buffer_type ggml_backend_cpu_buffer_type(void);
 void ggml_backend_free(backend);
 
 size_t ggml_backend_dev_count(void);

@@ -117,7 +117,10 @@ class GraphModel:
         self._n_threads = n_threads or default_threads()
         self._sessions: OrderedDict[tuple[Shape, object, bool, bool], _Session] = OrderedDict()
         self._weights: ModelWeights | None = None
-        self._runtime = Runtime(device.handle, find_device("cpu").handle, self._n_threads)
+        cpu = find_device("cpu")
+        # A GPU of its own could map the file too, and would read it through the bus at each step.
+        maps = device.maps_host_memory and device.kind in ("cpu", "metal")
+        self._runtime = Runtime(device.handle, cpu.handle, self._n_threads, maps_host_memory=maps)
         try:
             self._weights = ModelWeights(file, self._runtime)
         except UserError:

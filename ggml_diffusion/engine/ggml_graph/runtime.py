@@ -21,10 +21,19 @@ _DTYPES = {ggml.F32: np.dtype(np.float32), ggml.I32: np.dtype(np.int32)}
 
 
 class Runtime:
-    """Backends of one device, and of the CPU behind it."""
+    """Backends of one device, and of the CPU behind it.
 
-    def __init__(self, device: Any, cpu: Any, n_threads: int) -> None:
-        self.device = device
+    Attributes:
+        device: ggml's handle of the device.
+        cpu: that of GGML's CPU backend.
+        maps_host_memory: whether the device computes with weights where the mapped file has them.
+        buffer_type: of the device's memory.
+
+    """
+
+    def __init__(self, device: Any, cpu: Any, n_threads: int, *, maps_host_memory: bool) -> None:
+        self.device, self.cpu = device, cpu
+        self.maps_host_memory = maps_host_memory
         self._backends = [_start(one, n_threads) for one in ([device] if device == cpu else [device, cpu])]
         self.buffer_type = lib.ggml_backend_dev_buffer_type(device)
 

@@ -59,7 +59,8 @@ class ModelWeights:
     def __init__(self, file: ModelFile, runtime: Runtime) -> None:
         self._file, self._runtime = file, runtime
         self._model: Any = core_ffi.NULL
-        self._maps: list[Any] = []
+        self._maps: dict[tuple[int, bool], Any] = {}
+        self._largest_bytes = max(info.n_bytes for info in file.tensors.values())
         self._mapped_context: Any = ffi.NULL
         self.on_host: dict[str, int] = {}
         self.n_quantised = 0
@@ -127,7 +128,7 @@ class ModelWeights:
         address = int(core_ffi.cast("uintptr_t", native.data))
         usable = self._device_takes(native.type, native.n_cols)
         self.n_quantised += native.type not in (ggml.F32, ggml.F16, ggml.BF16)
-        if usable and not self._runtime.on_cpu:
+        if usable and not self._runtime.maps_host_memory:
             tensor = self._store.new(native.n_cols, native.n_rows, kind=native.type)
             self._uploads.append((tensor, address, lib.ggml_nbytes(tensor)))
             return Weight(tensor, bias)
@@ -135,19 +136,24 @@ class ModelWeights:
             name = ffi.string(lib.ggml_type_name(native.type)).decode()
             self.on_host[name] = self.on_host.get(name, 0) + 1
         tensor = lib.ggml_new_tensor_2d(self._mapped_context, native.type, native.n_cols, native.n_rows)
-        lib.ggml_backend_tensor_alloc(self._map(native.part), tensor, ffi.cast("void *", address))
+        buffer = self._map(native.part, on_device=usable)
+        lib.ggml_backend_tensor_alloc(buffer, tensor, ffi.cast("void *", address))
         return Weight(tensor, bias)
 
-    def _map(self, part: int) -> Any:
-        """A host buffer over a mapped file."""
-        while len(self._maps) <= part:
+    def _map(self, part: int, *, on_device: bool) -> Any:
+        """A buffer over a mapped file, of the device or of the host."""
+        if (part, on_device) not in self._maps:
             data, n_bytes = core_ffi.new("const void **"), core_ffi.new("size_t *")
-            check(core.ggd_model_part(self._model, len(self._maps), data, n_bytes))
+            check(core.ggd_model_part(self._model, part, data, n_bytes))
             address = ffi.cast("void *", int(core_ffi.cast("uintptr_t", data[0])))
-            buffer = lib.ggml_backend_cpu_buffer_from_ptr(address, n_bytes[0])
+            device = self._runtime.device if on_device else self._runtime.cpu
+            largest = self._largest_bytes
+            buffer = lib.ggml_backend_dev_buffer_from_host_ptr(device, address, n_bytes[0], largest)
+            if buffer == ffi.NULL:
+                self._file.fail("the device cannot compute with the mapped file")
             lib.ggml_backend_buffer_set_usage(buffer, ggml.USAGE_WEIGHTS)
-            self._maps.append(buffer)
-        return self._maps[part]
+            self._maps[part, on_device] = buffer
+        return self._maps[part, on_device]
 
     def _device_takes(self, kind: int, n_cols: int) -> bool:
         """Whether the device multiplies and unpacks rows of a type."""
@@ -170,7 +176,7 @@ class ModelWeights:
         """Free the device's memory and the file's map."""
         self._store.close()
         while self._maps:
-            lib.ggml_backend_buffer_free(self._maps.pop())
+            lib.ggml_backend_buffer_free(self._maps.popitem()[1])
         if self._mapped_context != ffi.NULL:
             lib.ggml_free(self._mapped_context)
             self._mapped_context = ffi.NULL
