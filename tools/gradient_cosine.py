@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ggml_diffusion.engine.cpu.q4_model import Q4Model
 from ggml_diffusion.engine.ggml_graph.graph_model import GraphModel
@@ -23,12 +24,13 @@ TEXT = Path(__file__).resolve().parents[1] / "docs" / "architecture.md"
 
 
 def make_case(
-    model: Engine, n_sequences: int, n_tokens: int, rank: int
+    model: Engine, n_sequences: int, n_tokens: int, rank: int, text: NDArray[np.int32] | None = None
 ) -> tuple[Batch, Any, Any, LoraAdapter]:
     """Masked random text, its targets and weights, and an adapter with all seven projections."""
     rng = np.random.default_rng(7)
     hidden = model.file.C
-    text = Tokenizer.from_gguf(model.file.path).encode(TEXT.read_text(encoding="utf-8"))
+    if text is None:
+        text = Tokenizer.from_gguf(model.file.path).encode(TEXT.read_text(encoding="utf-8"))
     targets = np.resize(text, (n_sequences, n_tokens)).astype(np.int32)
     masked = rng.random(targets.shape) < 0.5
     tensors = {
@@ -70,6 +72,7 @@ def main() -> None:
     """Run the comparison and print it as one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
+    parser.add_argument("--text-tokens", type=Path, help="token ids in a .npy file, instead of that text")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--sequences", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=128)
@@ -81,7 +84,8 @@ def main() -> None:
     parser.add_argument("--cpu-compute", default="fast", choices=("fast", "f32"))
     options = parser.parse_args()
     with Q4Model.from_gguf(options.model, options.threads, compute=options.cpu_compute) as model:
-        case = make_case(model, options.sequences, options.tokens, options.rank)
+        text = None if options.text_tokens is None else np.load(options.text_tokens)
+        case = make_case(model, options.sequences, options.tokens, options.rank, text)
         ours = measure(model, case, options.repeats)
     with GraphModel.from_gguf(
         options.model, options.device, options.threads, compute=options.compute

@@ -158,7 +158,12 @@ def test_weights_that_are_uploaded_or_stay_on_the_host_give_the_same_gradients(
         monkeypatch.setattr(weights, "device_takes", lambda *a: a[1] == F32 and takes(*a))
     else:
         found = find_device(kind)
-        monkeypatch.setattr(graph_model, "find_device", lambda name: replace(found, maps_host_memory=False))
+        cpu = find_device("cpu")
+        uploading = {
+            "cpu": replace(cpu, maps_host_memory=False),
+            kind: replace(found, maps_host_memory=False),
+        }
+        monkeypatch.setattr(graph_model, "find_device", uploading.__getitem__)
     path = tiny_model(type="Q5_0")
     with opener(kind)(path) as model:
         assert dict(model.on_host) == ({"q5_0": 2 * 7 + 1} if on_host else {})
