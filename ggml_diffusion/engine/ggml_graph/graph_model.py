@@ -365,10 +365,15 @@ class GraphModel:
         """The graphs of a shape; of those with gradients, which are the large ones, one is kept at a time."""
         key = (shape, AdapterTensors.key(adapter), with_teacher, packed)
         if key not in self._sessions:
-            for old in [one for one in self._sessions if shape.gradients and one[0].gradients]:
+            dropped = [one for one in self._sessions if shape.gradients and one[0].gradients]
+            dropped = dropped or list(self._sessions)[: max(0, len(self._sessions) + 1 - KEPT_SHAPES)]
+            if dropped and self._device.kind == "vulkan":
+                # Mesa's lavapipe reads buffers of graphs that are gone, through descriptors of the backend.
+                dropped = list(self._sessions)
+            for old in dropped:
                 self._sessions.pop(old).close()
-            while len(self._sessions) >= KEPT_SHAPES:
-                self._sessions.popitem(last=False)[1].close()
+            if dropped and self._device.kind == "vulkan":
+                self._runtime.restart()
             compiler = self._compilers[packed]
             self._sessions[key] = _Session(compiler, shape, adapter, with_teacher=with_teacher)
         self._sessions.move_to_end(key)

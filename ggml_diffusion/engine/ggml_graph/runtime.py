@@ -34,7 +34,9 @@ class Runtime:
     def __init__(self, device: Any, cpu: Any, n_threads: int, *, maps_host_memory: bool) -> None:
         self.device, self.cpu = device, cpu
         self.maps_host_memory = maps_host_memory
-        self._backends = [_start(one, n_threads) for one in ([device] if device == cpu else [device, cpu])]
+        self._n_threads = n_threads
+        self._backends: list[Any] = []
+        self.restart()
         self.buffer_type = lib.ggml_backend_dev_buffer_type(device)
 
     @property
@@ -42,8 +44,14 @@ class Runtime:
         """Whether there is nothing but GGML's CPU backend."""
         return len(self._backends) == 1
 
+    def restart(self) -> None:
+        """Start the backends, anew if they run; programs must be closed before, stores may stay."""
+        self.close()
+        devices = [self.device] if self.device == self.cpu else [self.device, self.cpu]
+        self._backends = [_start(one, self._n_threads) for one in devices]
+
     def close(self) -> None:
-        """Free the backends; stores and programs of this runtime must be closed before."""
+        """Free the backends; programs of this runtime must be closed before."""
         while self._backends:
             lib.ggml_backend_free(self._backends.pop())
 
