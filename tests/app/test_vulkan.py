@@ -66,11 +66,14 @@ def test_a_conversion_goes_from_a_file_to_an_adapter(tiny_model: TinyModel, tmp_
     # a tiny model: a step of SmolLM2 takes the better part of a minute on lavapipe
     model = tiny_model(type="Q4_1")
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    # float32 on the processor, so that the differences are Vulkan's alone
+    (tmp_path / "f32.toml").write_text('[hardware]\ncompute = "f32"\n', encoding="utf-8")
     losses = {}
     for device in ("vulkan", "cpu"):
         output = tmp_path / device
         flags = ["--batch-size", 2, "--gradient-accumulation", 1, "--sequence-length", 32, "--rank", 4]
         flags += ["--data", tmp_path / "text.txt", "--output", output, "--steps", 20, "--device", device]
+        flags += ["--config", tmp_path / "f32.toml"]
         said = run(PROGRAM, "convert", model, *flags, timeout_s=1200)
         assert "identity gate passed" in said and "adapter.gguf" in said
         lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()

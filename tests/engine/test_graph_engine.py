@@ -185,12 +185,13 @@ def test_a_batch_in_parts_has_the_loss_and_the_gradients_of_the_whole(
             results.append(engine_result(model, adapter, batch, Case({}, packed)))
             logits = model.logits(engine_batch(batch, 0.3, adapter), lora_adapter(adapter))
     (whole_result, whole_gradients), (result, gradients) = results
-    assert result.loss == pytest.approx(whole_result.loss, rel=1e-5)
-    assert max(relative_errors(gradients, whole_gradients).values()) < 1e-4
+    # sums in another order; and in half precision products of another size go by other kernels
+    exact = CLOSENESS[kind] == "f32"
+    assert result.loss == pytest.approx(whole_result.loss, rel=1e-5 if exact else 5e-3)
+    assert max(relative_errors(gradients, whole_gradients).values()) < (1e-4 if exact else 5e-2)
     with opener(kind)(path) as model:
-        np.testing.assert_allclose(
-            logits, model.logits(engine_batch(batch, 0.3, adapter), lora_adapter(adapter)), atol=1e-4
-        )
+        at_once = model.logits(engine_batch(batch, 0.3, adapter), lora_adapter(adapter))
+    np.testing.assert_allclose(logits, at_once, atol=1e-4 if exact else 5e-2)
 
 
 def test_the_same_call_gives_the_same_bits_and_adds_to_what_is_there(
