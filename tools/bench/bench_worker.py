@@ -99,7 +99,7 @@ class Worker:
         self.tokenizer = Tokenizer.from_gguf(job["model"])
         self.trainer = ConversionTrainer(self.model, training_config(job)) if job["train"] else None
         if self.trainer is not None and job["int8"] is True:
-            self.trainer.int8 = "both" if model.has_int8 else "none"
+            self.trainer.int8 = "both" if self.model.has_int8 else "none"
         elif self.trainer is not None and job["int8"]:
             self.trainer.int8 = job["int8"]
 

@@ -70,9 +70,7 @@ def generate(
     }
     config = from_flags(GenerationConfig, settings)
     weights = exported_weights(adapter, note_on_stderr)
-    model = DiffusionModel.load(
-        base, weights, threads, device=device, allow_other_base=allow_other_base
-    )
+    model = DiffusionModel.load(base, weights, threads, device=device, allow_other_base=allow_other_base)
     show_generation(Console(), model, prompt, suffix, config, chat=chat)
 
 
