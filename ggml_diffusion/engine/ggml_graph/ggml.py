@@ -161,7 +161,7 @@ def library_folder() -> Path:
 
 
 @ffi.callback("void(int, const char *, void *)")  # type: ignore[untyped-decorator]
-def _quiet(level: int, text: Any, _: Any) -> None:
+def quiet(level: int, text: Any, _: Any) -> None:
     """Warnings and errors of ggml go to the standard error, its chatter nowhere."""
     if level in (3, 4):
         sys.stderr.write(ffi.string(text).decode(errors="replace"))
@@ -173,7 +173,7 @@ def _load() -> Any:
     loaded = ffi.dlopen(str(library_folder() / f"libggml.{suffix}"))
     if ffi.sizeof("tensor") + 32 != loaded.ggml_tensor_overhead():  # 32: struct ggml_object before it
         raise ImportError("this ggml lays its tensors out differently from the one that is declared here")
-    loaded.ggml_log_set(_quiet, ffi.NULL)
+    loaded.ggml_log_set(quiet, ffi.NULL)
     loaded.ggml_backend_load_all()
     return loaded
 

@@ -47,6 +47,7 @@ class Runtime:
     def restart(self) -> None:
         """Start the backends, anew if they run; programs must be closed before, stores may stay."""
         self.close()
+        lib.ggml_log_set(ggml.quiet, ffi.NULL)  # importing llama_cpp makes ggml talk
         devices = [self.device] if self.device == self.cpu else [self.device, self.cpu]
         self._backends = [_start(one, self._n_threads) for one in devices]
 
