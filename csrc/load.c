@@ -15,6 +15,7 @@
 #include <unistd.h>
 
 #include "arch.h"
+#include "bus.h"
 #include "error.h"
 #include "ggml.h"
 #include "gguf.h"
@@ -442,6 +443,7 @@ static int map_file(ggd_map *map, const char *path) {
         return ggd_fail("cannot map %s", path);
     }
     *map = (ggd_map){data, (size_t)status.st_size};
+    ggd_bus_watch(data, map->bytes, path);
     return 0;
 }
 

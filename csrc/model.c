@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <sys/mman.h>
 
+#include "bus.h"
 #include "error.h"
 
 void ggd_model_free(ggd_model *model) {
@@ -11,6 +12,7 @@ void ggd_model_free(ggd_model *model) {
         return;
     }
     for (size_t i = 0; i < model->n_maps; i++) {
+        ggd_bus_forget(model->maps[i].data);
         munmap(model->maps[i].data, model->maps[i].bytes);
     }
     for (size_t i = 0; i < model->n_vectors; i++) {

@@ -3,10 +3,12 @@
 The names below are the public API. They load on first use, so that `import ggml_diffusion` is quick.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from __future__ import annotations
 
+TYPE_CHECKING = False  # typing's, without its import: an interrupt of that could not be caught (__main__.py)
 if TYPE_CHECKING:
+    from typing import Any
+
     from ggml_diffusion.config.groups import MaskAnnealingConfig, QLoraConversionConfig, TimeEmbeddingConfig
     from ggml_diffusion.config.settings import ConversionTrainingConfig
     from ggml_diffusion.engine.cpu.q4_model import Q4Model
@@ -98,4 +100,6 @@ def __getattr__(name: str) -> Any:
     """Load a public name from the module that defines it."""
     if name not in _HOMES:
         raise AttributeError(f"module 'ggml_diffusion' has no attribute '{name}'")
+    from importlib import import_module
+
     return getattr(import_module(f"ggml_diffusion.{_HOMES[name]}"), name)

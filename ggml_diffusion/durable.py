@@ -67,3 +67,12 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file anew, whole or not at all; see `replace_file`."""
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    replace_file(path, write)

@@ -21,3 +21,12 @@ def one_line(text: str) -> str:
     """A message of another program, safe to print: on one line, no control characters, length limited."""
     line = " ".join(text.split())
     return "".join(letter if letter.isprintable() else "?" for letter in line[:200])
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8: it holds no half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

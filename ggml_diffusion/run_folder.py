@@ -6,10 +6,10 @@ Deliberately not here: what is in the files.
 from pathlib import Path
 
 CHECKPOINTS, TOKENS = "checkpoints", "tokens"
-METRICS, CONFIG, EVALUATION = "metrics.jsonl", "config.toml", "evaluation.json"
+METRICS, CONFIG, EVALUATION, BASE = "metrics.jsonl", "config.toml", "evaluation.json", "base.json"
 EXPORTS = ("adapter.safetensors", "adapter.gguf")
 LOCK, PID = ".lock", ".pid"
-OWN_NAMES = frozenset([CHECKPOINTS, TOKENS, METRICS, CONFIG, EVALUATION, *EXPORTS, LOCK, PID])
+OWN_NAMES = frozenset([CHECKPOINTS, TOKENS, METRICS, CONFIG, EVALUATION, BASE, *EXPORTS, LOCK, PID])
 
 
 def is_run_folder(folder: Path) -> bool:

@@ -44,6 +44,9 @@ class PlantedEngine:
                 result[b, where] = self.rows(tokens[b, where], batch.causal_ratio, adapter is not None)
         return result if select is None else result[select]
 
+    def check_memory(self, n_sequences, n_tokens, adapter=None):
+        pass
+
     def loss(self, batch: Batch, targets, weights, adapter=None):
         logits = self.logits(batch, adapter).astype(np.float64)
         if adapter is not None and adapter.mask_token_id is not None:

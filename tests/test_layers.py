@@ -29,7 +29,7 @@ WINGS = (
 PYTHON_LAYERS = (
     {"__init__", "__main__"},
     *({wing} for wing in WINGS),
-    {"durable", "machine", "randomness", "run_folder", "units"},
+    {"child", "durable", "machine", "randomness", "regular_file", "run_folder", "units"},
     {"errors", "_core"},
 )
 # Wings that do not know each other, though the order would let the upper ones see the lower ones.
@@ -43,7 +43,7 @@ C_LAYERS = (
     {"arch", "keys", "model"},
     {"gemm", "few_rows"},
     {"matrix", "kernels", "threads"},
-    {"error", "include/ggd"},
+    {"bus", "error", "include/ggd"},
 )
 GGML_USERS = {"load", "keys"}
 

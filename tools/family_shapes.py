@@ -37,9 +37,9 @@ from tool_errors import run_tool
 
 from ggml_diffusion.engine.cpu.q4_model import Q4Model
 from ggml_diffusion.engine.interface import Batch
-from ggml_diffusion.engine.threads import default_threads
 from ggml_diffusion.formats.adapter_file import DiffusionCheckpoint, load_adapter
 from ggml_diffusion.formats.lora import LoraAdapter, TargetModule
+from ggml_diffusion.machine import processors
 from ggml_diffusion.text.tokenizer import Tokenizer
 from ggml_diffusion.training.identity import SENTENCE, mean_kl_divergence
 
@@ -260,7 +260,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=FAMILIES)
     parser.add_argument("--layers", type=int, help="cut the shapes to so many layers")
     parser.add_argument("--type", choices=TENSOR_TYPES, default="Q4_0")
-    parser.add_argument("--threads", type=int, default=default_threads())
+    parser.add_argument("--threads", type=int, default=processors())
     parser.add_argument("--folder", type=Path, help="keep the files there; up to 2.2 GB a shape")
     parser.add_argument("--json", type=Path, help="write the figures there too")
     options = parser.parse_args()

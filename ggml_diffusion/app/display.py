@@ -26,6 +26,7 @@ from ggml_diffusion.generation.denoise import DenoisingStep
 from ggml_diffusion.text.tokenizer import Tokenizer
 from ggml_diffusion.training.metrics import TrainMetrics
 from ggml_diffusion.training.run import Evidence
+from ggml_diffusion.units import duration
 
 SPARK_LEVELS = "▁▂▃▄▅▆▇█"
 SPARK_WIDTH = 60
@@ -53,13 +54,6 @@ def printable(text: str) -> str:
     return "".join(
         letter if letter in "\n\t" or unicodedata.category(letter) != "Cc" else "\ufffd" for letter in text
     )
-
-
-def duration(seconds: float) -> str:
-    """Hours, minutes and seconds: "1:02:03", "2:03"."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 class TrainingDisplay:
@@ -97,6 +91,7 @@ class TrainingDisplay:
         """Begin the loop: steps are counted to `total_steps`, speed from here on."""
         self._total_steps = total_steps
         self._started_s = self._clock()
+        self._recent.clear()
         self._recent.append((self._started_s, tokens_seen, first_step))
         if self._console.is_terminal:
             self._live = Live(console=self._console, auto_refresh=False, transient=False)

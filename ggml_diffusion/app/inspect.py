@@ -29,6 +29,7 @@ from ggml_diffusion.formats.tensor_types import TENSOR_TYPES
 from ggml_diffusion.run_folder import CHECKPOINTS, EXPORTS, TOKENS
 from ggml_diffusion.text.special_tokens import choose_mask_token, token_id
 from ggml_diffusion.text.token_store import Manifest, read_manifest
+from ggml_diffusion.text.tokenizer import Tokenizer
 from ggml_diffusion.training.run import exported_weights
 
 Rows = tuple[tuple[str, str], ...]
@@ -90,7 +91,7 @@ def describe_file(path: str | Path, device: str | None = None) -> Description:
     if not is_gguf(path):
         return Description(path, "conversion", _conversion_sections(DiffusionCheckpoint.load(path)))
     file = read_gguf(path)
-    if file.metadata.get("general.type") != "adapter":
+    if file.optional("general.type", "model") != "adapter":
         return Description(path, "GGUF model", (*_model_sections(file), *_device_sections(file, device)))
     if KEY_PREFIX + "format" in file.metadata:
         sections = _conversion_sections(DiffusionCheckpoint.load(path))
@@ -229,6 +230,10 @@ def _tokenizer_rows(file: ModelFile) -> Iterator[tuple[str, str]]:
 def _verdict(file: ModelFile) -> tuple[str, str]:
     try:
         check_model(file)
+        if isinstance(file.metadata.get("tokenizer.ggml.tokens"), StringArray):
+            Tokenizer.from_file(
+                file
+            ).close()  # llama.cpp dies of some vocabularies; it does so in a process of its own
     except UserError as error:
         return "possible", f"no: {_fault(file, error)}"
     return "possible", "yes: every setting, tensor and type is supported"

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from ggml_diffusion.formats.adapter_file import MAX_ALPHA, MAX_TIMESTEPS, MIN_ALPHA
 from ggml_diffusion.formats.lora import TargetModule
 from ggml_diffusion.objective.annealing import AnnealingSchedule, MaskKind
 from ggml_diffusion.objective.corruption import Masking, ScheduleType
@@ -85,7 +86,10 @@ class TimeEmbeddingConfig(Settings):
     enabled: bool = Field(default=True, description="Whether the model is told the diffusion time.")
     dim: int = Field(default=256, ge=2, multiple_of=2, description="Sinusoidal features of the time; even.")
     max_timesteps: int = Field(
-        default=1000, ge=2, description="Rows of the table that times are interpolated from."
+        default=1000,
+        ge=2,
+        le=MAX_TIMESTEPS,
+        description="Rows of the table that times are interpolated from.",
     )
     rate_factor: float | None = Field(
         default=None,
@@ -153,7 +157,10 @@ class QLoraConversionConfig(Settings):
 
     rank: int = Field(default=32, ge=1, description="LoRA rank; 32 to 64 are usual for a conversion.")
     alpha: float = Field(
-        default=64.0, gt=0.0, description="LoRA scale is alpha / rank; twice the rank is usual."
+        default=64.0,
+        ge=MIN_ALPHA,
+        le=MAX_ALPHA,
+        description="LoRA scale is alpha / rank; twice the rank is usual.",
     )
     target_modules: tuple[Target, ...] = Field(
         default=(

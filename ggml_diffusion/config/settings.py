@@ -201,6 +201,7 @@ _FREE_SETTINGS = {
     "hardware.num_threads",
     "hardware.memory_mib",  # in parts, sums are rounded in another order
 }
+_MAY_BE_LOWERED = {"training.learning_rate"}  # a run that diverges is gone on with at a lower one
 
 
 def settings_that_differ(saved: Mapping[str, Any], config: ConversionTrainingConfig) -> list[str]:
@@ -217,7 +218,8 @@ def settings_that_differ(saved: Mapping[str, Any], config: ConversionTrainingCon
         now = _value_at(here, setting.path)
         # A version that did not have the setting yet did what is its default now.
         then = _value_at(saved, setting.path, _value_at(defaults, setting.path))
-        if now != then and setting.name not in _FREE_SETTINGS:
+        is_lower = setting.name in _MAY_BE_LOWERED and isinstance(then, float) and now < then
+        if now != then and setting.name not in _FREE_SETTINGS and not is_lower:
             found.append(f"{setting.name} ({then} there, {now} here)")
     return found
 

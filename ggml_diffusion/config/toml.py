@@ -22,6 +22,9 @@ from ggml_diffusion.config.settings import (
     Setting,
 )
 from ggml_diffusion.errors import UserError, one_line
+from ggml_diffusion.regular_file import open_regular
+
+_MAX_TOML_BYTES = 1 << 20
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -78,7 +81,13 @@ def load_config(
 def _read_toml(path: Path) -> dict[str, Any]:
     """A file's values by setting name."""
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        with open_regular(path) as file:
+            content = file.read(_MAX_TOML_BYTES + 1)
+        if len(content) > _MAX_TOML_BYTES:
+            raise UserError(f"{path}: more than {_MAX_TOML_BYTES >> 20} MB")
+        tables = tomllib.loads(content.decode("utf-8"))
+    except RecursionError:
+        raise UserError(f"{path}: not valid TOML: nested too deep") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:

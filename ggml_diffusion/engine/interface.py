@@ -160,14 +160,16 @@ class StepDescription:
     """What a training step will take.
 
     Attributes:
-        memory_bytes: beside the mapped file.
+        memory_bytes: beside the mapped file; more than the budget where nothing fits it.
         sequences: that go through the network together; the gradients of the parts add up.
+        least_bytes: what the smallest plan takes, one sequence at a time with all computed again.
         recomputed: what the backward computes again instead of keeping it, in words; empty = nothing.
 
     """
 
     memory_bytes: int
     sequences: int
+    least_bytes: int
     recomputed: str = ""
 
 
@@ -184,7 +186,12 @@ class Engine(Protocol):
 
     @property
     def sha256(self) -> str:
-        """Of the whole file, hexadecimal; read on first use."""
+        """Of the whole file, hexadecimal; read on first use.
+
+        Raises:
+            UserError: a number of the file is NaN or infinite; tensor and row are named.
+
+        """
 
     @property
     def description(self) -> str:
@@ -206,6 +213,14 @@ class Engine(Protocol):
         self, n_sequences: int, n_tokens: int, rank: int, *, teacher: bool = False
     ) -> StepDescription:
         """What `loss_and_gradients` will take for so many sequences of so many tokens."""
+
+    def check_memory(self, n_sequences: int, n_tokens: int, adapter: LoraAdapter | None = None) -> None:
+        """Refuse a call of `logits` or `loss` that is too large for the machine, before its arrays are made.
+
+        Raises:
+            UserError: how much it needs, and how much there is.
+
+        """
 
     def embed(self, tokens: ArrayLike) -> NDArray[np.float32]:
         """Token embeddings, (B, T) -> (B, T, C) float32, without offset and mask row.
@@ -236,7 +251,7 @@ class Engine(Protocol):
 
         Raises:
             UserError: a token outside the vocabulary, a sequence longer than the context, an adapter that
-                does not fit.
+                does not fit, or logits that are not finite.
             ValueError: arrays of wrong shape.
 
         """
@@ -250,7 +265,12 @@ class Engine(Protocol):
         *,
         int8: Int8 = "none",
     ) -> LossResult:
-        """Weighted cross-entropy without gradients; see `loss_and_gradients`."""
+        """Weighted cross-entropy without gradients; see `loss_and_gradients`.
+
+        Raises:
+            UserError: as there, or a loss that is not finite.
+
+        """
 
     def loss_and_gradients(
         self,

@@ -57,8 +57,11 @@ def _fits(planned_bytes: Callable[[Keep, int], int], keep: Keep, budget: int, se
 
 def _largest_part(n_sequences: int, fits: Callable[[int], bool]) -> int:
     """Sequences a part when a batch is cut into as few nearly equal parts as fit; 0 if not even one does."""
-    for n_parts in range(1, n_sequences + 1):
-        sequences = -(-n_sequences // n_parts)
-        if fits(sequences):
-            return sequences
-    return 0
+    most, too_many = 0, n_sequences + 1  # more sequences never take less memory
+    while too_many - most > 1:
+        middle = (most + too_many) // 2
+        most, too_many = (middle, too_many) if fits(middle) else (most, middle)
+    if most == 0:
+        return 0
+    n_parts = -(-n_sequences // most)
+    return -(-n_sequences // n_parts)

@@ -17,6 +17,7 @@ def open_engine(
     compute: Compute = "fast",
     use_simd: bool = True,
     memory_budget: int | None = None,
+    sound_sha256: str | None = None,
 ) -> Engine:
     """Open the engine of a model; the caller closes it.
 
@@ -28,21 +29,35 @@ def open_engine(
         use_simd: False selects the core's naive reference kernels.
         memory_budget: bytes that a training step should take beside the mapped file; None = no limit, or what
             the device has free.
+        sound_sha256: of a file whose numbers were found to be finite before; None = none was.
 
     Raises:
         UserError: the file is damaged, an option is out of its limits, or there is no such device.
 
     """
     if device == "cpu":
-        return Q4Model(file, n_threads, compute=compute, use_simd=use_simd, memory_budget=memory_budget)
+        return Q4Model(
+            file,
+            n_threads,
+            compute=compute,
+            use_simd=use_simd,
+            memory_budget=memory_budget,
+            sound_sha256=sound_sha256,
+        )
     if not use_simd:
         raise UserError(f"use_simd = false is for the device cpu, not {device}")
     # Loading GGML's backends starts their drivers, so that only those do who ask for one.
     from ggml_diffusion.engine.ggml_graph import devices
     from ggml_diffusion.engine.ggml_graph.graph_model import GraphModel
 
-    found = devices.find_device(device)
-    return GraphModel(file, found, n_threads, compute=compute, memory_budget=memory_budget)
+    return GraphModel(
+        file,
+        devices.find_device(device),
+        n_threads,
+        compute=compute,
+        memory_budget=memory_budget,
+        sound_sha256=sound_sha256,
+    )
 
 
 def accelerators() -> list[str]:

@@ -21,7 +21,7 @@ class EvaluationSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     sequences: int = Field(default=24, ge=1, description="Held-out sequences to measure on.")
-    seeds: int = Field(default=3, ge=1, description="Mask seeds; the figures are means over them.")
+    seeds: int = Field(default=3, ge=1, le=10_000, description="Mask seeds; the figures are means over them.")
     one_by_one: int = Field(
         default=64,
         ge=0,
@@ -31,7 +31,7 @@ class EvaluationSettings(BaseModel):
         default=1, ge=0, description="Spans of each length cut out of each sequence; 0 = no infilling."
     )
     candidates: int = Field(
-        default=4, ge=1, description="Samples of the base for the re-ranked arm of infilling."
+        default=4, ge=1, le=10_000, description="Samples of the base for the re-ranked arm of infilling."
     )
     samples: int = Field(default=4, ge=0, description="Texts to write for each number of steps; 0 = none.")
     length: int = Field(default=64, ge=1, description="Tokens of such a text.")

@@ -181,15 +181,14 @@ def load_held_out(
         UserError: no data are known, none is held out, or a file cannot be read.
 
     """
-    trained = checkpoint.config
-    paths = list(data) or list(trained.get("data") or [])
+    trained = checkpoint.settings
+    paths = list(data) or list(trained.data or [])
     if not paths or (not data and STANDARD_INPUT in paths):
         raise UserError(
             "which text? give --data: the text of the training, whose held-out part is measured on"
         )
-    length = sequence_length or int(trained.get("sequence_length") or 128)
-    fraction = trained.get("held_out_fraction") if held_out_fraction is None else held_out_fraction
-    fraction = float(fraction or 0.0)
+    length = sequence_length or trained.sequence_length or 128
+    fraction = (trained.held_out_fraction or 0.0) if held_out_fraction is None else held_out_fraction
     loader = TextDataLoader(
         paths,
         tokenizer,
@@ -197,7 +196,7 @@ def load_held_out(
         n_sequences,
         split="train",
         held_out_fraction=fraction if 0.0 < fraction < 1.0 else 0.0,
-        include=[str(pattern) for pattern in trained.get("include") or []],
+        include=trained.include or [],
         reading=reading,
     )
     if loader.held_out_fraction == 0.0 and not loader.has_own_split:

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +33,7 @@ from ggml_diffusion.formats.lora import LoraAdapter, ModelDims, TargetModule, lo
 from ggml_diffusion.formats.model_file import ModelFile
 from ggml_diffusion.formats.safetensors_file import parse_object, read_safetensors, write_safetensors
 from ggml_diffusion.formats.tensor_names import MASK_EMBEDDING, TIME_BIAS, TIME_WEIGHT
+from ggml_diffusion.regular_file import open_regular
 
 FORMAT = 1
 _LORA_NAME = re.compile(
@@ -40,33 +41,67 @@ _LORA_NAME = re.compile(
 )
 
 
+# Limits of what a file may say. Alpha has to survive float32, and the counts a GGUF's 64 bits.
+MIN_ALPHA, MAX_ALPHA = 1e-6, 1e6
+MAX_TIMESTEPS = 1_000_000
+_MAX_COUNT, _MAX_SIZE = 2**63 - 1, 2**31 - 1
+_Text = Annotated[str, Field(max_length=4096)]
+_Count = Annotated[int, Field(ge=0, le=_MAX_COUNT)]
+
+
 class CheckpointMetadata(BaseModel):
     """What a conversion belongs to, how far it was trained, and how its tensors are to be used."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    base_model: str = Field(description="name of the base model or its file")
+    base_model: _Text = Field(description="name of the base model or its file")
     base_sha256: str = Field(pattern="^[0-9a-f]{64}$", description="of the base GGUF")
-    conversion_steps: int = Field(ge=0, description="optimizer steps")
-    training_tokens: int = Field(ge=0, description="tokens that went through the model in training")
+    conversion_steps: _Count = Field(description="optimizer steps")
+    training_tokens: _Count = Field(description="tokens that went through the model in training")
     final_causal_ratio: float = Field(
         ge=0, le=1, description="1 = causal, 0 = bidirectional; generation uses it"
     )
     prediction: Literal["shifted", "aligned"] = Field(description="which output row predicts a token")
-    mask_token_id: int = Field(ge=0)
-    alpha: float = Field(gt=0, description="scale of a LoRA pair is alpha / R")
+    mask_token_id: int = Field(ge=0, le=_MAX_SIZE)
+    alpha: float = Field(ge=MIN_ALPHA, le=MAX_ALPHA, description="scale of a LoRA pair is alpha / R")
     time_max_timesteps: int | None = Field(
-        default=None, ge=2, description="rows of the sinusoidal table; None without a time embedding"
+        default=None,
+        ge=2,
+        le=MAX_TIMESTEPS,
+        description="rows of the sinusoidal table; None without a time embedding",
     )
     block_size: int | None = Field(
-        default=None, ge=1, description="tokens of a block in generation; None = whole sequences"
+        default=None,
+        ge=1,
+        le=_MAX_SIZE,
+        description="tokens of a block in generation; None = whole sequences",
     )
     prompts: bool = Field(
         default=False,
         description="trained on prompts with responses: the time tells how much of these is masked",
     )
-    created_at: str = Field(description="ISO 8601, UTC")
-    version: str = Field(description="of ggml-diffusion")
+    created_at: _Text = Field(description="ISO 8601, UTC")
+    version: _Text = Field(description="of ggml-diffusion")
+
+
+class RecordedSettings(BaseModel):
+    """Those of the run's settings that are used again; all others are only shown."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True, allow_inf_nan=False)
+
+    base_model: _Text | None = Field(default=None, description="path of the base GGUF")
+    data: list[_Text] | None = Field(default=None, description="paths of the training text")
+    include: list[_Text] | None = Field(default=None, description="patterns of other files read in folders")
+    sequence_length: int | None = Field(default=None, ge=2, le=_MAX_SIZE)
+    held_out_fraction: float | None = Field(default=None, ge=0, lt=1)
+
+
+class RecordedSchedule(BaseModel):
+    """Of the noise schedule what the conversion is read by."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
+
+    type: str = Field(default="none", max_length=64)
 
 
 @dataclass
@@ -87,6 +122,21 @@ class DiffusionCheckpoint:
     tensors: dict[str, NDArray[np.float32]]
     metadata: CheckpointMetadata
     noise_schedule: dict[str, Any]
+
+    @property
+    def settings(self) -> RecordedSettings:
+        """Of `config` what is used again.
+
+        Raises:
+            UserError: a value of another type or out of its range.
+
+        """
+        return _validated(RecordedSettings, self.config, "adapter", "config")
+
+    @property
+    def schedule(self) -> RecordedSchedule:
+        """Of `noise_schedule` what is used; raises as `settings`."""
+        return _validated(RecordedSchedule, self.noise_schedule, "adapter", "noise_schedule")
 
     def adapter(self) -> LoraAdapter:
         """What the engine takes; the arrays are shared, not copied."""
@@ -209,9 +259,9 @@ def load_adapter(path: str | Path, arch: str | None = None) -> LoraAdapter:
 def is_gguf(path: Path) -> bool:
     """Whether a file starts as a GGUF file does; False also if it cannot be read."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return file.read(4) == b"GGUF"
-    except (OSError, ValueError):
+    except (UserError, OSError):
         return False  # the safetensors reader says what is wrong with it
 
 
@@ -223,9 +273,10 @@ def _from_safetensors(path: Path) -> DiffusionCheckpoint:
     for key in ("config", "metadata", "noise_schedule"):
         if not isinstance(document.get(key), dict):
             raise UserError(f"{path}: key '{key}' of its metadata is missing or no JSON object")
-    metadata = _metadata(path, document["metadata"])
-    _check_tensors(tensors, metadata, str(path))
-    return DiffusionCheckpoint(document["config"], tensors, metadata, document["noise_schedule"])
+    metadata = _validated(CheckpointMetadata, document["metadata"], str(path), "metadata")
+    return _checked(
+        path, DiffusionCheckpoint(document["config"], tensors, metadata, document["noise_schedule"])
+    )
 
 
 def _from_gguf(path: Path) -> DiffusionCheckpoint:
@@ -238,7 +289,7 @@ def _from_gguf(path: Path) -> DiffusionCheckpoint:
         for name in CheckpointMetadata.model_fields
         if KEY_PREFIX + name in file.metadata
     }
-    metadata = _metadata(path, fields | {"alpha": adapter.alpha})
+    metadata = _validated(CheckpointMetadata, fields | {"alpha": adapter.alpha}, str(path), "metadata")
     tensors = dict(adapter.tensors)
     tensors[MASK_EMBEDDING] = float_array(file, KEY_PREFIX + MASK_EMBEDDING)
     if metadata.time_max_timesteps is not None:
@@ -247,26 +298,37 @@ def _from_gguf(path: Path) -> DiffusionCheckpoint:
         if len(bias) == 0 or len(weight) % len(bias):
             file.fail(f"key '{KEY_PREFIX}{TIME_WEIGHT}' has {len(weight)} numbers for {len(bias)} rows")
         tensors[TIME_WEIGHT], tensors[TIME_BIAS] = weight.reshape(len(bias), -1), bias
-    _check_tensors(tensors, metadata, str(path))
     objects = [
         parse_object(path, file.require(KEY_PREFIX + name, str), f"key '{KEY_PREFIX}{name}'")
         for name in ("config", "noise_schedule")
     ]
-    return DiffusionCheckpoint(objects[0], tensors, metadata, objects[1])
+    return _checked(path, DiffusionCheckpoint(objects[0], tensors, metadata, objects[1]))
 
 
 def _check_format(path: Path, found: object) -> None:
-    if found != FORMAT or isinstance(found, bool):
+    if type(found) is not int or found != FORMAT:
         raise UserError(f"{path}: is of format {quoted(str(found))}; this version reads format {FORMAT}")
 
 
-def _metadata(path: Path, fields: Mapping[str, object]) -> CheckpointMetadata:
+def _checked(path: Path, checkpoint: DiffusionCheckpoint) -> DiffusionCheckpoint:
+    """A conversion as it was read, with all that is used of it within its limits, whatever the format."""
+    _check_tensors(checkpoint.tensors, checkpoint.metadata, str(path))
+    _validated(RecordedSettings, checkpoint.config, str(path), "config")
+    _validated(RecordedSchedule, checkpoint.noise_schedule, str(path), "noise_schedule")
+    return checkpoint
+
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+def _validated(kind: type[_Model], values: Mapping[str, object], source: str, what: str) -> _Model:
+    """Values out of a file as what they should be; the key at fault is named."""
     try:
-        return CheckpointMetadata.model_validate(dict(fields))
+        return kind.model_validate(dict(values))
     except ValidationError as error:
-        fault = error.errors()[0]
+        fault = error.errors(include_url=False, include_context=False)[0]
         key = ".".join(str(part) for part in fault["loc"])
-        raise UserError(f"{path}: metadata key {quoted(key)}: {one_line(fault['msg'])}") from None
+        raise UserError(f"{source}: {what} key {quoted(key)}: {one_line(fault['msg'])}") from None
 
 
 def _check_tensors(

@@ -13,11 +13,12 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ggml_diffusion.errors import UserError
+from ggml_diffusion.errors import UserError, quoted
 from ggml_diffusion.formats.architectures import fused_projections
 from ggml_diffusion.formats.lora import TargetModule
 from ggml_diffusion.formats.model_file import ModelFile
@@ -81,23 +82,21 @@ def read_layout(text: str) -> Layout:
 
     """
     try:
-        layout = {
-            name: Stack(
-                int(stack["rows"]),
-                {
-                    TargetModule(part): (int(first), int(rows))
-                    for part, (first, rows) in stack["parts"].items()
-                },
-            )
-            for name, stack in json.loads(text).items()
-        }
+        layout = {name: _read_stack(stack) for name, stack in json.loads(text).items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise UserError("its key about fused tensors is damaged") from None
-    for stack in layout.values():
-        places = stack.parts.values()
-        if not places or any(first < 0 or rows < 1 or first + rows > stack.n_rows for first, rows in places):
-            raise UserError("its key about fused tensors is damaged")
     return layout
+
+
+def _read_stack(stack: Any) -> Stack:
+    """A stack out of JSON; what is wrong with it raises one of the errors that JSON itself may."""
+    parts = {TargetModule(part): (first, rows) for part, (first, rows) in stack["parts"].items()}
+    numbers = [stack["rows"], *(number for place in parts.values() for number in place)]
+    if any(type(number) is not int or not 0 <= number < 1 << 31 for number in numbers):
+        raise ValueError("no whole number, or out of range")
+    if not parts or any(rows < 1 or first + rows > stack["rows"] for first, rows in parts.values()):
+        raise ValueError("parts outside of the tensor")
+    return Stack(stack["rows"], parts)
 
 
 def stack_pairs(tensors: Mapping[str, NDArray[np.float32]], layout: Layout) -> Pairs:
@@ -138,7 +137,7 @@ def unstack_pairs(tensors: Mapping[str, NDArray[np.float32]], layout: Layout) ->
             weight = layer_tensor(layer, f"{name}.weight")
             a, b = apart.pop(weight + LORA_A_SUFFIX, None), apart.pop(weight + LORA_B_SUFFIX, None)
             if a is None or b is None or a.ndim != 2 or b.shape != (stack.n_rows, len(a)):
-                raise UserError(f"its pair for '{weight}' is not what its key about fused tensors says")
+                raise UserError(f"its pair for {quoted(weight)} is not what its key about fused tensors says")
             rank, rest = len(a) // stack.factor, b.copy()
             for index, (part, (first, rows)) in enumerate(stack.parts.items()):
                 columns = _columns(index, rank)
@@ -147,7 +146,7 @@ def unstack_pairs(tensors: Mapping[str, NDArray[np.float32]], layout: Layout) ->
                 apart[own + LORA_B_SUFFIX] = np.ascontiguousarray(own_b / np.float32(stack.factor))
                 rest[first : first + rows, columns] = 0
             if rank == 0 or len(a) % stack.factor or rest.any():
-                raise UserError(f"its pair for '{weight}' is no stack of its parts' pairs")
+                raise UserError(f"its pair for {quoted(weight)} is no stack of its parts' pairs")
     return apart
 
 

@@ -32,6 +32,7 @@ from ggml_diffusion.formats.tensor_names import (
     MASK_EMBEDDING,
     TOKEN_EMBEDDING,
 )
+from ggml_diffusion.regular_file import open_regular
 
 KEY_PREFIX = "ggml_diffusion."
 _ALPHA_KEY = "adapter.lora.alpha"
@@ -158,11 +159,15 @@ def read_gguf_adapter(path: str | Path) -> tuple[LoraAdapter, ModelFile]:
 
 def _read_tensor(file: ModelFile, info: TensorInfo) -> NDArray[np.float32]:
     """A tensor of the file as C-contiguous float32."""
-    try:
-        data = np.fromfile(file.path, np.uint8, info.n_bytes, offset=info.offset_bytes)
-    except OSError as error:
-        file.fail(f"cannot be read: {error.strerror}")
-    rows = data.reshape(*info.shape[:-1], -1)
+    with open_regular(file.path) as content:
+        try:
+            content.seek(info.offset_bytes)
+            raw = content.read(info.n_bytes)
+        except OSError as error:
+            file.fail(f"cannot be read: {error.strerror}")
+    if len(raw) != info.n_bytes:
+        file.fail("has become shorter while it was read")
+    rows = np.frombuffer(raw, np.uint8).reshape(*info.shape[:-1], -1)
     try:
         with np.errstate(all="ignore"):  # what is not finite is refused below
             values = dequantize(rows, GGMLQuantizationType[info.type_name])

@@ -9,13 +9,12 @@ files. Source: the GGUF specification (ggml, docs/gguf.md) and, where that leave
 accepts: tensors in the order of the table, each at the next aligned offset, without gap or overlap.
 """
 
-import mmap
 import struct
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn, overload
+from typing import BinaryIO, NoReturn, overload
 
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 
 from ggml_diffusion.errors import UserError, quoted
 from ggml_diffusion.formats.tensor_types import TENSOR_TYPES
+from ggml_diffusion.regular_file import open_regular
 
 DEFAULT_ALIGNMENT = 32
 MAX_ALIGNMENT = 1 << 16
@@ -36,6 +36,7 @@ MAX_TEXT_BYTES = 4 << 20  # all plain string values together; a chat template ha
 MAX_NAME_BYTES = 63  # GGML_MAX_NAME less its end mark
 MAX_KEY_BYTES = 65535
 
+_READ_BYTES = 1 << 20
 _ARRAY, _STRING, _BOOL = 9, 8, 7
 _NUMBER_TYPES = {
     0: ("u8", "<u1"),
@@ -129,37 +130,33 @@ def read_header(path: Path) -> Header:
         UserError: not a readable file, not GGUF of version 2 or 3, or any fault in its structure.
 
     """
-    try:
-        if path.exists() and not path.is_file():
-            raise UserError(
-                f"{path}: not a file" if not path.is_dir() else f"{path}: a folder, not a GGUF file"
-            )
-        with path.open("rb") as file:
+    with open_regular(path) as file:
+        try:
             if file.seek(0, 2) == 0:
                 raise UserError(f"{path}: the file is empty")
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return _Parser(path, data).header()
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
-        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+            return _Parser(path, file).header()
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 class _Parser:
     """A cursor over the file that cannot leave it."""
 
-    def __init__(self, path: Path, data: mmap.mmap) -> None:
+    def __init__(self, path: Path, file: BinaryIO) -> None:
         self.path = path
-        self.data = data
-        self.size = len(data)
+        self.file = file
+        self.size = file.seek(0, 2)
         self.limit = min(self.size, MAX_HEADER_BYTES)
+        self.data = bytearray()  # the file's beginning, as far as it was needed
+        file.seek(0)
         self.position = 0
         self.strings_left = MAX_STRINGS
         self.text_bytes_left = MAX_TEXT_BYTES
         self.reading = "the file's head"
 
     def header(self) -> Header:
-        magic = self.data[:4]
+        self.fill(min(4, self.size))
+        magic = bytes(self.data[:4])
         if magic != b"GGUF":
             self.fail(f"not a GGUF file (it starts with {magic!r}, not with b'GGUF')")
         self.position = 4
@@ -196,7 +193,16 @@ class _Parser:
                 )
             self.fail(f"its header is larger than {MAX_HEADER_BYTES >> 20} MB (at {self.reading})")
         self.position = start + n_bytes
+        self.fill(self.position)
         return start
+
+    def fill(self, end: int) -> None:
+        """Have the file's bytes up to `end`, which lies inside of it. They are not mapped: under a map, a
+        file that is truncated ends the process."""
+        if end > len(self.data):
+            self.data += self.file.read(max(end - len(self.data), min(len(self.data), _READ_BYTES)))
+        if end > len(self.data):
+            self.fail("has become shorter while it was read")
 
     def number(self, code: str) -> int:
         value: int = struct.unpack_from(code, self.data, self.take(struct.calcsize(code)))[0]
@@ -207,7 +213,7 @@ class _Parser:
         if n_bytes > max_bytes and n_bytes <= self.size - self.position:
             self.fail(f"{self.reading} has {n_bytes} bytes; at most {max_bytes} are accepted")
         start = self.take(n_bytes)
-        return self.data[start : start + n_bytes]
+        return bytes(self.data[start : start + n_bytes])
 
     def name(self, what: str, max_bytes: int) -> str:
         """A key or the name of a tensor."""
@@ -252,7 +258,7 @@ class _Parser:
     def numbers(self, key: str, type_id: int, count: int) -> NDArray[np.generic]:
         dtype = np.dtype(_NUMBER_TYPES[type_id][1])
         start = self.take(count * dtype.itemsize)
-        raw = self.data[start : self.position]  # a copy: nothing may point into the map when it closes
+        raw = bytes(self.data[start : self.position])
         if type_id == _BOOL and raw.strip(b"\0\1"):
             self.fail(f"key {quoted(key)} has a truth value that is neither 0 nor 1")
         return np.frombuffer(raw, dtype)
@@ -269,12 +275,14 @@ class _Parser:
         for _ in range(count):
             if limit - end < 8:
                 self.take(limit - start + 1)
+            if end + 8 > len(data):
+                self.fill(end + 8)
             end += 8 + unpack(data, end)[0]
             if end > limit:
                 self.take(end - start)
             ends.append(end - start)
-        self.position = end
-        return StringArray(data[start:end], ends)
+        self.take(end - start)
+        return StringArray(bytes(data[start:end]), ends)
 
     def alignment(self, metadata: dict[str, MetadataValue], key_types: dict[str, str]) -> int:
         alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)

@@ -18,7 +18,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ggml_diffusion.errors import UserError
+from ggml_diffusion.errors import UserError, quoted
 from ggml_diffusion.formats.tensor_names import (
     LORA_A_SUFFIX,
     LORA_B_SUFFIX,
@@ -139,7 +139,7 @@ class LoraAdapter:
         for weight, rank in lora_ranks(self.tensors).items():
             if weight not in known:
                 raise UserError(
-                    f"adapter: tensor '{weight}' is no projection of a model with {dims.L} layers"
+                    f"adapter: tensor {quoted(weight)} is no projection of a model with {dims.L} layers"
                 )
             out_size, in_size = known[weight]
             _check_array(weight + LORA_A_SUFFIX, self.tensors[weight + LORA_A_SUFFIX], (rank, in_size))
@@ -167,16 +167,17 @@ def lora_ranks(tensors: Mapping[str, NDArray[np.float32]]) -> dict[str, int]:
     for name in tensors:
         weight, suffix = name[: -len(LORA_A_SUFFIX)], name[-len(LORA_A_SUFFIX) :]
         if suffix not in (LORA_A_SUFFIX, LORA_B_SUFFIX):
-            raise UserError(f"adapter: tensor '{name}' ends neither in .lora_a nor in .lora_b")
+            raise UserError(f"adapter: tensor {quoted(name)} ends neither in .lora_a nor in .lora_b")
         other = weight + (LORA_B_SUFFIX if suffix == LORA_A_SUFFIX else LORA_A_SUFFIX)
         if other not in tensors:
-            raise UserError(f"adapter: tensor '{name}' has no partner '{other}'")
+            raise UserError(f"adapter: tensor {quoted(name)} has no partner {quoted(other)}")
         if suffix == LORA_B_SUFFIX:
             continue
         a, b = tensors[name], tensors[other]
         if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or a.shape[0] == 0:
             raise UserError(
-                f"adapter: '{weight}' has a pair of shapes {a.shape} and {b.shape}, not (R, in) and (out, R)"
+                f"adapter: {quoted(weight)} has a pair of shapes {a.shape} and {b.shape}, "
+                f"not (R, in) and (out, R)"
             )
         ranks[weight] = a.shape[0]
     return ranks
@@ -184,11 +185,15 @@ def lora_ranks(tensors: Mapping[str, NDArray[np.float32]]) -> dict[str, int]:
 
 def _check_array(name: str, array: NDArray[np.float32], shape: tuple[int, ...]) -> None:
     if array.shape != shape:
-        raise UserError(f"adapter: tensor '{name}' has shape {array.shape}, but the model needs {shape}")
+        raise UserError(
+            f"adapter: tensor {quoted(name)} has shape {array.shape}, but the model needs {shape}"
+        )
     if array.dtype != np.float32 or not array.flags.c_contiguous:
-        raise UserError(f"adapter: tensor '{name}' must be a contiguous float32 array, not {array.dtype}")
+        raise UserError(
+            f"adapter: tensor {quoted(name)} must be a contiguous float32 array, not {array.dtype}"
+        )
     if not np.isfinite(array).all():
-        raise UserError(f"adapter: tensor '{name}' holds NaN or infinite values")
+        raise UserError(f"adapter: tensor {quoted(name)} holds NaN or infinite values")
 
 
 class ParameterStore:

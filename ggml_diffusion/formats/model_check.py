@@ -39,11 +39,27 @@ _REFUSED_TOKENIZERS = {
     "whitespace": "it does not keep blanks, so a text does not come back from its tokens",
     "test": "it makes numbers of texts, and no texts of numbers",
 }
+# The same for pre-tokenizers of byte-level vocabularies.
+_REFUSED_PRE_TOKENIZERS = {
+    "gemma4": "it looks for blanks as SentencePiece writes them, and a byte-level vocabulary has none",
+    "sarvam-moe": "it looks for blanks as SentencePiece writes them, and a byte-level vocabulary has none",
+    "whitespace": "llama.cpp aborts at the first blank",
+}
 # Roles of tokens that llama.cpp reads, from keys tokenizer.ggml.ROLE_token_id; it ignores other such keys.
 _TOKEN_ROLES = (
     *("bos", "eos", "eot", "eom", "unknown", "seperator", "padding", "mask", "prefix", "suffix", "middle"),
     *("fim_pre", "fim_suf", "fim_mid", "fim_pad", "fim_rep", "fim_sep"),
 )
+# What else is read of a vocabulary, by the type in which llama.cpp reads it.
+_VOCABULARY_KEYS = {
+    "pre": "str",
+    "token_type_count": "u32",
+    "add_bos_token": "bool",
+    "add_eos_token": "bool",
+    "add_sep_token": "bool",
+    "add_space_prefix": "bool",
+    "remove_extra_whitespaces": "bool",
+}
 MAX_LAYERS = 512  # llama.cpp's own limit; it aborts beyond
 
 # Keys that change the network in ways that the engine does not compute, and the value that changes nothing.
@@ -110,7 +126,7 @@ def check_model(model: ModelFile) -> None:
     kind = model.optional("general.type", "model")
     if kind != "model":
         model.fail(f"holds an {quoted(kind)}, not a model")
-    if model.metadata.get(f"{model.arch}.expert_count", 0):
+    if model.optional(f"{model.arch}.expert_count", 0):
         model.fail("is a mixture of experts, in which each token takes weights of its own")
     if any(key.startswith(f"{model.arch}.ssm.") for key in model.metadata):
         model.fail("has recurrent layers, which cannot see what lies to their right")
@@ -257,25 +273,39 @@ def check_tokenizer(model: ModelFile) -> None:
     tokens = _strings(model, "tokenizer.ggml.tokens")
     if len(tokens) != model.V:
         model.fail(f"its vocabulary has {len(tokens)} tokens, but the token embedding has {model.V} rows")
-    # llama.cpp gives an empty token such a name of its own, and aborts if two tokens are the same.
-    texts = {text or b"[EMPTY_%d]" % index for index, text in enumerate(tokens.iter_raw())}
-    if len(texts) != len(tokens):
-        model.fail("its vocabulary holds the same token twice")
+    texts = _token_texts(model, tokens)
     for key, types in (("scores", ("arr[f32]", "arr[i32]")), ("token_type", ("arr[i32]",))):
         _check_token_array(model, f"tokenizer.ggml.{key}", types, len(tokens))
     if kind in BPE_TOKENIZERS:
         _strings(model, "tokenizer.ggml.merges")
-        if model.metadata.get("tokenizer.ggml.pre") == "whitespace":
-            model.fail("pre-tokenizer 'whitespace' is not supported: llama.cpp aborts at the first blank")
+        pre = model.optional("tokenizer.ggml.pre", "")
+        if pre in _REFUSED_PRE_TOKENIZERS:
+            model.fail(f"pre-tokenizer {quoted(pre)} is not supported: {_REFUSED_PRE_TOKENIZERS[pre]}")
     else:
         missing = [byte for byte in range(256) if not {b"<0x%02X>" % byte, bytes([byte])} & texts]
         if missing:
             model.fail(f"its SentencePiece vocabulary has no token for byte 0x{missing[0]:02X}")
         if not np.isfinite(np.asarray(model.metadata.get("tokenizer.ggml.scores", 0.0))).all():
             model.fail("key 'tokenizer.ggml.scores' holds NaN or infinite values")
-    for key in (f"tokenizer.ggml.{role}_token_id" for role in _TOKEN_ROLES):
-        if model.key_types.get(key, "u32") != "u32":
-            model.fail(f"key {quoted(key)} is of type {model.key_types[key]}, expected u32")
+    expected = {f"{role}_token_id": "u32" for role in _TOKEN_ROLES} | _VOCABULARY_KEYS
+    for key, kind_of_key in ((f"tokenizer.ggml.{name}", kind) for name, kind in expected.items()):
+        if model.key_types.get(key, kind_of_key) != kind_of_key:
+            model.fail(f"key {quoted(key)} is of type {model.key_types[key]}, expected {kind_of_key}")
+
+
+def _token_texts(model: ModelFile, tokens: StringArray) -> set[bytes]:
+    """The tokens as llama.cpp has them; it aborts if two are the same.
+
+    It reads a token up to a NUL, and gives an empty one a name of its own.
+    """
+    texts = set()
+    for index, text in enumerate(tokens.iter_raw()):
+        if b"\0" in text:
+            model.fail(f"token {index} of its vocabulary holds a NUL byte, at which llama.cpp would cut it")
+        texts.add(text or b"[EMPTY_%d]" % index)
+    if len(texts) != len(tokens):
+        model.fail("its vocabulary holds the same token twice")
+    return texts
 
 
 def _strings(model: ModelFile, key: str) -> StringArray:

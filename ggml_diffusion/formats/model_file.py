@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from ggml_diffusion.errors import UserError, quoted
 from ggml_diffusion.formats.gguf_reader import MetadataValue, TensorInfo, read_header
 from ggml_diffusion.formats.tensor_names import TOKEN_EMBEDDING
+from ggml_diffusion.regular_file import open_regular
 
 _T = TypeVar("_T", bool, int, float, str)
 
@@ -240,10 +241,10 @@ def file_sha256(path: str | Path) -> str:
     path = Path(path)
     parts = read_gguf(path).parts if _SPLIT_NAME.fullmatch(path.name) else (path,)
     for part in parts:
-        try:
-            with part.open("rb") as file:
+        with open_regular(part) as file:
+            try:
                 while block := file.read(1 << 20):
                     digest.update(block)
-        except OSError as error:
-            raise UserError(f"{part}: cannot be read: {error.strerror}") from None
+            except OSError as error:
+                raise UserError(f"{part}: cannot be read: {error.strerror}") from None
     return digest.hexdigest()

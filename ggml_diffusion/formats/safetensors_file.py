@@ -8,6 +8,9 @@ Source: the format section of the safetensors README.
 """
 
 import json
+import math
+import os
+import shutil
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,10 +22,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ggml_diffusion.durable import replace_file
-from ggml_diffusion.errors import UserError, one_line, quoted
+from ggml_diffusion.errors import UserError, is_unicode, one_line, quoted
+from ggml_diffusion.regular_file import open_regular
 
 # One key only: the library writes several in random order, and equal runs must make equal files.
 DOCUMENT_KEY = "ggml_diffusion"
+MAX_JSON_DEPTH = 32
 MAX_HEADER_BYTES = 4 << 20  # 500 layers with seven adapters each take 1 MB
 
 
@@ -42,10 +47,18 @@ def write_safetensors(
     metadata = {DOCUMENT_KEY: json.dumps(document, sort_keys=True, allow_nan=False)}
 
     def write(temporary: Path) -> None:
+        # The library fills a file of a random name first: in a folder of its own, what a killed process left
+        # of it is found again.
+        folder = temporary.with_name(temporary.name + ".d")
+        shutil.rmtree(folder, ignore_errors=True)
         try:
-            save_file(arrays, temporary, metadata=metadata)
+            folder.mkdir()
+            save_file(arrays, folder / temporary.name, metadata=metadata)
+            os.replace(folder / temporary.name, temporary)
         except SafetensorError as error:
             raise OSError(str(error)) from error
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
     replace_file(path, write)
 
@@ -86,15 +99,35 @@ def parse_object(path: Path, text: str | bytes, what: str) -> dict[str, Any]:
         _fail(path, f"{what} is not valid JSON: {one_line(str(error))}")
     if not isinstance(value, dict):
         _fail(path, f"{what} is not a JSON object")
+    if fault := _json_fault(value):
+        _fail(path, f"{what} {fault}")
     return value
+
+
+def _json_fault(value: object) -> str | None:
+    """Why parsed JSON cannot be written again or shown: too deep, a number too large, half a character."""
+    layer = [value]
+    for _ in range(MAX_JSON_DEPTH):
+        below: list[object] = []
+        for item in layer:
+            if isinstance(item, dict):
+                below += [*item.keys(), *item.values()]
+            elif isinstance(item, list):
+                below += item
+            elif isinstance(item, float) and not math.isfinite(item):
+                return "holds a number that is too large"
+            elif isinstance(item, str) and not is_unicode(item):
+                return "holds half of a surrogate pair"
+        if not below:
+            return None
+        layer = below
+    return f"is nested more than {MAX_JSON_DEPTH} levels deep"
 
 
 def _check_header(path: Path) -> None:
     """Everything about the header that the library would let pass."""
-    try:
-        if path.exists() and not path.is_file():
-            raise UserError(f"{path}: not a file")
-        with path.open("rb") as file:
+    with open_regular(path) as file:
+        try:
             size = file.seek(0, 2)
             file.seek(0)
             head = file.read(8)
@@ -104,10 +137,8 @@ def _check_header(path: Path) -> None:
             if n_header_bytes > MAX_HEADER_BYTES:
                 _fail(path, f"its header has {n_header_bytes} bytes; at most {MAX_HEADER_BYTES} are accepted")
             text = file.read(n_header_bytes)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
-        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     for name, entry in parse_object(path, text, "its header").items():
         if name == "__metadata__":
             continue

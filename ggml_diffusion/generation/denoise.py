@@ -43,6 +43,7 @@ class GenerationConfig(BaseModel):
     steps: int | None = Field(
         default=None,
         ge=1,
+        le=1_000_000,
         description="Denoising steps; each is one forward pass, and every block takes at least one. Left "
         "out, one for each token to write.",
     )

@@ -150,6 +150,7 @@ class DiffusionModel:
         if self.mask_token_id in before or self.mask_token_id in after:
             name = quoted(self.tokenizer.token_text(self.mask_token_id))
             raise UserError(f"the prompt or the suffix contains the mask token, {name}: leave that out")
+        self._check_length(len(before) + config.length + len(after))
         hole = np.full(config.length, self.mask_token_id, dtype=np.int32)
         end_of_text = self.tokenizer.eos_id
         filled = self._denoise(np.concatenate([before, hole, after]), config, on_step, end_of_text)
@@ -201,6 +202,15 @@ class DiffusionModel:
             raise UserError("this vocabulary has neither a BOS nor an end-of-text token: give a prompt")
         return np.array([start], dtype=np.int32)
 
+    def _check_length(self, n_tokens: int) -> None:
+        context = self.engine.file.context_length
+        if n_tokens > context:
+            raise UserError(
+                f"{n_tokens} tokens are more than the model's context of {context}: "
+                f"shorten the prompt or the length"
+            )
+        self.engine.check_memory(1, n_tokens, self.adapter)
+
     def _denoise(
         self,
         tokens: NDArray[np.int32],
@@ -208,12 +218,7 @@ class DiffusionModel:
         on_step: Callable[[DenoisingStep], None] | None,
         stop_token: int | None,
     ) -> NDArray[np.int32]:
-        context = self.engine.file.context_length
-        if len(tokens) > context:
-            raise UserError(
-                f"{len(tokens)} tokens are more than the model's context of {context}: "
-                f"shorten the prompt or the length"
-            )
+        self._check_length(len(tokens))
         if self.rule.prediction == "shifted" and len(tokens) and tokens[0] == self.mask_token_id:
             raise UserError(
                 "the first token cannot be a mask: a shifted prediction reads it from the token before"

@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from ggml_diffusion.errors import UserError
+from ggml_diffusion.errors import UserError, one_line
 from ggml_diffusion.formats.adapter_file import DiffusionCheckpoint
 from ggml_diffusion.formats.tensor_names import TIME_BIAS, TIME_WEIGHT
 from ggml_diffusion.objective.corruption import NoiseSchedule
@@ -55,13 +55,13 @@ class ReadingRule:
         """
         metadata, time_offset = checkpoint.metadata, None
         try:
-            schedule = NoiseSchedule(checkpoint.noise_schedule.get("type", "none"))
+            schedule = NoiseSchedule(checkpoint.schedule.type)  # type: ignore[arg-type]  # which it checks
             if metadata.time_max_timesteps is not None:
                 weight, bias = checkpoint.tensors[TIME_WEIGHT], checkpoint.tensors[TIME_BIAS]
                 embedding = TimeEmbedding(weight.shape[1], len(weight), metadata.time_max_timesteps)
                 time_offset = partial(embedding.forward, weight=weight, bias=bias)
         except ValueError as error:
-            raise UserError(f"adapter: {error}") from None
+            raise UserError(f"adapter: {one_line(str(error))}") from None
         return cls(
             prediction=metadata.prediction,
             causal_ratio=metadata.final_causal_ratio,

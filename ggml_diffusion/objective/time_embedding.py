@@ -18,6 +18,11 @@ from numpy.typing import NDArray
 from ggml_diffusion.formats.tensor_names import TIME_BIAS, TIME_WEIGHT
 
 
+def parameter_shapes(dim: int, hidden_dim: int) -> dict[str, tuple[int, ...]]:
+    """Name and shape of what is trained; all of it starts at zero."""
+    return {TIME_WEIGHT: (hidden_dim, dim), TIME_BIAS: (hidden_dim,)}
+
+
 class TimeEmbedding:
     """Sinusoidal features of the diffusion time and their projection.
 
@@ -25,7 +30,6 @@ class TimeEmbedding:
         dim: number of features, even.
         hidden_dim: C.
         max_timesteps: rows of the table; t = 0 is its first, t = 1 its last.
-        table: (max_timesteps, dim) float32; sines of rising wavelength, then their cosines.
 
     """
 
@@ -38,16 +42,16 @@ class TimeEmbedding:
         self.hidden_dim = hidden_dim
         self.max_timesteps = max_timesteps
         half = dim // 2
-        frequencies = np.exp(np.arange(half) * (-math.log(10000.0) / half))
-        angles = np.arange(max_timesteps)[:, None] * frequencies
-        self.table: NDArray[np.float32] = np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(
-            np.float32
-        )
+        self._frequencies = np.exp(np.arange(half) * (-math.log(10000.0) / half))
 
-    @property
-    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of what is trained; all of it starts at zero."""
-        return {TIME_WEIGHT: (self.hidden_dim, self.dim), TIME_BIAS: (self.hidden_dim,)}
+    def table_rows(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Rows (n,) of the table, each in [0, max_timesteps): (n, dim), sines of rising wavelength, then
+        their cosines.
+
+        Computed for those asked for alone: a table may be long.
+        """
+        angles = rows[:, None] * self._frequencies
+        return np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
 
     def features(self, t: NDArray[np.floating]) -> NDArray[np.float32]:
         """Rows of the table for times (B,) in [0, 1], linearly interpolated: (B, dim) float32."""
@@ -55,7 +59,7 @@ class TimeEmbedding:
         low = position.astype(np.int64)
         high = np.minimum(low + 1, self.max_timesteps - 1)
         share_high = (position - low)[:, None]
-        between = self.table[low] * (1.0 - share_high) + self.table[high] * share_high
+        between = self.table_rows(low) * (1.0 - share_high) + self.table_rows(high) * share_high
         return between.astype(np.float32)
 
     # The sums go through einsum, not @: BLAS may add in another order with another number of threads.

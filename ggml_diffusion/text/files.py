@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import IO, Any, cast
 
 from ggml_diffusion.errors import UserError, one_line
+from ggml_diffusion.regular_file import open_regular
 from ggml_diffusion.text.cutting import cut
 from ggml_diffusion.text.sources import RECORD_KEYS, TextFile
 
@@ -92,7 +93,7 @@ def documents(files: Sequence[TextFile], position: Position) -> Iterator[Documen
 def _opened(file: TextFile) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
     """A file's content, unpacked, and the file on the disk; what fails in the block is one line."""
     try:
-        with file.path.open("rb") as raw:
+        with open_regular(file.path) as raw:
             if not file.is_compressed:
                 yield raw, raw
                 return

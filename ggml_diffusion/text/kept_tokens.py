@@ -218,6 +218,7 @@ def _write(
         token_bytes=writer.token_bytes,
         n_documents=text.n_documents,
         n_skipped=text.n_skipped,
+        n_blank=text.n_blank,
         n_refused=text.n_refused,
         refusals=text.refusals,
         n_text_tokens=writer.n_text_tokens,

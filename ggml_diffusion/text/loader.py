@@ -71,6 +71,7 @@ class TextDataLoader:
         batch_size: B.
         n_documents: documents in the text, examples included.
         n_skipped: documents without any token, which are left out.
+        n_blank: others with at most one character that is no white space.
         n_refused: documents that could not be used, which are left out and not counted by `n_documents`.
         refusals: the first of these, a line each with its place and the reason.
         n_examples: prompts with their responses.
@@ -156,6 +157,7 @@ class TextDataLoader:
         texts = [store.manifest for store in self._stores]
         self.n_documents = sum(text.n_documents for text in texts)
         self.n_skipped = sum(text.n_skipped for text in texts)
+        self.n_blank = sum(text.n_blank for text in texts)
         self.n_refused = sum(text.n_refused for text in texts)
         self.refusals = [refusal for text in texts for refusal in text.refusals]
         self.n_examples, self.n_too_long = self._sequences.n_examples, self._sequences.n_too_long

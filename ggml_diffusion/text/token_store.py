@@ -76,6 +76,7 @@ class Manifest(_Strict):
         token_bytes: 2 or 4.
         n_documents: of the text, examples included.
         n_skipped: documents without any token.
+        n_blank: others with at most one character that is no white space.
         n_refused: documents that could not be used, beside these.
         refusals: the first of them, with place and reason.
         n_text_tokens: end-of-text included.
@@ -94,6 +95,7 @@ class Manifest(_Strict):
     token_bytes: int
     n_documents: int
     n_skipped: int
+    n_blank: int
     n_refused: int
     refusals: list[str]
     n_text_tokens: int

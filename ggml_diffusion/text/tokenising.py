@@ -38,6 +38,7 @@ class TextWriter:
     Attributes:
         n_documents: so far, examples included.
         n_skipped: documents without any token.
+        n_blank: others with at most one character that is no white space.
         n_refused: documents that could not be used, which `n_documents` does not count.
         refusals: the first of them, with place and reason.
 
@@ -47,8 +48,8 @@ class TextWriter:
         self._files = files
         self._eos_id = eos_id
         self._strict = strict
-        self._is_empty = True  # the document that was begun last
-        self.n_documents = self.n_skipped = self.n_refused = 0
+        self._is_empty, self._n_letters = True, 0  # of the document that was begun last
+        self.n_documents = self.n_skipped = self.n_blank = self.n_refused = 0
         self.refusals: list[str] = []
 
     def add(self, batch: Batch, encoded: Encoded) -> None:
@@ -78,11 +79,13 @@ class TextWriter:
                 continue
             if item.first:
                 self.n_documents += 1
-                self._is_empty = True
+                self._is_empty, self._n_letters = True, 0
+            self._n_letters += len(item.text.strip())
             if count and self._is_empty:
                 starts.append(n_tokens + len(ends))
                 self._is_empty = False
             n_tokens += count
+            self.n_blank += item.last and not self._is_empty and self._n_letters < 2
             if item.last and self._is_empty:
                 self.n_skipped += 1
             elif item.last and not item.first and self._eos_id is not None:

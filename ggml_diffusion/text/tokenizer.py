@@ -1,43 +1,46 @@
 """Text to tokens and back, by the vocabulary inside a GGUF.
 
-llama.cpp does the work, so that text is cut as the base model was trained to read it. It loads the vocabulary
-only, and says nothing on stderr.
+llama.cpp does the work, so that text is cut as the base model was trained to read it; in a process of its own
+(vocabulary_child.py), since some vocabularies and texts end the process that they are in.
 
 SentencePiece writes a blank in front of a text, and llama.cpp another one behind every control token. Text
 that goes on where other text ended has none: `continued` says so.
 
 Deliberately not here: BOS and end-of-text around a text (prompts.py, loader.py), the mask token
 (special_tokens.py), what a chat template does (chat_template.py).
-Source: the C API of llama.cpp (llama.h), through llama-cpp-python.
 """
 
-import ctypes
 import hashlib
 import re
-import threading
-import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import llama_cpp
 import numpy as np
 from numpy.typing import NDArray
 
-from ggml_diffusion.errors import UserError, one_line
+from ggml_diffusion.errors import UserError
 from ggml_diffusion.formats.gguf_reader import StringArray
 from ggml_diffusion.formats.model_check import BPE_TOKENIZERS, TOKENIZERS_WITHOUT_VOCABULARY, check_tokenizer
 from ggml_diffusion.formats.model_file import ModelFile, read_gguf
 from ggml_diffusion.text.chat_template import ChatTemplate
 from ggml_diffusion.text.cutting import cut, cut_numbers
 from ggml_diffusion.text.special_tokens import special_ids, token_id
+from ggml_diffusion.text.vocabulary_child import (
+    ATTR_CONTROL,
+    ATTR_LSTRIP,
+    ATTR_RSTRIP,
+    ATTR_UNKNOWN,
+    ATTR_USER_DEFINED,
+    VocabularyChild,
+)
 
-_NOT_TEXT = llama_cpp.LLAMA_TOKEN_ATTR_CONTROL | llama_cpp.LLAMA_TOKEN_ATTR_UNKNOWN
+_NOT_TEXT = ATTR_CONTROL | ATTR_UNKNOWN
 # llama.cpp cuts a text at such tokens, and starts anew behind them.
-_CUTS_TEXT = _NOT_TEXT | llama_cpp.LLAMA_TOKEN_ATTR_USER_DEFINED
-_STRIPS = llama_cpp.LLAMA_TOKEN_ATTR_LSTRIP | llama_cpp.LLAMA_TOKEN_ATTR_RSTRIP
-_ERROR_LEVEL = 4  # GGML_LOG_LEVEL_ERROR
+_CUTS_TEXT = _NOT_TEXT | ATTR_USER_DEFINED
+_STRIPS = ATTR_LSTRIP | ATTR_RSTRIP
 
 # One of these stands in front of a text while it is tokenised as one that goes on: no piece contains it, so
 # that nothing merges with it.
@@ -45,21 +48,6 @@ _ANCHORS = tuple(chr(code) for code in range(1, 9))
 _BLANKS = " \t\n\v\f\r"  # isspace of C
 
 _MAX_CHARS = 1 << 18  # of a text that is tokenised at once
-_SHORT_CHARS = 1 << 11  # any stack is large enough for that many
-# A letter takes 320 bytes in a release build. Only what is used is ever taken from the machine's memory.
-_STACK_BYTES = (2 << 10) * _MAX_CHARS
-_stack_lock = threading.Lock()
-
-_errors: list[str] = []
-
-
-def _keep_error(level: int, text: bytes, user_data: object) -> None:
-    if level == _ERROR_LEVEL:
-        _errors.append(text.decode(errors="replace"))
-        del _errors[1:]  # the first one names the fault, the others what failed through it
-
-
-_log_callback = llama_cpp.llama_log_callback(_keep_error)  # llama.cpp keeps a bare pointer to it
 
 
 class Tokenizer:
@@ -81,23 +69,21 @@ class Tokenizer:
 
     """
 
-    def __init__(self, model: Any, metadata: Mapping[str, Any], path: Path) -> None:
-        """Take over a loaded llama.cpp model; see `from_gguf`."""
-        self._release = weakref.finalize(self, llama_cpp.llama_model_free, model)
-        self._vocab = llama_cpp.llama_model_get_vocab(model)
-        self._pieces: dict[int, bytes] = {}
+    def __init__(self, vocabulary: VocabularyChild, metadata: Mapping[str, Any], path: Path) -> None:
+        """Take over a loaded vocabulary; see `from_gguf`."""
+        self._vocabulary = vocabulary
         self._metadata = metadata
         self.path = path
         self.kind: str = metadata["tokenizer.ggml.model"]
         self.pre: str = str(metadata.get("tokenizer.ggml.pre", ""))
         self.vocabulary: Sequence[str] = metadata["tokenizer.ggml.tokens"]
+        self._fronts: dict[tuple[str, bool], NDArray[np.int32]] = {}  # the tokens of an anchor
         self.writes_blanks = self.kind == "llama" and bool(
             metadata.get("tokenizer.ggml.add_space_prefix", True)
         )
-        self.vocab_size: int = llama_cpp.llama_vocab_n_tokens(self._vocab)
+        self.vocab_size: int = vocabulary.n_tokens
         self.bos_id, self.eos_id = special_ids(metadata)
-        wants_start = llama_cpp.llama_vocab_get_add_bos(self._vocab)
-        self.start_id = token_id(metadata, "bos") if wants_start else None
+        self.start_id = token_id(metadata, "bos") if vocabulary.adds_bos else None
         self.warnings = _warnings(metadata)
         template = metadata.get("tokenizer.chat_template")
         # An empty template is none.
@@ -130,24 +116,19 @@ class Tokenizer:
         kind = file.metadata.get("tokenizer.ggml.model")
         if kind is None or kind in TOKENIZERS_WITHOUT_VOCABULARY:
             file.fail("holds no vocabulary, so it cannot be given text")
-        llama_cpp.llama_log_set(_log_callback, ctypes.c_void_p(0))
-        llama_cpp.llama_backend_init()
-        parameters = llama_cpp.llama_model_default_params()
-        parameters.vocab_only = True
-        _errors.clear()
-        model = llama_cpp.llama_model_load_from_file(str(file.path).encode(), parameters)
-        if not model:
-            file.fail(f"llama.cpp cannot load its vocabulary: {one_line(' '.join(_errors))}")
-        return cls(model, file.metadata, file.path)
+        tokens = file.metadata.get("tokenizer.ggml.tokens")
+        if not isinstance(tokens, StringArray):
+            file.fail("holds no list of tokens")
+        return cls(VocabularyChild(file.path, len(tokens)), file.metadata, file.path)
 
     def close(self) -> None:
-        """Free the vocabulary; the tokenizer is of no use after that."""
-        self._release()
+        """End the vocabulary's process."""
+        self._vocabulary.close()
 
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of all that decides which tokens a text has: the file's keys and llama.cpp's version."""
-        digest = hashlib.sha256(f"llama-cpp-python {llama_cpp.__version__}".encode())
+        digest = hashlib.sha256(f"llama-cpp-python {version('llama-cpp-python')}".encode())
         for key in sorted(self._metadata):
             if key.startswith("tokenizer.") or key == "general.architecture":
                 value = self._metadata[key]
@@ -169,17 +150,14 @@ class Tokenizer:
     @cached_property
     def control_tokens(self) -> Mapping[str, int]:
         """The tokens that no plain text contains, by name; those of one character are left out."""
-        hidden = (token for token in range(self.vocab_size) if self._is_hidden(token))
+        hidden = np.flatnonzero(self._table[0] & _NOT_TEXT).tolist()
         return {name: token for token in hidden if len(name := self.token_text(token)) > 1}
 
     @cached_property
     def added_tokens(self) -> Sequence[int]:
         """The tokens that llama.cpp looks for in a text before it cuts it into words."""
-        return [
-            token
-            for token in range(self.vocab_size)
-            if self._attributes(token) & llama_cpp.LLAMA_TOKEN_ATTR_USER_DEFINED
-        ]
+        found: list[int] = np.flatnonzero(self._table[0] & ATTR_USER_DEFINED).tolist()
+        return found
 
     def strips(self, token: int) -> bool:
         """Whether a token takes blanks beside it away.
@@ -193,11 +171,7 @@ class Tokenizer:
     @cached_property
     def end_ids(self) -> frozenset[int]:
         """The tokens that end an answer: of the text, of a turn, of a message."""
-        return frozenset(
-            token
-            for token in self.control_tokens.values()
-            if llama_cpp.llama_vocab_is_eog(self._vocab, token)
-        )
+        return frozenset(token for token in self.control_tokens.values() if self._table[1][token])
 
     def encode(
         self, text: str, *, special: bool = False, continued: bool = False, mark: str | None = None
@@ -232,10 +206,23 @@ class Tokenizer:
         if not continued or not self.writes_blanks or not text:
             return self._encode(text, special)
         for anchor in _ANCHORS:
-            front, tokens = self._encode(anchor, special), self._encode(anchor + text, special)
+            if (anchor, special) not in self._fronts:
+                self._fronts[anchor, special] = self._encode(anchor, special)
+            front, tokens = self._fronts[anchor, special], self._encode(anchor + text, special)
             if np.array_equal(front, tokens[: len(front)]):
                 return tokens[len(front) :]
         return self._encode(text, special)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
+        """The tokens of many plain texts, none of which goes on where other text ended; see `encode`.
+
+        A call asks the vocabulary's process once: with short texts that is several times as fast.
+
+        Raises:
+            UserError: a text holds half of a surrogate pair.
+
+        """
+        return self._vocabulary.tokenize([_utf8(text) for text in texts])
 
     def _encode_marked(self, text: str, mark: str, continued: bool) -> NDArray[np.int32]:
         """What llama.cpp does with control tokens in a text, but for the names with a mark inside."""
@@ -247,34 +234,15 @@ class Tokenizer:
             if number % 2:
                 tokens.append(np.array([control[part]], dtype=np.int32))
                 continue
-            if number and self._attributes(control[parts[number - 1]]) & llama_cpp.LLAMA_TOKEN_ATTR_RSTRIP:
+            if number and self._attributes(control[parts[number - 1]]) & ATTR_RSTRIP:
                 part = part.lstrip(_BLANKS)
-            if number + 1 < len(parts) and (
-                self._attributes(control[parts[number + 1]]) & llama_cpp.LLAMA_TOKEN_ATTR_LSTRIP
-            ):
+            if number + 1 < len(parts) and (self._attributes(control[parts[number + 1]]) & ATTR_LSTRIP):
                 part = part.rstrip(_BLANKS)
             tokens.append(self.encode(part.replace(mark, ""), continued=continued and number == 0))
         return np.concatenate(tokens)
 
     def _encode(self, text: str, special: bool) -> NDArray[np.int32]:
-        try:
-            data = text.encode()
-        except UnicodeEncodeError as error:
-            raise UserError(
-                f"character {error.start + 1} of the text is half of a surrogate pair, not Unicode"
-            ) from None
-        tokens = np.empty(2 * len(data) + 2, dtype=np.int32)  # one a byte at most, and blanks in front
-        place = tokens.ctypes.data_as(ctypes.POINTER(llama_cpp.llama_token))
-
-        def tokenize() -> int:
-            return int(
-                llama_cpp.llama_tokenize(self._vocab, data, len(data), place, len(tokens), False, special)
-            )
-
-        n_tokens = tokenize() if len(text) <= _SHORT_CHARS else _on_large_stack(tokenize)
-        if n_tokens < 0:
-            raise RuntimeError(f"llama.cpp made {-n_tokens} tokens of {len(data)} bytes")
-        return tokens[:n_tokens].copy()
+        return self._vocabulary.tokenize([_utf8(text)], special=special)[0]
 
     def decode(
         self, ids: Iterable[int] | NDArray[np.int32], *, special: bool = False, continued: bool = False
@@ -293,7 +261,8 @@ class Tokenizer:
             UserError: a token outside of the vocabulary.
 
         """
-        pieces = [self._piece(int(token)) for token in ids if special or not self._is_hidden(int(token))]
+        shown = [int(token) for token in ids if special or not self._is_hidden(int(token))]
+        pieces = [self._piece(token) for token in shown]
         if self.writes_blanks and pieces and not continued:  # SentencePiece put it there in `encode`
             pieces[0] = pieces[0].removeprefix(b" ")
         return b"".join(pieces).decode(errors="replace")
@@ -332,51 +301,38 @@ class Tokenizer:
             UserError: a token outside of the vocabulary.
 
         """
-        self._check(token)
-        return bool(llama_cpp.llama_vocab_is_control(self._vocab, token))
+        return bool(self._attributes(token) & ATTR_CONTROL)
 
-    def _check(self, token: int) -> None:
-        """llama.cpp would abort the process on such a token."""
-        if not 0 <= token < self.vocab_size:
-            raise UserError(f"token {token} is outside of the vocabulary of {self.vocab_size} tokens")
+    @cached_property
+    def _table(self) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+        return self._vocabulary.table()
 
     def _attributes(self, token: int) -> int:
-        self._check(token)
-        return int(llama_cpp.llama_vocab_get_attr(self._vocab, token))
+        if not 0 <= token < self.vocab_size:
+            raise UserError(f"token {token} is outside of the vocabulary of {self.vocab_size} tokens")
+        return int(self._table[0][token])
 
     def _is_hidden(self, token: int) -> bool:
         return bool(self._attributes(token) & _NOT_TEXT)
 
     def _piece(self, token: int) -> bytes:
-        """The bytes of a token, kept for the next time."""
-        self._check(token)
-        if token not in self._pieces:
-            buffer = ctypes.create_string_buffer(64)
-            n_bytes = llama_cpp.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, True)
-            if n_bytes < 0:
-                buffer = ctypes.create_string_buffer(-n_bytes)
-                n_bytes = llama_cpp.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, True)
-            self._pieces[token] = buffer.raw[:n_bytes]
+        """The bytes of a token."""
+        self._attributes(token)  # refuses what is outside of the vocabulary
         return self._pieces[token]
 
+    @cached_property
+    def _pieces(self) -> list[bytes]:
+        """The bytes of every token: all at once, since each question takes as long as many tokens."""
+        return self._vocabulary.pieces(range(self.vocab_size))
 
-def _on_large_stack(work: Callable[[], int]) -> int:
-    """What `work` returns, done by a thread with a stack of `_STACK_BYTES`."""
-    results: list[int] = []
-    with _stack_lock:
-        before = threading.stack_size(_STACK_BYTES)
-        try:
-            thread = threading.Thread(target=lambda: results.append(work()))
-            thread.start()
-        except RuntimeError:
-            raise UserError(
-                f"a long text needs {_STACK_BYTES >> 20} MiB of address space to be tokenised: raise the "
-                "limit (ulimit -v)"
-            ) from None
-        finally:
-            threading.stack_size(before)
-    thread.join()
-    return results[0]
+
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"character {error.start + 1} of the text is half of a surrogate pair, not Unicode"
+        ) from None
 
 
 def _warnings(metadata: Mapping[str, Any]) -> tuple[str, ...]:

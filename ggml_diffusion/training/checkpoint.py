@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,15 +27,20 @@ from ggml_diffusion.errors import UserError, quoted
 from ggml_diffusion.formats.adapter_file import CheckpointMetadata, DiffusionCheckpoint
 from ggml_diffusion.formats.model_file import file_sha256
 from ggml_diffusion.formats.safetensors_file import parse_object, read_safetensors, write_safetensors
+from ggml_diffusion.regular_file import open_regular
 
 __all__ = [
     "CheckpointMetadata",
     "DiffusionCheckpoint",
     "LoadedCheckpoint",
     "TrainingState",
+    "delete_older",
     "load_latest",
     "save_state",
+    "set_aside",
 ]
+
+KEPT = 2  # checkpoints: a damaged one never is the only one
 
 _FORMAT = 1
 _ARRAYS = ("parameters", "first_moment", "second_moment")
@@ -48,8 +54,9 @@ _STATE_KEYS: dict[str, type] = {
 }
 _STATE_FILE, _ADAPTER_FILE, _MANIFEST_FILE = "state.safetensors", "adapter.safetensors", "manifest.json"
 _LATEST_FILE = "latest"
+_MAX_MANIFEST_BYTES = 1 << 16
 _FOLDER_NAME = re.compile(r"step-(\d{8,})(?:-(\d+))?")
-_UNFINISHED_PREFIX = ".unfinished-"
+_UNFINISHED_PREFIX, _DAMAGED_PREFIX = ".unfinished-", ".damaged-"
 
 
 @dataclass
@@ -82,16 +89,17 @@ class TrainingState:
 
 @dataclass
 class LoadedCheckpoint:
-    """A whole checkpoint, and a sentence about every newer one that was not."""
+    """A whole checkpoint, and the newer ones that were not, with a sentence about each."""
 
     folder: Path
     state: TrainingState
     checkpoint: DiffusionCheckpoint
     warnings: list[str]
+    damaged: list[Path]
 
 
 def save_state(
-    folder: str | Path, state: TrainingState, checkpoint: DiffusionCheckpoint, keep: int = 2
+    folder: str | Path, state: TrainingState, checkpoint: DiffusionCheckpoint, keep: int = KEPT
 ) -> Path:
     """Save a checkpoint durably, then delete all but the newest `keep`.
 
@@ -99,7 +107,7 @@ def save_state(
         folder: the run's `checkpoints` folder; made if it is missing.
         state: for resuming.
         checkpoint: for using the conversion as it stands.
-        keep: how many checkpoints stay, at least 2, so that a damaged one never is the only one.
+        keep: how many checkpoints stay, at least 2.
 
     Returns:
         The new checkpoint's folder.
@@ -112,7 +120,7 @@ def save_state(
     temporary = folder / f"{_UNFINISHED_PREFIX}{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _delete_unfinished(folder)
+        _delete_all(folder, _UNFINISHED_PREFIX)
         temporary.mkdir()
         _write_files(temporary, state, checkpoint)
         saved = _unused_name(folder, state.step)
@@ -123,9 +131,17 @@ def save_state(
         reason = error if isinstance(error, UserError) else error.strerror or error
         raise UserError(f"{folder}: the checkpoint of step {state.step} was not saved: {reason}") from error
     replace_file(folder / _LATEST_FILE, lambda path: _write_text(path, saved.name + "\n"))
-    for old in [other for other in _newest_first(folder) if other != saved][max(keep, 2) - 1 :]:
-        shutil.rmtree(old, ignore_errors=True)
+    delete_older(folder, saved, keep)
+    _delete_all(folder, _DAMAGED_PREFIX)
     return saved
+
+
+def delete_older(folder: str | Path, newest: Path, keep: int = KEPT) -> None:
+    """Delete all checkpoints but the newest `keep`, and what a killed process left of one."""
+    folder = Path(folder)
+    for old in [other for other in _newest_first(folder) if other != newest][max(keep, 2) - 1 :]:
+        shutil.rmtree(old, ignore_errors=True)
+    _delete_all(folder, _UNFINISHED_PREFIX)
 
 
 def load_latest(folder: str | Path) -> LoadedCheckpoint | None:
@@ -145,16 +161,25 @@ def load_latest(folder: str | Path) -> LoadedCheckpoint | None:
         candidates.remove(latest)
         candidates.insert(0, latest)
     warnings: list[str] = []
-    for candidate in candidates:
+    for number, candidate in enumerate(candidates):
         try:
             state, checkpoint = _load(candidate)
         except UserError as error:
             warnings.append(f"a damaged checkpoint is left out: {error}")
         else:
-            return LoadedCheckpoint(candidate, state, checkpoint, warnings)
+            return LoadedCheckpoint(candidate, state, checkpoint, warnings, candidates[:number])
     if not candidates:
         return None
     raise UserError(f"{folder}: all {len(candidates)} checkpoints are damaged; the newest: {warnings[0]}")
+
+
+def set_aside(checkpoints: Iterable[Path]) -> None:
+    """Let damaged checkpoints no longer count among those that are kept; the next save deletes them."""
+    for path in checkpoints:
+        aside = path.with_name(_DAMAGED_PREFIX + path.name)
+        shutil.rmtree(aside, ignore_errors=True)
+        with contextlib.suppress(OSError):  # then it counts, and is passed over again
+            os.rename(path, aside)
 
 
 def _write_files(folder: Path, state: TrainingState, checkpoint: DiffusionCheckpoint) -> None:
@@ -169,7 +194,8 @@ def _write_files(folder: Path, state: TrainingState, checkpoint: DiffusionCheckp
 def _load(folder: Path) -> tuple[TrainingState, DiffusionCheckpoint]:
     manifest_path = folder / _MANIFEST_FILE
     try:
-        text = manifest_path.read_bytes()
+        with open_regular(manifest_path) as file:
+            text = file.read(_MAX_MANIFEST_BYTES)
     except OSError as error:
         raise UserError(f"{manifest_path}: cannot be read: {error.strerror}") from None
     manifest = parse_object(manifest_path, text, "its content")
@@ -225,8 +251,9 @@ def _unused_name(folder: Path, step: int) -> Path:
 
 def _read_latest(folder: Path) -> str:
     try:
-        return (folder / _LATEST_FILE).read_bytes()[:100].decode("utf-8", errors="replace").strip()
-    except OSError:
+        with open_regular(folder / _LATEST_FILE) as file:
+            return file.read(100).decode("utf-8", errors="replace").strip()
+    except (UserError, OSError):
         return ""
 
 
@@ -234,7 +261,8 @@ def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def _delete_unfinished(folder: Path) -> None:
-    """Clear away what a killed process left."""
-    for path in folder.glob(f"{_UNFINISHED_PREFIX}*"):
-        shutil.rmtree(path, ignore_errors=True)
+def _delete_all(folder: Path, prefix: str) -> None:
+    """Clear away what a killed process left, or what was set aside."""
+    with contextlib.suppress(OSError):
+        for path in folder.glob(f"{prefix}*"):
+            shutil.rmtree(path, ignore_errors=True)

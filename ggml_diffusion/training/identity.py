@@ -9,10 +9,8 @@ Deliberately not here: close comparisons (tests/ has them); llama.cpp quantises 
 3e-3 nats on a Q4_1 model, and the gate is there to catch a wrong computation, not a rounding.
 """
 
+import json
 import os
-import subprocess
-import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ggml_diffusion.child import Child
 from ggml_diffusion.engine.interface import Batch, Engine
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.generation.sampling import log_softmax
@@ -59,7 +58,9 @@ def check_identity(model: Engine, tokenizer: Tokenizer) -> IdentityReport:
     tokens = _sentence_tokens(tokenizer, model.file.context_length)
     reference = llama_logits(model.file.path, tokens, model.n_threads)
     if not np.isfinite(reference).all():
-        raise UserError(f"{model.file.path}: llama.cpp itself computes no numbers for this model")
+        raise UserError(
+            f"{model.file.path}: its weights give NaN or infinite logits, in llama.cpp too: it is damaged"
+        )
     mean_kl = mean_kl_divergence(reference, model.logits(Batch(tokens[None]))[0])
     if not mean_kl <= MEAN_KL_LIMIT:  # written so that NaN fails
         raise UserError(
@@ -91,63 +92,37 @@ def llama_logits(path: Path, tokens: NDArray[np.int32], n_threads: int) -> NDArr
     """Causal logits (T, V) of llama.cpp on a GGUF file, computed in a child process.
 
     Raises:
-        UserError: the child failed or was killed; the message holds the last line that it wrote.
+        UserError: llama.cpp cannot run the file, or died of it; the message holds what it said.
 
     """
-    with tempfile.TemporaryDirectory() as folder:
-        token_file, logits_file = Path(folder) / "tokens.npy", Path(folder) / "logits.npy"
-        np.save(token_file, tokens)
-        command = [
-            sys.executable,
-            "-c",
-            "from ggml_diffusion.training.identity import child; child()",
-            str(path),
-            str(token_file),
-            str(logits_file),
-            str(n_threads),
-        ]
-        # the child must import this package, whatever lies in the current folder
-        environment = {**os.environ, "PYTHONSAFEPATH": "1"}
-        try:
-            done = subprocess.run(
-                command, capture_output=True, check=False, timeout=CHILD_TIMEOUT_S, env=environment
-            )
-        except subprocess.TimeoutExpired:
-            raise UserError(f"{path}: llama.cpp did not finish within {CHILD_TIMEOUT_S:.0f} s") from None
-        if done.returncode != 0 or not logits_file.exists():
-            reason = _reason(done.stderr.decode(errors="replace"))
-            raise UserError(
-                f"{path}: llama.cpp cannot run this model (exit code {done.returncode}): {reason}"
-            )
-        logits: NDArray[np.float32] = np.load(logits_file)
-        return logits
+    argument = {"path": str(path), "tokens": tokens.tolist(), "n_threads": n_threads}
+    with Child(
+        _Logits, json.dumps(argument).encode(), f"{path}: llama.cpp", time_limit_s=CHILD_TIMEOUT_S * n_threads
+    ) as child:
+        n_bytes_row = len(child.hello) // len(tokens)
+        if len(child.hello) != len(tokens) * n_bytes_row or n_bytes_row % 4 or not n_bytes_row:
+            raise UserError(f"{path}: llama.cpp gave an answer that makes no sense")
+        return np.frombuffer(child.hello, np.float32).reshape(len(tokens), -1)
 
 
-def _reason(log: str) -> str:
-    """The line of llama.cpp's log that says why it failed: its own words, an assertion, or the last line."""
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
-    for mark in ("error loading model", "GGML_ASSERT", "error:"):
-        for line in lines:
-            if mark in line:
-                return line
-    return lines[-1] if lines else "no message"
+class _Logits:
+    """Lives in the child: all that is asked comes with its start."""
+
+    def __init__(self, argument: bytes) -> None:
+        job = json.loads(argument)
+        tokens = np.array(job["tokens"], dtype=np.int32)
+        opened = open_llama(os.fsencode(job["path"]), len(tokens), job["n_threads"])
+        self.hello = logits_in_context(*opened, tokens).tobytes()
+
+    def answer(self, request: bytes) -> bytes:
+        raise ValueError("there is nothing to ask")
 
 
-def child() -> None:
-    """Body of the child process. Its arguments: model, token file, file to write logits to, threads."""
-    path, token_file, logits_file, n_threads = sys.argv[1:]
-    np.save(logits_file, _run_llama(path, np.load(token_file), int(n_threads)))
-
-
-def _run_llama(path: str, tokens: NDArray[np.int32], n_threads: int) -> NDArray[np.float32]:
-    return logits_in_context(*open_llama(path, len(tokens), n_threads), tokens)
-
-
-def open_llama(path: str, n_tokens: int, n_threads: int) -> tuple[Any, Any, Any]:
+def open_llama(path: str | bytes, n_tokens: int, n_threads: int) -> tuple[Any, Any, Any]:
     """llama.cpp's C API, a model and a context for that many tokens, on the CPU; for a child process.
 
     Raises:
-        SystemExit: llama.cpp loads no model from the file, or has no context of that size.
+        RuntimeError: llama.cpp loads no model from the file, or has no context of that size.
 
     """
     import llama_cpp
@@ -156,15 +131,15 @@ def open_llama(path: str, n_tokens: int, n_threads: int) -> tuple[Any, Any, Any]
     model_params = api.llama_model_default_params()
     model_params.n_gpu_layers = 0
     model_params.use_extra_bufts = False  # no second, repacked copy of the weights
-    model = api.llama_model_load_from_file(path.encode(), model_params)
+    model = api.llama_model_load_from_file(os.fsencode(path), model_params)
     if not model:
-        raise SystemExit("the file does not load")
+        raise RuntimeError("cannot run this model: the file does not load")
     params = api.llama_context_default_params()
     params.n_ctx = params.n_batch = params.n_ubatch = max(n_tokens, 32)
     params.n_threads = params.n_threads_batch = n_threads
     context = api.llama_init_from_model(model, params)
     if not context:
-        raise SystemExit("no context of that size")
+        raise RuntimeError("has no context of that size")
     return api, model, context
 
 
@@ -172,7 +147,7 @@ def logits_in_context(api: Any, model: Any, context: Any, tokens: NDArray[np.int
     """Logits (T, V) of T tokens from position 0 on, whatever the context held; from what `open_llama` gave.
 
     Raises:
-        SystemExit: llama.cpp failed.
+        RuntimeError: llama.cpp failed.
 
     """
     api.llama_memory_clear(api.llama_get_memory(context), True)
@@ -187,6 +162,6 @@ def logits_in_context(api: Any, model: Any, context: Any, tokens: NDArray[np.int
     failed = api.llama_decode(context, batch) != 0
     api.llama_batch_free(batch)
     if failed:
-        raise SystemExit("llama_decode failed")
+        raise RuntimeError("failed at the sentence")
     vocabulary = api.llama_vocab_n_tokens(api.llama_model_get_vocab(model))
     return np.array(np.ctypeslib.as_array(api.llama_get_logits(context), shape=(len(tokens), vocabulary)))

@@ -1,4 +1,5 @@
-"""Saving a run so that it can be resumed, and resuming it with the same bits as if it had never stopped.
+"""Saving a run so that it can be resumed, and resuming it with the same bits as if it had never stopped; and
+going back to what was saved where training diverged.
 
 Deliberately not here: the files (checkpoint.py), and when to save (run.py).
 """
@@ -7,8 +8,17 @@ from pathlib import Path
 
 from ggml_diffusion.config.settings import settings_that_differ
 from ggml_diffusion.errors import UserError
-from ggml_diffusion.training.checkpoint import TrainingState, load_latest, save_state
-from ggml_diffusion.training.trainer import ConversionTrainer
+from ggml_diffusion.training.checkpoint import (
+    LoadedCheckpoint,
+    TrainingState,
+    delete_older,
+    load_latest,
+    save_state,
+    set_aside,
+)
+from ggml_diffusion.training.trainer import ConversionTrainer, Diverged
+
+MAX_ROLLBACKS = 2
 
 
 def save_run(trainer: ConversionTrainer, folder: str | Path) -> Path:
@@ -35,15 +45,52 @@ def resume_run(trainer: ConversionTrainer, folder: str | Path) -> bool:
     loaded = load_latest(folder)
     if loaded is None:
         return False
-    for warning in loaded.warnings:
-        trainer.warn(warning)
     differences = _differences(loaded.state, trainer)
     if differences:
         raise UserError(f"{folder}: the run there differs from this one in {'; '.join(differences)}")
     if loaded.state.extra["int8"] != "none" and not trainer.model.has_int8:
         raise UserError(f"{folder}: the run there uses int8 products, which this engine does not have")
-    trainer.restore(loaded.state)
+    _restore(trainer, loaded)
+    chosen = trainer.config.learning_rate
+    if chosen < loaded.state.config["learning_rate"]:  # the user has lowered it since
+        trainer.rollbacks = 0
+        trainer.lower_rate(min(chosen, trainer.learning_rate))
     return True
+
+
+def roll_back(trainer: ConversionTrainer, folder: str | Path, cause: Diverged) -> None:
+    """Go back to the newest whole checkpoint, or to the start, with half the learning rate, and save that.
+
+    Raises:
+        UserError: the run went back twice already, and says what the user can do; or as `resume_run`.
+
+    """
+    learning_rate, n_before = trainer.learning_rate / 2.0, trainer.rollbacks
+    if n_before >= MAX_ROLLBACKS:
+        raise UserError(
+            f"{cause}, after going back {n_before} times; what was saved before is still there: go on from "
+            f"it with --learning-rate {learning_rate:g} or lower, or start anew with --fresh"
+        )
+    loaded = load_latest(folder)
+    if loaded is None:
+        trainer.restart()
+    else:
+        _restore(trainer, loaded)
+    trainer.rollbacks = n_before + 1
+    trainer.lower_rate(learning_rate)
+    save_run(trainer, folder)  # if the process is killed now, the run goes on at this rate
+    trainer.warn(
+        f"{cause}; gone back to step {trainer.step_count}, and on from there at {learning_rate:g}, half of it"
+    )
+
+
+def _restore(trainer: ConversionTrainer, loaded: LoadedCheckpoint) -> None:
+    """Take a checkpoint over; the newer ones that are damaged are no longer the run's."""
+    for warning in loaded.warnings:
+        trainer.warn(warning)
+    set_aside(loaded.damaged)
+    delete_older(loaded.folder.parent, loaded.folder)  # a save may have been killed before it did
+    trainer.restore(loaded.state)
 
 
 def _differences(state: TrainingState, trainer: ConversionTrainer) -> list[str]:

@@ -4,18 +4,15 @@
 llama.cpp, resume from the last checkpoint or start again, measure, train, save and export, measure again.
 
 The output folder holds adapter.safetensors and adapter.gguf (the exports), metrics.jsonl (one object a step),
-config.toml (as resolved), evaluation.json (if it was asked for), checkpoints/ and tokens/ (of the text).
+config.toml (as resolved), base.json (the base that was read to its end and found sound), evaluation.json (if
+it was asked for), checkpoints/ and tokens/ (of the text).
 
 Deliberately not here: what a step does (trainer.py), how it looks on the screen (app/display.py), flags
 (app/cli/).
 """
 
-import errno
-import fcntl
 import json
-import os
 import re
-import shutil
 import signal
 import threading
 from collections import Counter
@@ -27,10 +24,9 @@ from types import FrameType
 from typing import Any, Protocol
 
 from ggml_diffusion.config.fit import scaled_to_run
-from ggml_diffusion.config.groups import HardwareConfig
 from ggml_diffusion.config.settings import ConversionTrainingConfig
 from ggml_diffusion.config.toml import to_toml
-from ggml_diffusion.durable import replace_file
+from ggml_diffusion.durable import replace_text
 from ggml_diffusion.engine.interface import Engine
 from ggml_diffusion.engine.open import accelerators, open_engine
 from ggml_diffusion.errors import UserError
@@ -38,32 +34,44 @@ from ggml_diffusion.evaluation.held_out import MaskedScore, Score, as_rows, base
 from ggml_diffusion.formats.adapter_file import creation_time
 from ggml_diffusion.formats.model_check import read_model
 from ggml_diffusion.formats.model_file import ModelFile
+from ggml_diffusion.formats.safetensors_file import parse_object
 from ggml_diffusion.generation.diffusion_model import DiffusionModel
 from ggml_diffusion.generation.reading import ReadingRule
 from ggml_diffusion.objective.corruption import maskable
 from ggml_diffusion.objective.output_rows import Prediction
+from ggml_diffusion.regular_file import open_regular
 from ggml_diffusion.run_folder import (
+    BASE,
     CHECKPOINTS,
     CONFIG,
     EVALUATION,
     EXPORTS,
-    LOCK,
     METRICS,
-    PID,
     TOKENS,
 )
 from ggml_diffusion.text.kept_tokens import Reading
 from ggml_diffusion.text.loader import TextDataLoader, TokenBatch
 from ggml_diffusion.text.tokenizer import Tokenizer
 from ggml_diffusion.training.checkpoint import load_latest
+from ggml_diffusion.training.earlier_run import bytes_of_run, delete_run, is_half_deleted
 from ggml_diffusion.training.identity import check_identity
 from ggml_diffusion.training.int8_gate import choose_int8
 from ggml_diffusion.training.metrics import MetricsWriter, TrainMetrics
-from ggml_diffusion.training.resume import resume_run, save_run
-from ggml_diffusion.training.trainer import ConversionTrainer
+from ggml_diffusion.training.requirements import (
+    StepClock,
+    check_disk,
+    check_memory,
+    disk_line,
+    memory_budget,
+    memory_line,
+    requirements_of,
+    time_line,
+)
+from ggml_diffusion.training.resume import resume_run, roll_back, save_run
+from ggml_diffusion.training.run_lock import exclusive
+from ggml_diffusion.training.trainer import ConversionTrainer, Diverged
 
-# What systems answer where a file system has no locks, as some network and shared drives.
-_NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
+_MAX_VERDICT_BYTES = 1 << 16
 
 
 class RunListener(Protocol):
@@ -149,29 +157,35 @@ def run_conversion(
     base_path, output = _paths(config)
     creation_time()  # what the environment says of it is checked before the first step, not at the first save
     base = read_model(base_path)
-    with _exclusive(output, listener.warn):
+    with exclusive(output, listener.warn):
         config, sentence = scaled_to_run(config)
         if sentence is not None:
             listener.note(sentence)
-        tokenizer = Tokenizer.from_file(base)
-        for warning in tokenizer.warnings:
-            listener.warn(warning)
-        data = _training_data(config, tokenizer, base, output, listener)
-        _check_targets(data, config.qlora.prediction, tokenizer.bos_id)
-        held_out = _held_out(data, evaluate_on)
-        config = _with_device(config, base, tokenizer, listener)
-        with closing(_open(base, config.hardware)) as model:
-            _describe(model, base, config, listener)
+        config = with_device(config, base, listener)
+        with closing(open_base(base, config, _sound_sha256(output))) as model:
+            needs = requirements_of(model, config)
+            check_memory(needs, config)
+            check_disk(needs, output, bytes_of_run(output))
+            describe(model, config, listener)
+            for line in (memory_line(needs, config), disk_line(needs, output)):
+                listener.note(line)
+            sha256 = model.sha256  # refuses numbers that are not finite before anything is computed with them
+            tokenizer = Tokenizer.from_file(base)
+            for warning in tokenizer.warnings:
+                listener.warn(warning)
+            data = training_data(config, tokenizer, listener, output)
+            _check_targets(data, config.qlora.prediction, tokenizer.bos_id)
+            held_out = _held_out(data, evaluate_on)
             trainer = ConversionTrainer(model, config, data_fingerprint=data.fingerprint, warn=listener.warn)
             listener.note(f"mask token {trainer.mask_token_id}: {trainer.mask_token_reason}")
-            listener.note(_memory_line(trainer))
             listener.note(str(check_identity(model, tokenizer)))
-            if fresh:
-                _delete_run(output)
+            if fresh or is_half_deleted(output):
+                delete_run(output)
             if not _resume(trainer, output, listener) and config.hardware.int8:
                 listener.note(str(choose_int8(trainer, data.batch_at(0))))
             data.keep_only_this_text()
-            _write_text(output / CONFIG, to_toml(config))
+            replace_text(output / CONFIG, to_toml(config))
+            _write_verdict(output, base, sha256)
             before = None
             if held_out is not None:
                 listener.note(f"measuring on {len(held_out)} held-out sequences before the first step")
@@ -184,7 +198,7 @@ def run_conversion(
             if held_out is not None and before is not None:
                 listener.note(f"measuring on {len(held_out)} held-out sequences after the last step")
                 evidence = _measure_after(trainer, tokenizer, held_out, *before)
-                _write_text(output / EVALUATION, json.dumps(_as_json(evidence), indent=2) + "\n")
+                replace_text(output / EVALUATION, json.dumps(_as_json(evidence), indent=2) + "\n")
             return Conversion(
                 output, trainer.step_count, config.total_steps, None, safetensors, gguf, evidence
             )
@@ -221,62 +235,79 @@ def exported_weights(adapter: Path, note: Callable[[str], None] = lambda text: N
     return loaded.folder / EXPORTS[0]
 
 
-def _paths(config: ConversionTrainingConfig) -> tuple[Path, Path]:
+def base_and_data(config: ConversionTrainingConfig) -> Path:
+    """The base's file, of a config that names one, and data."""
     if config.base_model is None:
         raise UserError("which model? name a GGUF file")
     if not config.data:
         raise UserError("which text? give --data: a text file, .jsonl, .parquet or a folder of them")
+    return Path(config.base_model)
+
+
+def _paths(config: ConversionTrainingConfig) -> tuple[Path, Path]:
+    base = base_and_data(config)
     if config.output is None:
         raise UserError("where to? give --output: a folder for the run")
-    return Path(config.base_model), Path(config.output)
+    return base, Path(config.output)
 
 
-@contextmanager
-def _exclusive(output: Path, warn: Callable[[str], None]) -> Iterator[None]:
-    """Make the output folder and keep other processes out of it; the operating system lifts the lock."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        lock = (output / LOCK).open("ab")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.close()
-            raise
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-            warn(f"{output}: its file system has no locks: no other process may convert into it meanwhile")
-    except BlockingIOError:
-        raise UserError(f"{output}: process {_read_pid(output)} is converting into this folder") from None
-    except OSError as error:
-        raise UserError(f"{output}: cannot be used as output folder: {error.strerror or error}") from None
-    try:
-        _write_text(output / PID, f"{os.getpid()}\n")
-        yield
-    finally:
-        lock.close()
+def open_base(base: ModelFile, config: ConversionTrainingConfig, sound_sha256: str | None = None) -> Engine:
+    """The engine of a run; the caller closes it.
 
+    Raises:
+        UserError: the file is damaged, or its context is shorter than the sequences.
 
-def _read_pid(output: Path) -> str:
-    try:
-        return (output / PID).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError):
-        return "of unknown number"
-
-
-def _training_data(
-    config: ConversionTrainingConfig,
-    tokenizer: Tokenizer,
-    base: ModelFile,
-    output: Path,
-    listener: RunListener,
-) -> TextDataLoader:
-    """The text to train on; one batch is what one optimizer step takes."""
+    """
     if config.sequence_length > base.context_length:
         raise UserError(
             f"sequence_length {config.sequence_length} is longer than the context of {base.path}, "
             f"{base.context_length} tokens"
         )
+    hardware = config.hardware
+    return open_engine(
+        base,
+        hardware.num_threads,
+        device=hardware.device,
+        compute=hardware.compute,
+        use_simd=hardware.use_simd,
+        memory_budget=memory_budget(base, config),
+        sound_sha256=sound_sha256,
+    )
+
+
+def with_device(
+    config: ConversionTrainingConfig, base: ModelFile, listener: RunListener
+) -> ConversionTrainingConfig:
+    """The config with the device that `auto` is: the first that computes the base as llama.cpp does."""
+    if config.hardware.device != "auto":
+        return config
+    tokenizer = Tokenizer.from_file(base)
+    for kind in accelerators():
+        tried = _on_device(config, kind)
+        try:
+            with closing(open_base(base, tried)) as model:
+                check_identity(model, tokenizer)
+        except UserError as error:
+            listener.warn(f"device {kind} is left out: {error}")
+            continue
+        listener.note(f"device: {kind}")
+        return tried
+    listener.note("device: cpu")
+    return _on_device(config, "cpu")
+
+
+def _on_device(config: ConversionTrainingConfig, kind: str) -> ConversionTrainingConfig:
+    hardware = config.hardware.model_copy(update={"device": kind})
+    return config.model_copy(update={"hardware": hardware})
+
+
+def training_data(
+    config: ConversionTrainingConfig,
+    tokenizer: Tokenizer,
+    listener: RunListener,
+    output: Path | None = None,
+) -> TextDataLoader:
+    """The text to train on; one batch is what one optimizer step takes. Its tokens are kept in `output`."""
     data = TextDataLoader(
         config.data,
         tokenizer,
@@ -287,8 +318,8 @@ def _training_data(
         held_out_fraction=config.held_out_fraction,
         include=config.include,
         reading=Reading(
-            output / TOKENS,
-            keep=True,
+            None if output is None else output / TOKENS,
+            keep=output is not None,
             strict=config.strict,
             n_processes=config.hardware.num_threads,
             warn=listener.warn,
@@ -308,6 +339,8 @@ def _training_data(
             listener.note(f"  {refusal}")
     if data.n_skipped:
         listener.warn(f"{data.n_skipped} documents without text were left out")
+    if data.n_blank:
+        listener.warn(f"{data.n_blank} documents hold nothing but white space or a single character")
     if data.n_too_long:
         listener.warn(f"{data.n_too_long} examples whose prompt alone fills a sequence were left out")
     return data
@@ -335,72 +368,39 @@ def _held_out(data: TextDataLoader, n_sequences: int) -> TokenBatch | None:
     return data.with_split("held_out", n_sequences, seed=0).batch_at(0)
 
 
-def _open(base: ModelFile, hardware: HardwareConfig) -> Engine:
-    return open_engine(
-        base,
-        hardware.num_threads,
-        device=hardware.device,
-        compute=hardware.compute,
-        use_simd=hardware.use_simd,
-        memory_budget=_memory_budget(hardware),
-    )
-
-
-def _with_device(
-    config: ConversionTrainingConfig, base: ModelFile, tokenizer: Tokenizer, listener: RunListener
-) -> ConversionTrainingConfig:
-    """The config with the device that `auto` is: the first that computes the base as llama.cpp does."""
-    if config.hardware.device != "auto":
-        return config
-    for kind in [*accelerators(), "cpu"]:
-        hardware = config.hardware.model_copy(update={"device": kind})
-        if kind != "cpu":
-            try:
-                with closing(_open(base, hardware)) as model:
-                    check_identity(model, tokenizer)
-            except UserError as error:
-                listener.warn(f"device {kind} is left out: {error}")
-                continue
-        listener.note(f"device: {kind}")
-        return config.model_copy(update={"hardware": hardware})
-    raise AssertionError("the processor is always there")
-
-
-def _memory_budget(hardware: HardwareConfig) -> int | None:
-    """Bytes for a training step: as set, else half of the machine's memory, or what the device has free."""
-    if hardware.memory_mib is not None:
-        return hardware.memory_mib << 20
-    if hardware.device != "cpu":
-        return None
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-
-
-def _memory_line(trainer: ConversionTrainer) -> str:
-    """What a training step will take, before the first one takes it."""
-    config = trainer.config
-    step = trainer.model.describe_step(
-        config.batch_size,
-        config.sequence_length,
-        config.qlora.rank,
-        teacher=config.distillation_weight > 0.0,
-    )
-    recomputed = f", {step.recomputed} computed again" if step.recomputed else ""
-    return (
-        f"a step takes {step.memory_bytes >> 20} MiB beside the model: {step.sequences} of "
-        f"{config.batch_size} sequences at a time{recomputed}"
-    )
-
-
-def _describe(
-    model: Engine, base: ModelFile, config: ConversionTrainingConfig, listener: RunListener
-) -> None:
+def describe(model: Engine, config: ConversionTrainingConfig, listener: RunListener) -> None:
+    """Say what the base is, and what of the settings does not fit it well."""
+    base, qlora = model.file, config.qlora
     listener.note(f"base: {model.description}")
     bits = _weight_bits(base)
-    expected = config.qlora.quantization_bits
-    if bits != expected:
+    if bits != qlora.quantization_bits:
         listener.warn(
-            f"quantization_bits is {expected}, but the layers of {base.path} have {bits} bits a weight"
+            f"quantization_bits is {qlora.quantization_bits}, but the layers of {base.path} have {bits} bits "
+            f"a weight"
         )
+    sizes = {module.value: min(module.weight_shape(base)) for module in qlora.target_modules}
+    if too_small := {name: size for name, size in sizes.items() if size < qlora.rank}:
+        names = ", ".join(f"{name} ({size})" for name, size in too_small.items())
+        listener.warn(
+            f"rank {qlora.rank} is more than the smaller dimension of {names}: it adds nothing there"
+        )
+
+
+def _write_verdict(output: Path, base: ModelFile, sha256: str) -> None:
+    """Say beside the run which base was read to its end and found sound."""
+    verdict = {"file": base.path.name, "sha256": sha256, "all_finite": True}
+    replace_text(output / BASE, json.dumps(verdict, indent=2) + "\n")
+
+
+def _sound_sha256(output: Path) -> str | None:
+    """The base that `_write_verdict` spoke of, so that a resumed run need not look at its numbers again."""
+    try:
+        with open_regular(output / BASE) as file:
+            verdict = parse_object(output / BASE, file.read(_MAX_VERDICT_BYTES), "its content")
+    except (UserError, OSError):
+        return None
+    sha256 = verdict.get("sha256")
+    return sha256 if isinstance(sha256, str) and verdict.get("all_finite") is True else None
 
 
 def _weight_bits(base: ModelFile) -> int:
@@ -412,17 +412,6 @@ def _weight_bits(base: ModelFile) -> int:
     digits = re.search(r"\d+", bytes_of_type.most_common(1)[0][0])
     assert digits is not None
     return int(digits[0])
-
-
-def _delete_run(output: Path) -> None:
-    """Delete what earlier runs wrote into the folder, and nothing else."""
-    try:
-        if (output / CHECKPOINTS).exists():
-            shutil.rmtree(output / CHECKPOINTS)
-        for name in (*EXPORTS, METRICS, CONFIG, EVALUATION):
-            (output / name).unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"{output}: the earlier run cannot be deleted: {error.strerror or error}") from None
 
 
 def _resume(trainer: ConversionTrainer, output: Path, listener: RunListener) -> bool:
@@ -450,21 +439,42 @@ def _train(
         return None
     with (
         _stop_on_signals(listener) as received,
-        MetricsWriter(output / METRICS, resume_step=trainer.step_count) as writer,
+        MetricsWriter(output / METRICS, trainer.step_count, listener.warn) as writer,
     ):
+        clock, saved_step = StepClock(), -1
         listener.start(trainer.step_count, trainer.tokens_seen, total_steps)
         try:
             while trainer.step_count < total_steps and not received:
-                metrics = trainer.train_step(data.batch_at(trainer.step_count))
+                try:
+                    with clock:
+                        metrics = trainer.train_step(data.batch_at(trainer.step_count))
+                except Diverged as cause:
+                    listener.stop()
+                    roll_back(trainer, output / CHECKPOINTS, cause)
+                    writer.rewind(trainer.step_count)
+                    listener.start(trainer.step_count, trainer.tokens_seen, total_steps)
+                    continue
                 writer.write(metrics)
                 listener.step(metrics)
-                if checkpoint_every and trainer.step_count % checkpoint_every == 0:
-                    save_run(trainer, output / CHECKPOINTS)
+                if clock.has_just_timed and trainer.step_count < total_steps:
+                    listener.note(time_line(clock.step_s, trainer.step_count, total_steps))
+                is_due = bool(checkpoint_every) and trainer.step_count % checkpoint_every == 0
+                if is_due and not trainer.is_in_doubt:
+                    _save(trainer, output, writer)
+                    saved_step = trainer.step_count
         finally:
             listener.stop()
-        if not (checkpoint_every and trainer.step_count % checkpoint_every == 0):
-            save_run(trainer, output / CHECKPOINTS)
+        if saved_step != trainer.step_count:
+            _save(trainer, output, writer)
         return received[0] if received and trainer.step_count < total_steps else None
+
+
+def _save(trainer: ConversionTrainer, output: Path, writer: MetricsWriter) -> None:
+    """Save a checkpoint, and see to it that the metrics of its steps are on the disk."""
+    try:
+        writer.sync()
+    finally:
+        save_run(trainer, output / CHECKPOINTS)
 
 
 @contextmanager
@@ -525,10 +535,3 @@ def _as_json(evidence: Evidence) -> dict[str, Any]:
         "before": as_rows(evidence.before),
         "after": as_rows(evidence.after),
     }
-
-
-def _write_text(path: Path, text: str) -> None:
-    def write(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8")
-
-    replace_file(path, write)

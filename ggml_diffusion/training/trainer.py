@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ggml_diffusion.config.groups import QLoraConversionConfig
 from ggml_diffusion.config.settings import ConversionTrainingConfig
 from ggml_diffusion.engine.interface import Batch, Engine, Int8, LossResult, Teacher
 from ggml_diffusion.errors import UserError
@@ -35,6 +36,7 @@ from ggml_diffusion.formats.adapter_file import (
 )
 from ggml_diffusion.formats.lora import (
     LoraAdapter,
+    ModelDims,
     ParameterStore,
     init_lora,
     lora_shapes,
@@ -50,7 +52,7 @@ from ggml_diffusion.objective.annealing import AttentionMaskAnnealer
 from ggml_diffusion.objective.corruption import NoiseSchedule, maskable, predictable
 from ggml_diffusion.objective.optim import AdamW, clip_by_global_norm, learning_rate_at
 from ggml_diffusion.objective.output_rows import to_output_rows
-from ggml_diffusion.objective.time_embedding import TimeEmbedding
+from ggml_diffusion.objective.time_embedding import TimeEmbedding, parameter_shapes
 from ggml_diffusion.randomness import Stream, generator_of
 from ggml_diffusion.text.loader import TokenBatch
 from ggml_diffusion.text.special_tokens import choose_mask_token, special_ids
@@ -58,17 +60,27 @@ from ggml_diffusion.training.checkpoint import TrainingState
 from ggml_diffusion.training.metrics import TrainMetrics
 from ggml_diffusion.training.noisy_batch import NoisyBatch, block_size_of_step, draw_noise
 
-MAX_SKIPPED_IN_A_ROW = 3
+MAX_BAD_IN_A_ROW = 3
+# Cross-entropy beyond which a step has exploded, as a multiple of that of a blind guess, ln V, and of the
+# first step's: a base that is very sure of itself may begin with more than a guess. SmolLM2, with an ln V of
+# 10.8 nats, begins with 8, and at a hundred times its learning rate has 14 to 80 in a dozen of steps.
+EXPLODED_FROM_GUESS, EXPLODED_FROM_START = 1.3, 1.5
 
 _log = logging.getLogger("ggml_diffusion")
 
 
+class Diverged(UserError):
+    """Several steps in a row were not finite or exploded; what is trained is not worth saving."""
+
+
 @dataclass(frozen=True)
 class _MaskedTerms:
-    """Of a step's masked tokens: loss and distillation loss in nats, without their weights, and accuracy."""
+    """Of a step's masked tokens: loss and distillation loss in nats, without their weights, accuracy, and the
+    plain mean of the cross-entropy in nats."""
 
     loss: float
     accuracy: float
+    cross_entropy: float
     distillation_loss: float | None
 
 
@@ -82,6 +94,9 @@ class ConversionTrainer:
         int8: products of the base that training does in int8; int8_gate.py decides.
         step_count: optimizer steps taken, skipped ones included.
         tokens_seen: training tokens of those steps, padding not.
+        learning_rate: after the warm-up; the config's, until a run that diverged halves it (resume.py).
+        rate_changes: (step, learning rate from there on), the first of them (0, the config's).
+        rollbacks: how often the run has gone back to a checkpoint since the user last chose the rate.
         parameters: everything that is trained; its views are what the engine and the exports read.
         adapter: the LoRA pairs and the mask embedding, as views of `parameters`.
 
@@ -105,20 +120,22 @@ class ConversionTrainer:
         self.tokens_seen = 0
         self.data_fingerprint = data_fingerprint
         self.warn = warn
-        self._skipped_in_a_row = 0
+        self._bad_in_a_row = 0
+        self._start_cross_entropy = 0.0
         self._has_prompts = False
+        self.learning_rate = config.learning_rate
+        self.rate_changes: list[tuple[int, float]] = [(0, config.learning_rate)]
+        self.rollbacks = 0
 
         qlora = config.qlora
         self.noise_schedule = NoiseSchedule(config.noise_schedule.type)
         self.annealer = AttentionMaskAnnealer(qlora.mask_annealing)
         self.time_embedding: TimeEmbedding | None = None
-        shapes: dict[str, tuple[int, ...]] = dict(lora_shapes(model.file, qlora.target_modules, qlora.rank))
-        shapes[MASK_EMBEDDING] = (model.file.C,)
+        shapes = trained_shapes(model.file, qlora)
         if qlora.time_embedding.enabled:
             self.time_embedding = TimeEmbedding(
                 qlora.time_embedding.dim, model.file.C, qlora.time_embedding.max_timesteps
             )
-            shapes.update(self.time_embedding.parameter_shapes)
         self.parameters = ParameterStore(shapes)
         self._gradients = ParameterStore(shapes)
         init_lora(self.parameters.views, generator_of(config.seed, 0, Stream.START_VALUES))
@@ -152,6 +169,26 @@ class ConversionTrainer:
             return config.embedding_rate_factor * (time_embedding.rate_factor or 1.0 / time_embedding.dim)
         return config.embedding_rate_factor if name in (MASK_EMBEDDING, TIME_BIAS) else 1.0
 
+    @property
+    def is_in_doubt(self) -> bool:
+        """Whether the last step was not finite or exploded: not a state to come back to."""
+        return self._bad_in_a_row > 0
+
+    def lower_rate(self, learning_rate: float) -> None:
+        """Go on with a lower learning rate, and keep that on record."""
+        self.learning_rate = learning_rate
+        self._bad_in_a_row = 0
+        self.rate_changes.append((self.step_count, learning_rate))
+
+    def restart(self) -> None:
+        """Forget all steps: what is trained is as it was at the start, whatever the learning rate is now."""
+        self.parameters.flat[...] = 0.0
+        init_lora(self.parameters.views, generator_of(self.config.seed, 0, Stream.START_VALUES))
+        self.optimizer.first_moment[...] = 0.0
+        self.optimizer.second_moment[...] = 0.0
+        self.optimizer.step_count = self.step_count = self.annealer.current_step = self.tokens_seen = 0
+        self._bad_in_a_row = 0
+
     # -- one optimizer step ----------------------------------------------------------------------
 
     def train_step(self, batch: TokenBatch) -> TrainMetrics:
@@ -162,7 +199,7 @@ class ConversionTrainer:
         parameters as they are, with a warning that names the batch.
 
         Raises:
-            UserError: three steps in a row were skipped.
+            Diverged: three steps in a row were skipped, or far worse than a blind guess.
 
         """
         started_s = time.perf_counter()
@@ -176,9 +213,7 @@ class ConversionTrainer:
         loss = masked.loss + (masked.distillation_loss or 0.0) + (ar_loss or 0.0)
         if math.isfinite(loss) and math.isfinite(grad_norm):
             self.optimizer.step(self._gradients.flat, learning_rate)
-            self._skipped_in_a_row = 0
-        else:
-            self._skip(loss, grad_norm)
+        self._judge(loss, grad_norm, masked.cross_entropy)
         self.step_count += 1
         self.annealer.step()
         n_tokens = noisy_batch.n_tokens
@@ -219,17 +254,21 @@ class ConversionTrainer:
     def _masked_terms(self, batch: NoisyBatch, causal_ratio: float) -> "_MaskedTerms":
         """Add the gradients of the masked-diffusion loss, and of the distillation, of a step's whole draw."""
         share, distillation = 1.0 - self.config.ar_loss_share, self.config.distillation_weight
-        loss, distilled, n_right, n_predicted = 0.0, 0.0, 0, 0
+        loss, distilled, cross_entropy, n_right, n_predicted = 0.0, 0.0, 0.0, 0, 0
         for start in range(0, len(batch.clean), self.config.batch_size):
             part = batch.part(slice(start, start + self.config.batch_size))
             part = replace(part, weights=part.weights * np.float32(share))
             result = self._accumulate(part, causal_ratio, self._gradients, distillation)
             loss += result.loss / share
             distilled += result.distillation_loss / share
+            cross_entropy += float(result.row_loss.sum(dtype=np.float64))
             n_right += int(result.row_correct.sum())
             n_predicted += int((part.weights != 0.0).sum())
         return _MaskedTerms(
-            loss, n_right / max(1, n_predicted), distilled / distillation if distillation else None
+            loss,
+            n_right / max(1, n_predicted),
+            cross_entropy / max(1, n_predicted),
+            distilled / distillation if distillation else None,
         )
 
     def _ar_term(self, batch: TokenBatch) -> float:
@@ -368,21 +407,31 @@ class ConversionTrainer:
         config = self.config
         return learning_rate_at(
             self.step_count,
-            peak=config.learning_rate,
+            peak=self.learning_rate,
             warmup_steps=config.warmup_steps,
             total_steps=config.total_steps,
             schedule=config.lr_schedule,
         )
 
-    def _skip(self, loss: float, grad_norm: float) -> None:
-        self._skipped_in_a_row += 1
+    def _judge(self, loss: float, grad_norm: float, cross_entropy: float) -> None:
+        """Warn of a step that was not finite, and raise where several in a row were bad."""
+        is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        if self.step_count == 0 and is_finite:
+            self._start_cross_entropy = cross_entropy
+        guess = math.log(self.model.file.V)
+        limit = max(EXPLODED_FROM_GUESS * guess, EXPLODED_FROM_START * self._start_cross_entropy)
+        if is_finite and cross_entropy <= limit:
+            self._bad_in_a_row = 0
+            return
+        self._bad_in_a_row += 1
         what = f"batch {self.step_count}: loss {loss:.4g}, gradient norm {grad_norm:.4g}"
-        if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            raise UserError(
-                f"{what}: {MAX_SKIPPED_IN_A_ROW} batches in a row are not finite; resume from the last "
-                f"checkpoint with a lower learning rate (now {self.config.learning_rate:g})"
+        if self._bad_in_a_row >= MAX_BAD_IN_A_ROW:
+            raise Diverged(
+                f"{what}: {MAX_BAD_IN_A_ROW} batches in a row are not finite or far worse than a guess, at a "
+                f"learning rate of {self.learning_rate:g}"
             )
-        self.warn(f"{what}: the step is skipped")
+        if not is_finite:
+            self.warn(f"{what}: the step is skipped")
 
     # -- what comes out ----------------------------------------------------------------------------
 
@@ -423,7 +472,10 @@ class ConversionTrainer:
             data_fingerprint=self.data_fingerprint,
             extra={
                 "optimizer_steps": self.optimizer.step_count,
-                "skipped_in_a_row": self._skipped_in_a_row,
+                "bad_in_a_row": self._bad_in_a_row,
+                "start_cross_entropy": self._start_cross_entropy,
+                "rollbacks": self.rollbacks,
+                "rate_changes": self.rate_changes,
                 "mask_token_id": self.mask_token_id,
                 "has_prompts": self._has_prompts,
                 "int8": self.int8,
@@ -436,7 +488,11 @@ class ConversionTrainer:
         self.optimizer.first_moment[...] = state.first_moment
         self.optimizer.second_moment[...] = state.second_moment
         self.optimizer.step_count = int(state.extra["optimizer_steps"])
-        self._skipped_in_a_row = int(state.extra["skipped_in_a_row"])
+        self._bad_in_a_row = int(state.extra["bad_in_a_row"])
+        self._start_cross_entropy = float(state.extra["start_cross_entropy"])
+        self.rollbacks = int(state.extra["rollbacks"])
+        self.rate_changes = [(int(step), float(rate)) for step, rate in state.extra["rate_changes"]]
+        self.learning_rate = self.rate_changes[-1][1]
         self._has_prompts = bool(state.extra.get("has_prompts", False))
         self.int8 = state.extra["int8"]
         self.step_count = self.annealer.current_step = state.step
@@ -458,6 +514,15 @@ class ConversionTrainer:
         checkpoint.save(safetensors)
         checkpoint.save_gguf(gguf, self.model.file)
         return safetensors, gguf
+
+
+def trained_shapes(base: ModelDims, qlora: QLoraConversionConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of all that is trained, in the order of the flat vector."""
+    shapes: dict[str, tuple[int, ...]] = dict(lora_shapes(base, qlora.target_modules, qlora.rank))
+    shapes[MASK_EMBEDDING] = (base.C,)
+    if qlora.time_embedding.enabled:
+        shapes |= parameter_shapes(qlora.time_embedding.dim, base.C)
+    return shapes
 
 
 def _lora_views(store: ParameterStore) -> dict[str, NDArray[np.float32]]:

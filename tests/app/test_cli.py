@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -23,7 +24,7 @@ from ggml_diffusion.generation.diffusion_model import DiffusionModel
 from ggml_diffusion.training import run as convert
 
 TEXT = "the old mill ground corn for the whole village and the miller told his children of it. " * 40
-COMMANDS = ("convert", "evaluate", "generate", "export", "inspect", "demo")
+COMMANDS = ("convert", "estimate", "evaluate", "generate", "export", "inspect", "demo")
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +90,99 @@ def test_flags_override_the_file_which_overrides_the_preset(base, tmp_path):
     assert config.total_steps == 3  # the flag's
     assert config.qlora.rank == 2
     assert config.noise_schedule.type == load_config(preset="laptop").noise_schedule.type
+
+
+def files_below(folder):
+    return sorted(folder.rglob("*"))
+
+
+def test_estimate_tells_what_convert_tells_and_writes_nothing(base, tmp_path, capsys):
+    assert run(*convert_arguments(base, tmp_path)) == 0
+    converted = capsys.readouterr().out.splitlines()
+    before = files_below(tmp_path)
+    assert run("estimate", *convert_arguments(base, tmp_path)[1:]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert files_below(tmp_path) == before
+    estimated = out.splitlines()
+
+    def without_what_is_free(lines):
+        return [
+            re.sub(r"of .*? (available|free):", "", line) for line in lines if line[:5] in ("memor", "disk:")
+        ]
+
+    assert without_what_is_free(estimated) == without_what_is_free(converted)
+    assert len(without_what_is_free(estimated)) == 2
+    (time_line,) = (line for line in estimated if line.startswith("time: "))
+    assert ", 3 steps in 0:0" in time_line
+    assert any(line.startswith("smaller: --rank 1 takes") for line in estimated)
+    assert any(line.startswith("faster: --steps 1") for line in estimated)
+
+
+def test_estimate_needs_no_output_and_says_what_is_missing(base, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text(TEXT)
+    assert run("estimate", base, "--data", tmp_path / "text.txt", "--steps", 1, "--sequence-length", 16) == 0
+    capsys.readouterr()
+    assert run("estimate", base, "--steps", 1) == 2
+    assert "which text?" in capsys.readouterr().err
+
+
+def test_estimate_of_what_would_be_refused_tells_the_figures_and_why(base, tmp_path, capsys):
+    arguments = convert_arguments(base, tmp_path, "--rank", 10_000_000)[1:]
+    assert run("estimate", *arguments) == 2
+    out, err = capsys.readouterr()
+    assert "memory: " in out and "disk: " in out
+    assert err.startswith("error: not enough memory: the run needs ")
+    assert len(err.splitlines()) == 1
+
+
+def test_estimate_takes_the_settings_of_convert():
+    commands = cli.click_group().commands
+    flags = {name: {option.opts[0] for option in commands[name].params} for name in ("convert", "estimate")}
+    assert flags["convert"] - flags["estimate"] == {"--evaluate", "--fresh"}
+    assert flags["estimate"] <= flags["convert"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("--rank", 10_000_000), ("--batch-size", 1_000_000_000), ("--memory-mib", 1, "--sequence-length", 200)],
+)
+def test_too_little_memory_is_one_line(base, tmp_path, capsys, arguments):
+    assert run(*convert_arguments(base, tmp_path, *arguments)) == 2
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1
+    assert re.search(r"needs \d+", err)
+
+
+def test_what_is_found_too_large_for_memory_later_is_one_line_too(base, finished_run, capsys, monkeypatch):
+    def allocate(*_, **__):
+        raise MemoryError("Unable to allocate 60. GiB for an array")
+
+    monkeypatch.setattr(DiffusionModel, "load", allocate)
+    assert run("generate", base, finished_run) == 2
+    assert capsys.readouterr().err == "error: not enough memory: Unable to allocate 60. GiB for an array\n"
+
+
+@pytest.mark.parametrize("flag", ["--seeds", "--candidates"])
+def test_an_evaluation_of_a_billion_repetitions_is_refused(base, finished_run, capsys, flag):
+    assert run("evaluate", base, finished_run, flag, 1_000_000_000) == 2
+    assert "less than or equal to 10000" in capsys.readouterr().err
+
+
+def test_more_tokens_than_a_context_holds_are_refused_before_they_are_made(base, finished_run, capsys):
+    assert run("generate", base, finished_run, "--prompt", "the", "--length", 1_000_000_000) == 2
+    assert "more than the model's context" in capsys.readouterr().err
+
+
+def test_a_context_that_memory_does_not_hold_is_refused_in_training_and_writing(tiny_model, tmp_path, capsys):
+    """A file may claim a context of two billion tokens; its positions cost nothing until they are used."""
+    base = tiny_model(L=1, C=32, H=2, G=1, F=32, type="Q4_0", context=2_000_000_000)
+    assert run(*convert_arguments(base, tmp_path, "--sequence-length", 2_000_000_000)) == 2
+    assert "not enough memory" in capsys.readouterr().err
+    assert run(*convert_arguments(base, tmp_path)) == 0
+    capsys.readouterr()
+    assert run("generate", base, tmp_path / "run", "--prompt", "the", "--length", 1_900_000_000) == 2
+    assert "not enough memory: 19" in capsys.readouterr().err
 
 
 def test_target_modules_are_separated_by_commas(base, tmp_path):

@@ -9,7 +9,6 @@ from rich.console import Console
 from ggml_diffusion.app.display import (
     DenoisingDisplay,
     TrainingDisplay,
-    duration,
     masked_text,
     printable,
     show_evidence,
@@ -36,13 +35,6 @@ def test_a_sparkline_has_no_more_characters_than_it_may():
 )
 def test_a_sparkline_of_odd_values(values, line):
     assert sparkline(values) == line
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (61, "1:01"), (3600, "1:00:00"), (90061, "25:01:01")]
-)
-def test_durations(seconds, text):
-    assert duration(seconds) == text
 
 
 class Clock:

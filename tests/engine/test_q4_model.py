@@ -12,6 +12,7 @@ from cases import engine_batch, lora_adapter, packed_batch, random_adapter, rela
 from conftest import INT8_KERNELS, KERNEL_SETS, TinyModel, sizes_for
 from numpy.typing import NDArray
 
+from ggml_diffusion.engine.cpu import q4_model
 from ggml_diffusion.engine.cpu.q4_model import Q4Model
 from ggml_diffusion.engine.interface import Batch, Compute, Int8, LossResult
 from ggml_diffusion.engine.memory_plan import Keep, plan_step
@@ -88,6 +89,56 @@ def test_the_plan_keeps_what_fits_and_goes_in_parts_before_it_computes_again() -
     # of 16 rows a sequence, unpacking for few of them costs more than computing layers again for all
     assert plan(100, rows=16) == ("boundaries", 8)
     assert plan(5) == ("boundaries", 1)  # nothing fits: the least there is
+
+
+def test_batches_are_cut_into_as_few_nearly_equal_parts_as_fit() -> None:
+    for n_sequences in range(1, 40):
+        for most in range(1, n_sequences + 1):
+            # `most` sequences fit, one more does not; by definition, one number of parts after the other
+            parts = (-(-n_sequences // n_parts) for n_parts in range(1, n_sequences + 1))
+            expected = next(sequences for sequences in parts if sequences <= most)
+            found = plan_step(n_sequences, 1000, most, lambda keep, sequences: sequences)
+            assert found.sequences == expected
+
+
+def test_a_batch_of_a_billion_sequences_is_planned_at_once(tiny_model: TinyModel) -> None:
+    with Q4Model.from_gguf(tiny_model(type="Q4_1"), 1, memory_budget=1 << 24) as model:
+        plan = model.describe_step(10**9, 32, rank=2)
+        assert 0 < plan.sequences < 10**6
+        assert plan.least_bytes <= plan.memory_bytes <= 1 << 24
+        # more than the core can count is told in numbers all the same
+        assert model.describe_step(1, 2**40, rank=2).memory_bytes > 2**45
+        assert model.describe_step(1, 32, rank=2**40).memory_bytes > 2**45
+
+
+def test_a_call_that_memory_is_too_small_for_is_refused(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny_model(type="Q4_1")
+    tokens = np.ones((2, 20), dtype=np.int32)
+    targets, weights = np.ones_like(tokens), np.ones(tokens.shape, dtype=np.float32)
+    with Q4Model.from_gguf(path, 1) as model:
+        adapter = lora_adapter(random_adapter(oracle.load_model(str(path)), rank=2, B=2))
+        gradients = {name: np.zeros_like(value) for name, value in adapter.tensors.items()}
+        available = model.memory_bytes(40, 20, gradients=False) - 1
+        monkeypatch.setattr(q4_model, "memory_available", lambda: available)
+        for call in (
+            lambda: model.logits(Batch(tokens)),
+            lambda: model.loss(Batch(tokens), targets, weights),
+            lambda: model.loss_and_gradients(Batch(tokens), targets, weights, adapter, gradients),
+            lambda: model.check_memory(2, 20),
+        ):
+            with pytest.raises(UserError, match="not enough memory: 40 tokens at once need"):
+                call()
+        model.loss(Batch(tokens[:1]), targets[:1], weights[:1])
+        # what is returned counts as well, and what the call before took is there
+        available = 20 * model.file.V * 4 - 1
+        with pytest.raises(UserError, match="not enough memory"):
+            model.logits(Batch(tokens[:1]))
+        available += 1
+        model.logits(Batch(tokens[:1]))
+        available = 0  # what was needed once is there
+        model.logits(Batch(tokens[:1]))
 
 
 def test_a_batch_in_parts_has_the_gradients_of_the_whole_one(tiny_model: TinyModel) -> None:

@@ -235,6 +235,6 @@ def test_random_damage_is_read_or_refused(
 
 def test_missing_files_and_folders_are_refused(tmp_path: Path):
     assert refusal(lambda: load_adapter(tmp_path / "none.gguf")) == f"{tmp_path / 'none.gguf'}: no such file"
-    assert refusal(lambda: load_adapter(tmp_path)) == f"{tmp_path}: not a file"
+    assert refusal(lambda: load_adapter(tmp_path)) == f"{tmp_path}: a folder, not a file"
     with pytest.raises(UserError, match="cannot be read"):
         load_adapter("a\0b")

@@ -359,10 +359,10 @@ def test_a_model_without_a_vocabulary_can_be_computed(path: Path):
 
 def test_a_missing_file_a_folder_and_an_impossible_path_are_refused(tmp_path: Path):
     assert refused(read_gguf, tmp_path / "none.gguf") == "no such file"
-    assert refused(read_gguf, tmp_path) == "a folder, not a GGUF file"
+    assert refused(read_gguf, tmp_path) == "a folder, not a file"
     with pytest.raises(UserError, match="cannot be read"):
         read_gguf("x\0y.gguf")
-    with pytest.raises(UserError, match="not a file"):
+    with pytest.raises(UserError, match="a device, not a file"):
         read_gguf("/dev/zero")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="no such file"):
         file_sha256(tmp_path / "none.gguf")

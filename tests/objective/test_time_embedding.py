@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ggml_diffusion.formats.tensor_names import TIME_BIAS, TIME_WEIGHT
-from ggml_diffusion.objective.time_embedding import TimeEmbedding
+from ggml_diffusion.objective.time_embedding import TimeEmbedding, parameter_shapes
 
 
 def table_of_the_seed(dim: int, max_timesteps: int) -> np.ndarray:
@@ -29,7 +29,7 @@ def features_of_the_seed(t: float, table: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("dim, max_timesteps", [(2, 1), (4, 7), (256, 1000)])
 def test_the_table_is_the_seeds(dim, max_timesteps):
-    table = TimeEmbedding(dim, 3, max_timesteps).table
+    table = TimeEmbedding(dim, 3, max_timesteps).table_rows(np.arange(max_timesteps))
     assert table.dtype == np.float32
     # Half a unit in the last place of a number up to 1, and the float64 rounding of angles up to 1000.
     assert np.abs(table - table_of_the_seed(dim, max_timesteps)).max() < 6e-8 + 1e-12
@@ -46,7 +46,9 @@ def test_features_are_interpolated_between_the_rows(max_timesteps):
 
 def test_features_of_a_row_of_the_table_are_that_row():
     embedding = TimeEmbedding(6, 3, 11)
-    assert np.array_equal(embedding.features(np.arange(11) / 10)[[0, 5, 10]], embedding.table[[0, 5, 10]])
+    assert np.array_equal(
+        embedding.features(np.arange(11) / 10)[[0, 5, 10]], embedding.table_rows(np.array([0, 5, 10]))
+    )
 
 
 def test_the_projection_is_an_affine_map_in_float64_up_to_rounding():
@@ -65,10 +67,10 @@ def test_the_projection_is_an_affine_map_in_float64_up_to_rounding():
 
 
 def test_it_starts_at_zero_and_yet_learns():
-    embedding = TimeEmbedding(8, 3, 10)
-    assert embedding.parameter_shapes == {TIME_WEIGHT: (3, 8), TIME_BIAS: (3,)}
+    embedding, shapes = TimeEmbedding(8, 3, 10), parameter_shapes(8, 3)
+    assert shapes == {TIME_WEIGHT: (3, 8), TIME_BIAS: (3,)}
     t = np.array([0.2, 0.9])
-    zeros = {name: np.zeros(shape, np.float32) for name, shape in embedding.parameter_shapes.items()}
+    zeros = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
     assert not embedding.forward(t, zeros[TIME_WEIGHT], zeros[TIME_BIAS]).any()
     d_weight, d_bias = embedding.backward(t, np.ones((2, 3), np.float32))
     assert np.abs(d_weight).max() > 0.1
@@ -108,3 +110,18 @@ def test_gradients_agree_with_finite_differences():
 def test_sizes_that_make_no_table_are_refused(dim, max_timesteps):
     with pytest.raises(ValueError, match="dim must be even"):
         TimeEmbedding(dim, 3, max_timesteps)
+
+
+@pytest.mark.parametrize("dim", [2, 6, 64, 256])
+def test_a_row_has_the_same_bits_whichever_are_asked_for_with_it(dim):
+    """So that a resumed run, with another batch, computes what the whole table would have held."""
+    embedding = TimeEmbedding(dim, 3, 1000)
+    table = embedding.table_rows(np.arange(1000))
+    for rows in (np.arange(0, 1000, 7), np.array([999]), np.array([3, 1, 2])):
+        assert np.array_equal(embedding.table_rows(rows), table[rows])
+
+
+def test_a_long_table_is_computed_for_the_rows_asked_for_alone():
+    embedding = TimeEmbedding(256, 64, 1_000_000)
+    features = embedding.features(np.linspace(0, 1, 16))
+    assert features.shape == (16, 256) and np.isfinite(features).all()

@@ -16,7 +16,7 @@ from conversions import conversion, refusal
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.formats import safetensors_file
 from ggml_diffusion.formats.adapter_file import DiffusionCheckpoint
-from ggml_diffusion.training.checkpoint import TrainingState, load_latest, save_state
+from ggml_diffusion.training.checkpoint import TrainingState, load_latest, save_state, set_aside
 
 DIMS = SimpleNamespace(L=1, C=8, H=2, G=1, D=4, F=8, V=20)
 FILES = ("state.safetensors", "adapter.safetensors", "manifest.json")
@@ -166,6 +166,28 @@ def test_truncated_and_missing_files_are_noticed(tmp_path: Path, name: str):
     assert len(assert_whole(tmp_path, 1)) == 1
 
 
+def test_what_is_set_aside_does_not_count_among_those_that_are_kept(tmp_path: Path):
+    save(tmp_path, 1)
+    (save(tmp_path, 2) / "state.safetensors").unlink()
+    loaded = load_latest(tmp_path)
+    assert [path.name for path in loaded.damaged] == ["step-00000002"]
+    set_aside(loaded.damaged)
+    assert names(tmp_path) == [".damaged-step-00000002", "latest", "step-00000001"]
+    assert assert_whole(tmp_path, 1) == []
+    save(tmp_path, 2)  # the whole one of step 1 stays beside it
+    assert names(tmp_path) == ["latest", "step-00000001", "step-00000002"]
+
+
+def test_setting_aside_again_what_was_damaged_again_does_no_harm(tmp_path: Path):
+    for _ in range(2):
+        (tmp_path / ".damaged-step-00000002").mkdir(exist_ok=True)
+        save(tmp_path, 1)
+        (save(tmp_path, 2) / "state.safetensors").unlink()
+        set_aside(load_latest(tmp_path).damaged)
+        assert_whole(tmp_path, 1)
+    set_aside([tmp_path / "step-00000009"])  # gone already
+
+
 def test_if_every_checkpoint_is_damaged_that_is_said(tmp_path: Path):
     for step in (1, 2):
         (save(tmp_path, step) / "state.safetensors").unlink()
@@ -286,19 +308,22 @@ def test_a_failing_disk_leaves_the_old_checkpoint_and_says_so(
         folder = tmp_path / str(at)
         save(folder, 1)
         save(folder, 2)
+        failure = None
         with monkeypatch.context() as patch:
             count = interrupt(patch.setattr, at, fail)
             try:
                 save(folder, 3)
             except UserError as error:
-                failures += 1
-                assert "No space left on device" in str(error)
-                assert not [name for name in names(folder) if name.startswith(".")]
-                step = load_latest(folder).state.step
-                assert_whole(folder, step)
-                assert step == 2 or "latest" in str(error) or not (folder / "step-00000001").exists()
-            else:
-                assert_whole(folder, 3)
+                failure = str(error)
+        if failure is None:
+            assert_whole(folder, 3)
+        else:
+            failures += 1
+            assert "No space left on device" in failure
+            assert not [name for name in names(folder) if name.startswith(".")]
+            step = load_latest(folder).state.step
+            assert_whole(folder, step)
+            assert step == 2 or "latest" in failure or not (folder / "step-00000001").exists()
         if count() <= at:
             break
         at += 1

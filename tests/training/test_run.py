@@ -1,6 +1,7 @@
 """Whole runs on tiny models: what the folder holds, resuming, refusals, signals, the identity gate."""
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -17,9 +18,13 @@ from ggml_diffusion.engine.interface import Batch
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.formats.adapter_file import DiffusionCheckpoint
 from ggml_diffusion.text.tokenizer import Tokenizer
+from ggml_diffusion.training import earlier_run, requirements
 from ggml_diffusion.training import run as convert
+from ggml_diffusion.training.checkpoint import load_latest
+from ggml_diffusion.training.earlier_run import delete_run, is_half_deleted
 from ggml_diffusion.training.identity import check_identity, mean_kl_divergence
 from ggml_diffusion.training.run import run_conversion
+from ggml_diffusion.training.trainer import ConversionTrainer
 
 TEXT = "the old mill ground corn for the whole village and the miller told his children of it. " * 40
 
@@ -332,7 +337,250 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(settings, tmp_path):
     assert any("damaged" in warning for warning in recorder.warnings)
 
 
+def test_a_damaged_checkpoint_does_not_count_among_those_that_are_kept(settings, tmp_path):
+    run({**settings, "training.checkpoint_every": 2})
+    checkpoints = tmp_path / "run" / "checkpoints"
+    (checkpoints / "step-00000005" / "state.safetensors").unlink()
+    run(settings)
+    assert sorted(os.listdir(checkpoints)) == ["latest", "step-00000004", "step-00000005"]
+    (checkpoints / "step-00000005" / "state.safetensors").unlink()
+    _, recorder = run(settings)
+    assert recorder.started[0] == 4
+
+
+def test_what_a_killed_save_did_not_delete_goes_with_the_next_start(settings, tmp_path):
+    """Also where all steps were taken, and nothing is saved any more."""
+    run(settings)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    for name in ("step-00000001", "step-00000002", ".unfinished-123"):
+        shutil.copytree(checkpoints / "step-00000004", checkpoints / name)
+    run(settings)
+    assert sorted(os.listdir(checkpoints)) == ["latest", "step-00000004", "step-00000005"]
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_a_run_that_was_killed_while_it_was_deleted_is_never_resumed(settings, tmp_path, monkeypatch, fresh):
+    run(settings)
+
+    unlink = earlier_run.Path.unlink
+
+    def killed(path, missing_ok=False):
+        if path.name == "metrics.jsonl":
+            raise KeyboardInterrupt
+        unlink(path, missing_ok)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(earlier_run.Path, "unlink", killed)
+        run(settings, fresh=True)
+    _, recorder = run(settings, fresh=fresh)
+    assert recorder.started == (0, 0, 5)
+    assert steps_in(tmp_path / "run") == [1, 2, 3, 4, 5]
+    assert not (tmp_path / "run" / ".deleted").exists()
+
+
+def test_a_deletion_that_is_killed_anywhere_has_left_all_or_can_be_finished(settings, tmp_path, monkeypatch):
+    run(settings)
+    operations = ("mkdir", "rename", "unlink", "rmdir", "open", "scandir")
+    at = n_halves = 0
+    while True:
+        folder = tmp_path / f"copy{at}"
+        shutil.copytree(tmp_path / "run", folder)
+        (folder / "notes.txt").write_text("mine")
+        whole = sorted(folder.rglob("*"))
+        count = 0
+
+        def watched(original, *arguments, **options):
+            nonlocal count
+            count += 1
+            if count - 1 == at:  # noqa: B023 -- called in this round only
+                raise KeyboardInterrupt
+            return original(*arguments, **options)
+
+        with monkeypatch.context() as patch:
+            for name in operations:
+                patch.setattr(os, name, functools.partial(watched, getattr(os, name)))
+            try:
+                delete_run(folder)
+            except KeyboardInterrupt:
+                pass
+            else:
+                break
+        if is_half_deleted(folder):
+            n_halves += 1
+            delete_run(folder)
+            assert sorted(path.name for path in folder.iterdir()) == [".lock", ".pid", "notes.txt"]
+        else:
+            assert sorted(folder.rglob("*")) == whole or not (folder / "checkpoints").exists()
+        at += 1
+    assert n_halves > 10
+
+
+# -- divergence -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def diverging(monkeypatch):
+    """A function: from a step on the loss is not finite wherever the learning rate is above a limit."""
+
+    def above(limit, from_step):
+        masked_terms = ConversionTrainer._masked_terms
+
+        def terms(self, batch, causal_ratio):
+            found = masked_terms(self, batch, causal_ratio)
+            bad = self.step_count >= from_step and self.learning_rate > limit
+            return dataclasses.replace(found, loss=float("nan")) if bad else found
+
+        monkeypatch.setattr(ConversionTrainer, "_masked_terms", terms)
+
+    return above
+
+
+def rates_in(folder):
+    return [json.loads(line)["learning_rate"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_that_diverges_goes_back_and_on_at_half_the_rate(settings, tmp_path, diverging):
+    settings = {**settings, "training.total_steps": 8, "training.lr_schedule": "constant"}
+    diverging(0.006, from_step=4)
+    conversion, recorder = run({**settings, "training.checkpoint_every": 3})
+    assert conversion.step == 8
+    assert steps_in(tmp_path / "run") == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert rates_in(tmp_path / "run") == [0.01] * 3 + [0.005] * 5
+    said = [text for text in recorder.warnings if "gone back" in text]
+    assert len(said) == 1
+    assert "gone back to step 3, and on from there at 0.005" in said[0]
+    state = load_latest(tmp_path / "run" / "checkpoints").state
+    assert state.extra["rate_changes"] == [[0, 0.01], [3, 0.005]]
+
+
+def test_a_run_that_diverges_before_its_first_checkpoint_starts_again(settings, tmp_path, diverging):
+    diverging(0.006, from_step=0)
+    conversion, recorder = run({**settings, "training.lr_schedule": "constant"})
+    assert any("gone back to step 0" in text for text in recorder.warnings)
+    # as if it had been asked for half the rate
+    calm, _ = run(
+        {
+            **settings,
+            "training.output": str(tmp_path / "calm"),
+            "training.learning_rate": 0.005,
+            "training.lr_schedule": "constant",
+        }
+    )
+    assert tensors_of(conversion) == tensors_of(calm)
+
+
+def test_a_run_that_went_back_and_was_killed_ends_with_the_same_bits(settings, tmp_path, diverging):
+    settings = {**settings, "training.total_steps": 8}
+    diverging(0.006, from_step=3)
+    undisturbed, _ = run({**settings, "training.output": str(tmp_path / "undisturbed")})
+
+    class Killed(Exception):
+        pass
+
+    class Mortal(Recorder):
+        def start(self, first_step, tokens_seen, total_steps):
+            if self.warnings:  # it has gone back, and taken no step since
+                raise Killed
+
+    with pytest.raises(Killed):
+        run_conversion(load_config(overrides=settings), Mortal())
+    resumed, recorder = run(settings)
+    assert recorder.started[0] == 2
+    assert recorder.warnings == []  # the lower rate was saved
+    assert tensors_of(undisturbed) == tensors_of(resumed)
+
+
+def test_after_going_back_twice_it_stops_with_advice_that_it_takes(settings, tmp_path, diverging):
+    settings = {**settings, "training.total_steps": 8, "training.lr_schedule": "constant"}
+    diverging(0.002, from_step=3)
+    for _ in range(2):  # the same command again says the same
+        with pytest.raises(UserError) as caught:
+            run(settings)
+        assert "after going back 2 times" in str(caught.value)
+    assert steps_in(tmp_path / "run")[:2] == [1, 2]
+    lower = float(str(caught.value).partition("--learning-rate ")[2].split()[0])
+    assert lower == pytest.approx(0.01 / 8)
+    conversion, recorder = run({**settings, "training.learning_rate": lower})
+    assert conversion.step == 8
+    assert recorder.started[0] == 2
+    assert rates_in(tmp_path / "run") == [0.01, 0.01] + [lower] * 6
+    assert load_config(tmp_path / "run" / "config.toml").learning_rate == lower
+    with pytest.raises(UserError, match=r"training.learning_rate \(0.00125 there, 0.01 here\)"):
+        run(settings)
+
+
+def test_steps_far_worse_than_a_guess_count_as_diverging(settings):
+    with pytest.raises(UserError, match="far worse than a guess"):
+        run({**settings, "training.learning_rate": 1e6, "training.total_steps": 40})
+
+
+def test_a_lower_rate_does_not_undo_one_that_the_run_found(settings, tmp_path, diverging):
+    settings = {**settings, "training.total_steps": 8, "training.lr_schedule": "constant"}
+    diverging(0.003, from_step=3)
+
+    class Stopped(Recorder):
+        def step(self, metrics):
+            if metrics.step == 6:  # it comes that far only after going back
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    stopped = run_conversion(load_config(overrides=settings), Stopped())
+    assert stopped.step == 6
+    run({**settings, "training.learning_rate": 0.009})
+    assert rates_in(tmp_path / "run") == [0.01, 0.01] + [0.0025] * 6
+
+
 # -- refusals ---------------------------------------------------------------------------------------------
+
+
+def test_too_little_memory_or_disk_is_refused_before_anything_is_read(settings, tmp_path, monkeypatch):
+    run(settings)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+    def read(*_, **__):
+        raise AssertionError("the text was read")
+
+    monkeypatch.setattr(convert, "TextDataLoader", read)
+    for change in ({"model.qlora_rank": 10**7}, {"training.batch_size": 10**9}, {"hardware.memory_mib": 1}):
+        if "hardware.memory_mib" in change:
+            change["training.sequence_length"] = 200
+        with pytest.raises(UserError, match=r"not enough memory|memory_mib is 1") as caught:
+            run({**settings, **change}, fresh=True)
+        assert "\n" not in str(caught.value)
+    monkeypatch.setattr(requirements, "disk_free", lambda folder: 64 * 1024)
+    with pytest.raises(UserError, match="64 KiB are free"):
+        run({**settings, "model.qlora_rank": 64}, fresh=True)
+    after = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    after.pop(tmp_path / "run" / ".pid"), before.pop(tmp_path / "run" / ".pid")
+    assert after == before
+
+
+def test_memory_disk_and_time_are_told_in_a_line_each(settings):
+    _, recorder = run(settings)
+    for word in ("memory: ", "disk: ", "time: "):
+        assert sum(note.startswith(word) for note in recorder.notes) == 1
+    assert (
+        next(note for note in recorder.notes if note.startswith("time: "))
+        .split("s a step, ")[1]
+        .startswith("3 steps")
+    )
+
+
+def test_documents_of_white_space_or_one_character_are_a_warning(settings, tmp_path):
+    texts = [TEXT, " \t\n \u3000 ", "x", " y\n", "no", ""]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (tmp_path / "text.jsonl").write_text(lines)
+    _, recorder = run({**settings, "training.data": [str(tmp_path / "text.jsonl")]})
+    assert recorder.warnings == [
+        "1 documents without text were left out",
+        "3 documents hold nothing but white space or a single character",
+    ]
+
+
+def test_a_rank_above_a_dimension_is_a_warning(settings):
+    _, recorder = run({**settings, "model.qlora_rank": 20})
+    assert recorder.warnings == [
+        "rank 20 is more than the smaller dimension of k_proj (16), v_proj (16): it adds nothing there"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -380,8 +628,8 @@ def test_a_refused_run_leaves_the_earlier_one_as_it_was(settings, tmp_path, monk
 HOLDER = """
 import sys, time
 from pathlib import Path
-from ggml_diffusion.training.run import _exclusive
-with _exclusive(Path(sys.argv[1]), print):
+from ggml_diffusion.training.run_lock import exclusive
+with exclusive(Path(sys.argv[1]), print):
     print("held", flush=True)
     time.sleep(60)
 """

@@ -1,5 +1,7 @@
 """One optimizer step and what a run can be resumed from, on tiny models."""
 
+import math
+
 import numpy as np
 import pytest
 from trainers import SMALL, make_batch, make_trainer, packed_batch
@@ -14,7 +16,7 @@ from ggml_diffusion.generation.denoise import GenerationConfig
 from ggml_diffusion.generation.diffusion_model import DiffusionModel
 from ggml_diffusion.text.tokenizer import Tokenizer
 from ggml_diffusion.training.resume import resume_run, save_run
-from ggml_diffusion.training.trainer import ConversionTrainer
+from ggml_diffusion.training.trainer import ConversionTrainer, Diverged
 
 
 @pytest.fixture(scope="module")
@@ -385,3 +387,29 @@ def test_32_sequences_are_learned_by_heart(tiny_model):
     assert at_half.visible.n_tokens > 100
     assert at_half.visible.accuracy > 0.95
     assert at_half.future_context_gain > 0.0
+
+
+# -- divergence ----------------------------------------------------------------------------------------
+
+
+def judged(model, start, losses):
+    """How many steps of these cross-entropies are taken before the trainer calls it diverging."""
+    trainer = make_trainer(model)
+    trainer._judge(1.0, 1.0, start)
+    for taken, loss in enumerate(losses):
+        trainer.step_count += 1
+        try:
+            trainer._judge(1.0, 1.0, loss)
+        except Diverged:
+            return taken + 1
+    return None
+
+
+def test_three_steps_in_a_row_far_above_a_guess_and_above_the_start_diverge(model):
+    guess = math.log(model.file.V)
+    assert judged(model, 0.7 * guess, [1.4 * guess] * 4) == 3
+    assert judged(model, 0.7 * guess, [1.2 * guess] * 9) is None  # a random model guesses badly
+    assert judged(model, 0.7 * guess, [1.4 * guess, 1.4 * guess, guess] * 3) is None
+    # a base that is sure of itself may be worse than a guess at first, and learns
+    assert judged(model, 1.5 * guess, [2.0 * guess] * 9) is None
+    assert judged(model, 1.5 * guess, [2.4 * guess] * 9) == 3

@@ -32,8 +32,8 @@ from bench_sections import Settings
 from rich.console import Console
 
 from ggml_diffusion.app.demo import demo_model
-from ggml_diffusion.engine.threads import default_threads
 from ggml_diffusion.errors import UserError
+from ggml_diffusion.machine import processors
 
 SECTIONS: Mapping[str, tuple[Callable[[Settings], Any], str]] = {
     "machine": (sections.machine, "the machine, versions, and the kernels' peak"),
@@ -72,7 +72,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, help="keep generated models there, to be used again")
     parser.add_argument("--work", default="", help="only training steps whose name contains this")
     parser.add_argument("--rounds", type=int, default=3, help="counted rounds of each comparison")
-    parser.add_argument("--n-threads", type=int, default=default_threads(), help="threads of every arm")
+    parser.add_argument("--n-threads", type=int, default=processors(), help="threads of every arm")
     return parser.parse_args(arguments)
 
 

@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ggml_diffusion.engine.threads import default_threads
+from ggml_diffusion.machine import processors
 
 PACKAGES = ("ggml-diffusion", "llama-cpp-python", "numpy")
 
@@ -22,7 +22,7 @@ def describe_machine() -> dict[str, Any]:
     """Plain data for table and JSON."""
     return {
         "processor": _first_of("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
-        "cores": default_threads(),
+        "cores": processors(),
         "memory_bytes": _memory_bytes(),
         "system": f"{platform.system()} {platform.release()}",
         "load_average": os.getloadavg()[0],

@@ -1,5 +1,6 @@
 """`export`: write a conversion as another file."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -8,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ggml_diffusion.app.cli.options import note_on_stderr
-from ggml_diffusion.errors import UserError
+from ggml_diffusion.errors import UserError, quoted
 from ggml_diffusion.formats.adapter_file import DiffusionCheckpoint
 from ggml_diffusion.formats.model_check import read_model
 from ggml_diffusion.formats.model_file import file_sha256
@@ -33,9 +34,10 @@ def export(
     if target.suffix == ".safetensors":
         checkpoint.save(target)
     else:
-        base_path = Path(checkpoint.config.get("base_model") or "") if base is None else base
-        if not base_path.is_file():
-            raise UserError(f"where is the base model {checkpoint.metadata.base_model}? give it by --base")
+        base_path = Path(checkpoint.settings.base_model or "") if base is None else base
+        if base is None and not os.path.isfile(base_path):
+            name = quoted(checkpoint.metadata.base_model)
+            raise UserError(f"where is the base model {name}? give it by --base")
         checkpoint.check_base(file_sha256(base_path))
         checkpoint.save_gguf(target, read_model(base_path))
     Console().print(Text(f"written: {target}"), soft_wrap=True)

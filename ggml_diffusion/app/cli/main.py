@@ -7,6 +7,7 @@ SIGTERM with everything saved. Deliberately not here: any work, and the commands
 import contextlib
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Collection, Sequence
 from importlib import import_module
 from typing import Any, NoReturn
@@ -20,6 +21,10 @@ _COMMANDS = {
     "convert": (
         "Convert a GGUF model: train its adapter on text and export it.",
         "convert model.gguf --data books/ --output run --preset laptop",
+    ),
+    "estimate": (
+        "Say what a conversion would need of memory, disk and time, and what would need less.",
+        "estimate model.gguf --data books/ --preset laptop",
     ),
     "generate": (
         "Write text by denoising.",
@@ -72,6 +77,8 @@ def _listed() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run a command line and exit the process; None = this process's own arguments."""
+    # NumPy says so when a number overflows; what comes of it is checked where it matters.
+    warnings.filterwarnings("ignore", category=RuntimeWarning)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):  # a stream that a test put there
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
@@ -80,6 +87,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         _app([name for name in _COMMANDS if name in given])(args=given)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except MemoryError as error:  # where nothing said so before
+        print(f"error: not enough memory: {str(error) or 'ask for less at a time'}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)

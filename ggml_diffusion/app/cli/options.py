@@ -8,7 +8,9 @@ from pydantic import BaseModel, ValidationError
 from rich.console import Console
 from rich.text import Text
 
-from ggml_diffusion.config.settings import SETTINGS
+from ggml_diffusion.config.presets import PRESETS
+from ggml_diffusion.config.settings import SETTINGS, ConversionTrainingConfig
+from ggml_diffusion.config.toml import load_config
 from ggml_diffusion.errors import UserError, one_line
 
 
@@ -36,7 +38,55 @@ def _with_default(description: str, default: Any) -> str:
 
 
 Settings = TypeVar("Settings", bound=BaseModel)
+
+# The flags of a conversion, which `convert` and `estimate` share: parameter -> setting.
+RUN_FLAGS = {
+    "model": "model.base_model",
+    "data": "training.data",
+    "include": "training.include",
+    "strict": "training.strict",
+    "output": "training.output",
+    "steps": "training.total_steps",
+    "batch_size": "training.batch_size",
+    "gradient_accumulation": "training.gradient_accumulation",
+    "sequence_length": "training.sequence_length",
+    "learning_rate": "training.learning_rate",
+    "rank": "model.qlora_rank",
+    "target_modules": "model.target_modules",
+    "prediction": "model.prediction",
+    "mask_token_id": "model.mask_token_id",
+    "seed": "training.seed",
+    "checkpoint_every": "training.checkpoint_every",
+    "device": "hardware.device",
+    "threads": "hardware.num_threads",
+    "memory_mib": "hardware.memory_mib",
+}
+Model = Annotated[
+    Path | None, typer.Argument(help=SETTINGS["model.base_model"].description, metavar="MODEL.gguf")
+]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(help="A conversion_config.toml; flags count more, and a preset less, than the file."),
+]
+Data = Annotated[list[str] | None, setting("training.data", "--data")]
+Include = Annotated[list[str] | None, setting("training.include", "--include")]
+Strict = Annotated[bool | None, setting("training.strict", "--strict")]
+Output = Annotated[str | None, setting("training.output", "--output")]
+Preset = Annotated[str | None, typer.Option(help=f"A recipe to start from: {', '.join(PRESETS)}.")]
+Steps = Annotated[int | None, setting("training.total_steps", "--steps")]
+BatchSize = Annotated[int | None, setting("training.batch_size", "--batch-size")]
+Accumulation = Annotated[int | None, setting("training.gradient_accumulation", "--gradient-accumulation")]
+SequenceLength = Annotated[int | None, setting("training.sequence_length", "--sequence-length")]
+LearningRate = Annotated[float | None, setting("training.learning_rate", "--learning-rate")]
+Rank = Annotated[int | None, setting("model.qlora_rank", "--rank")]
+TargetModules = Annotated[str | None, setting("model.target_modules", "--target-modules")]
+Prediction = Annotated[str | None, setting("model.prediction", "--prediction")]
+MaskTokenId = Annotated[int | None, setting("model.mask_token_id", "--mask-token-id")]
+Seed = Annotated[int | None, setting("training.seed", "--seed")]
+MemoryMib = Annotated[int | None, setting("hardware.memory_mib", "--memory-mib")]
+CheckpointEvery = Annotated[int | None, setting("training.checkpoint_every", "--checkpoint-every")]
 Threads = Annotated[int | None, setting("hardware.num_threads", "--threads")]
+RunDevice = Annotated[str | None, setting("hardware.device", "--device")]
 Device = Annotated[
     Literal["cpu", "metal", "cuda", "vulkan"],
     typer.Option(help="What computes: cpu, metal, cuda or vulkan. Default: cpu."),
@@ -48,6 +98,17 @@ Base = Annotated[Path, typer.Argument(help="The GGUF that was converted.", metav
 Adapter = Annotated[
     Path, typer.Argument(help="An output folder, adapter.safetensors or adapter.gguf.", metavar="ADAPTER")
 ]
+
+
+def config_from(arguments: dict[str, Any]) -> ConversionTrainingConfig:
+    """The config of a conversion from the arguments of a command, those of `RUN_FLAGS` and two more."""
+    overrides = {setting: arguments[name] for name, setting in RUN_FLAGS.items()}
+    for name, convert in (("model.base_model", str), ("model.target_modules", lambda text: text.split(","))):
+        if overrides[name] is not None:
+            overrides[name] = convert(overrides[name])
+    for name in ("training.data", "training.include"):
+        overrides[name] = overrides[name] or None
+    return load_config(arguments["config"], overrides, arguments["preset"])
 
 
 def from_flags(kind: type[Settings], flags: dict[str, Any]) -> Settings:

@@ -27,6 +27,7 @@ class Rows:
     Attributes:
         batch: whose rows they are.
         tokens: (M,) int32.
+        longest: rows of the longest segment.
         struct: the core's `ggd_batch *`; valid while this object lives.
 
     """
@@ -39,6 +40,7 @@ class Rows:
             )
         self.batch = batch
         self.tokens = np.ascontiguousarray(batch.tokens[batch.valid], dtype=np.int32)
+        self.longest = int(batch.segments.reshape(-1, 4)[:, 1].max(initial=1))
         self.struct = ffi.new("ggd_batch *")
         self.struct.n_rows = len(self.tokens)
         self.struct.tokens = pointer("const int32_t *", self.tokens)

@@ -19,11 +19,13 @@ from ggml_diffusion.engine.interface import Batch, Compute, Int8, LossResult, St
 from ggml_diffusion.engine.memory_plan import Keep, StepPlan, plan_step
 from ggml_diffusion.engine.native import check, ffi, lib, pointer
 from ggml_diffusion.engine.segments import token_array
-from ggml_diffusion.engine.threads import default_threads
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.formats.lora import LoraAdapter, lora_ranks
 from ggml_diffusion.formats.model_check import read_model
-from ggml_diffusion.formats.model_file import ModelFile, file_sha256
+from ggml_diffusion.formats.model_file import ModelFile
+from ggml_diffusion.formats.tensor_values import checked_sha256
+from ggml_diffusion.machine import memory_available, memory_limit, processors
+from ggml_diffusion.units import in_bytes
 
 _COMPUTE = {"fast": lib.GGD_COMPUTE_FAST, "f32": lib.GGD_COMPUTE_F32}
 _INT8: dict[Int8, int] = {
@@ -37,6 +39,8 @@ _KEEP = {
     "boundaries": lib.GGD_KEEP_BOUNDARIES,
 }
 _RECOMPUTED: dict[Keep, str] = {"all": "", "without-ffn": "gate and up", "boundaries": "layers"}
+
+_MOST = 2**31 - 1  # rows, or ranks, that the core counts
 
 
 class Q4Model:
@@ -55,6 +59,7 @@ class Q4Model:
         use_simd: bool = True,
         keep: Keep | Literal["auto"] = "auto",
         memory_budget: int | None = None,
+        sound_sha256: str | None = None,
     ) -> None:
         """Open a model whose header was read by `read_model`; see `from_gguf`."""
         if n_threads is not None and n_threads < 1:
@@ -64,8 +69,10 @@ class Q4Model:
                 raise UserError(f"{name} must be one of {', '.join(known)}, not {value!r}")
         self._keep = keep
         self._memory_budget = memory_budget
+        self._sound_sha256 = sound_sha256
+        self._checked_bytes = self._arena_bytes = 0  # of the largest call so far, with its logits and without
         self._file = file
-        self._n_threads = n_threads or default_threads()
+        self._n_threads = n_threads or processors()
         self._compute = compute
         self._model: Any = ffi.NULL
         self._session: Any = ffi.NULL
@@ -152,8 +159,8 @@ class Q4Model:
 
     @cached_property
     def sha256(self) -> str:
-        """Of the whole file, hexadecimal; read on first use."""
-        return file_sha256(self._file.path)
+        """Of the whole file, hexadecimal; read on first use, and with it whether all numbers are finite."""
+        return checked_sha256(self._file, self._sound_sha256)
 
     @property
     def n_threads(self) -> int:
@@ -212,12 +219,10 @@ class Q4Model:
 
         """
         n_bytes = ffi.new("size_t *")
-        check(
-            lib.ggd_session_plan(
-                self._open(), n_rows, longest, rank, gradients, teacher, _KEEP[keep], n_bytes
-            )
-        )
-        return int(n_bytes[0])
+        counts = [min(count, _MOST) for count in (n_rows, longest, rank)]
+        check(lib.ggd_session_plan(self._open(), *counts, gradients, teacher, _KEEP[keep], n_bytes))
+        # More than the core can count would be refused by it: to be told in numbers, it is scaled up.
+        return int(n_bytes[0]) * max(1, -(-n_rows // _MOST), -(-rank // _MOST))
 
     def describe_step(
         self, n_sequences: int, n_tokens: int, rank: int, *, teacher: bool = False
@@ -227,7 +232,8 @@ class Q4Model:
         planned = self.memory_bytes(
             plan.sequences * n_tokens, n_tokens, rank, keep=plan.keep, teacher=teacher
         )
-        return StepDescription(planned, plan.sequences, _RECOMPUTED[plan.keep])
+        least = self.memory_bytes(n_tokens, n_tokens, rank, keep="boundaries", teacher=teacher)
+        return StepDescription(planned, plan.sequences, min(planned, least), _RECOMPUTED[plan.keep])
 
     def _plan(self, n_sequences: int, n_tokens: int, rank: int, teacher: bool) -> StepPlan:
         """What a training step keeps, and how many sequences go together."""
@@ -238,6 +244,41 @@ class Q4Model:
             return self.memory_bytes(sequences * n_tokens, n_tokens, rank, keep=keep, teacher=teacher)
 
         return plan_step(n_sequences, n_tokens, self._memory_budget, planned_bytes)
+
+    def check_memory(self, n_sequences: int, n_tokens: int, adapter: LoraAdapter | None = None) -> None:
+        """See `Engine`."""
+        self._check_memory(n_sequences * n_tokens, n_tokens, adapter, is_call=False)
+
+    def _check_memory(
+        self,
+        n_rows: int,
+        longest: int,
+        adapter: LoraAdapter | None,
+        *,
+        keep: Keep | None = None,
+        teacher: bool = False,
+        n_logits: int = 0,
+        is_call: bool = True,
+    ) -> None:
+        """Refuse a call for which the machine's memory is too small, before the system ends the process.
+
+        `keep` is of a call with gradients, None = without; `n_logits` are the rows of logits that it returns;
+        `is_call` is False where the call may never come.
+        """
+        rank = max(lora_ranks(adapter.tensors).values(), default=0) if adapter is not None else 0
+        gradients, keep = keep is not None, keep or "boundaries"
+        arena = self.memory_bytes(max(n_rows, 1), longest, rank, gradients, keep=keep, teacher=teacher)
+        needed = arena + n_logits * self._file.V * 4
+        if needed <= self._checked_bytes:
+            return
+        # The arena of the call before is given back first.
+        if needed > memory_available() + self._arena_bytes:
+            raise UserError(
+                f"not enough memory: {n_rows} tokens at once need {in_bytes(needed)} beside the model, and "
+                f"{in_bytes(memory_available())} of {in_bytes(memory_limit())} are available"
+            )
+        if is_call:
+            self._checked_bytes, self._arena_bytes = needed, max(arena, self._arena_bytes)
 
     def reset_profile(self) -> None:
         """Start counting `profile` from zero."""
@@ -281,6 +322,7 @@ class Q4Model:
         rows = Rows(batch, self._file.C)
         wanted = batch.valid if select is None else np.asarray(select, dtype=bool)
         chosen = np.flatnonzero(rows.take(wanted, np.bool_, "select")).astype(np.int32)
+        self._check_memory(len(rows.tokens), rows.longest, adapter, n_logits=len(chosen))
         logits = np.empty((len(chosen), self._file.V), dtype=np.float32)
         native = self._native_adapter(adapter, None)
         row_pointer, logits_pointer = pointer("const int32_t *", chosen), pointer("float *", logits)
@@ -289,6 +331,8 @@ class Q4Model:
                 self._session, rows.struct, native.struct, len(chosen), row_pointer, logits_pointer
             )
         )
+        # Row by row: a copy of all logits, even as truth values, may be large.
+        self._require_finite(all(np.isfinite(row).all() for row in logits), adapter)
         return rows.spread(logits) if select is None else logits
 
     def loss(
@@ -304,8 +348,11 @@ class Q4Model:
         self._use_int8(int8)
         objective = Objective(Rows(batch, self._file.C), targets, weights)
         native = self._native_adapter(adapter, None)
+        self._check_memory(len(objective.rows.tokens), objective.rows.longest, adapter)
         check(lib.ggd_loss(self._session, objective.rows.struct, native.struct, objective.struct))
-        return objective.result(None)
+        result = objective.result(None)
+        self._require_finite(np.isfinite(result.row_loss).all(), adapter)
+        return result
 
     def loss_and_gradients(
         self,
@@ -326,6 +373,8 @@ class Q4Model:
         rank = max(lora_ranks(adapter.tensors).values(), default=0)
         plan = self._plan(n_sequences, n_tokens, rank, batch.teacher is not None)
         lib.ggd_session_set_keep(self._session, _KEEP[plan.keep])
+        rows_a_part, has_teacher = plan.sequences * n_tokens, batch.teacher is not None
+        self._check_memory(rows_a_part, n_tokens, adapter, keep=plan.keep, teacher=has_teacher)
         results = []
         for start in range(0, n_sequences, plan.sequences):
             part = slice(start, start + plan.sequences)
@@ -354,6 +403,14 @@ class Q4Model:
 
         """
         check(lib.ggd_session_set_int8(self._open(), _INT8[products]))
+
+    def _require_finite(self, holds: object, adapter: LoraAdapter | None) -> None:
+        """Refuse what only damaged numbers give: no text and no figure can be made of it."""
+        if not holds:
+            at_fault = (
+                "its weights are damaged" if adapter is None else "the adapter or its weights are damaged"
+            )
+            self._file.fail(f"the model computes NaN or infinite logits: {at_fault}")
 
     def _native_adapter(
         self, adapter: LoraAdapter | None, gradients: Mapping[str, NDArray[np.float32]] | None

@@ -28,12 +28,14 @@ from ggml_diffusion.engine.ggml_graph.weights import ModelWeights
 from ggml_diffusion.engine.interface import Batch, Compute, Int8, LossResult, StepDescription
 from ggml_diffusion.engine.memory_plan import Keep, plan_step
 from ggml_diffusion.engine.segments import rows_before
-from ggml_diffusion.engine.threads import default_threads
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.formats.lora import LoraAdapter, lora_ranks
 from ggml_diffusion.formats.model_check import read_model
-from ggml_diffusion.formats.model_file import ModelFile, file_sha256
+from ggml_diffusion.formats.model_file import ModelFile
 from ggml_diffusion.formats.tensor_names import LORA_A_SUFFIX, LORA_B_SUFFIX, MASK_EMBEDDING
+from ggml_diffusion.formats.tensor_values import checked_sha256
+from ggml_diffusion.machine import memory_available, memory_limit, processors
+from ggml_diffusion.units import in_bytes
 
 Gradients = Mapping[str, NDArray[np.float32]]
 # Shapes whose graphs are kept: training's, and those of evaluations between its steps.
@@ -107,6 +109,7 @@ class GraphModel:
         *,
         compute: Compute = "fast",
         memory_budget: int | None = None,
+        sound_sha256: str | None = None,
     ) -> None:
         """Open a model whose header was read by `read_model`; see `from_gguf`."""
         if n_threads is not None and n_threads < 1:
@@ -114,7 +117,8 @@ class GraphModel:
         if compute not in ("fast", "f32"):
             raise UserError(f"compute must be one of fast, f32, not {compute!r}")
         self._file, self._device, self._compute = file, device, compute
-        self._n_threads = n_threads or default_threads()
+        self._sound_sha256 = sound_sha256
+        self._n_threads = n_threads or processors()
         self._sessions: OrderedDict[tuple[Shape, object, bool, bool], _Session] = OrderedDict()
         self._weights: ModelWeights | None = None
         cpu = find_device("cpu")
@@ -190,8 +194,8 @@ class GraphModel:
 
     @cached_property
     def sha256(self) -> str:
-        """Of the whole file, hexadecimal; read on first use."""
-        return file_sha256(self._file.path)
+        """Of the whole file, hexadecimal; read on first use, and with it whether all numbers are finite."""
+        return checked_sha256(self._file, self._sound_sha256)
 
     @property
     def n_threads(self) -> int:
@@ -232,7 +236,12 @@ class GraphModel:
     ) -> StepDescription:
         """See `Engine`."""
         sequences = self._sequences_of_a_part(n_sequences, n_tokens, rank)
-        return StepDescription(self._planned_bytes(sequences, n_tokens, rank), sequences, "layers")
+        return StepDescription(
+            memory_bytes=self._planned_bytes(sequences, n_tokens, rank),
+            sequences=sequences,
+            least_bytes=self._planned_bytes(1, n_tokens, rank),
+            recomputed="layers",
+        )
 
     def _sequences_of_a_part(self, n_sequences: int, n_tokens: int, rank: int) -> int:
         def planned(_: Keep, sequences: int) -> int:
@@ -250,6 +259,18 @@ class GraphModel:
         kept = 4 * n_rows * file.C * (file.L + 3)
         head = 4 * min(LOGIT_BYTES, 4 * n_rows * file.V)
         return kept + layer + scores + adapter + head + 3 * TILE_BYTES
+
+    def check_memory(self, n_sequences: int, n_tokens: int, adapter: LoraAdapter | None = None) -> None:
+        """See `Engine`. What the device has is asked for when it is taken; this is what the host needs."""
+        needed = 4 * n_sequences * n_tokens * (2 * self._file.C + n_tokens)  # embeddings twice, and the mask
+        if self._runtime.on_cpu:
+            rank = 0 if adapter is None else max(lora_ranks(adapter.tensors).values(), default=0)
+            needed += self._planned_bytes(1, n_tokens, rank)
+        if needed > memory_available():
+            raise UserError(
+                f"not enough memory: {n_sequences * n_tokens} tokens at once need {in_bytes(needed)} beside the "
+                f"model, and {in_bytes(memory_available())} of {in_bytes(memory_limit())} are available"
+            )
 
     def embed(self, tokens: ArrayLike) -> NDArray[np.float32]:
         """See `Engine`."""

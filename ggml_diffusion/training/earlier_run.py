@@ -1,0 +1,60 @@
+"""What an earlier run left in the output folder: its size, and how it is deleted.
+
+Deliberately not here: the names (run_folder.py), the content of the files, and the lock (run.py).
+"""
+
+import contextlib
+import os
+import shutil
+from pathlib import Path
+
+from ggml_diffusion.durable import fsync_path
+from ggml_diffusion.errors import UserError
+from ggml_diffusion.run_folder import BASE, CHECKPOINTS, CONFIG, EVALUATION, EXPORTS, METRICS
+
+_DELETED = ".deleted"
+
+
+def _run_files(output: Path) -> list[Path]:
+    """All that runs write into their folder, but for the lock."""
+    names = (CHECKPOINTS, _DELETED, *EXPORTS, METRICS, CONFIG, EVALUATION, BASE)
+    return [output / name for name in names if (output / name).exists()]
+
+
+def bytes_of_run(output: Path) -> int:
+    """Size of what a run left in its folder, which is replaced or deleted while it goes on."""
+    total = 0
+    for path in _run_files(output):
+        with contextlib.suppress(OSError):
+            total += sum(each.stat().st_size for each in [path, *path.rglob("*")] if each.is_file())
+    return total
+
+
+def is_half_deleted(output: Path) -> bool:
+    """Whether a process was killed while it deleted the run in a folder."""
+    return (output / _DELETED).exists()
+
+
+def delete_run(output: Path) -> None:
+    """Delete what earlier runs wrote into the folder, and nothing else.
+
+    From its first moment to its last there is a folder `.deleted`, into which the checkpoints are moved: who
+    finds it finishes the deletion (`is_half_deleted`), so that nobody resumes what a killed process left.
+
+    Raises:
+        UserError: something cannot be deleted.
+
+    """
+    deleted = output / _DELETED
+    try:
+        deleted.mkdir(exist_ok=True)
+        if (output / CHECKPOINTS).exists():
+            shutil.rmtree(deleted / CHECKPOINTS, ignore_errors=True)
+            os.rename(output / CHECKPOINTS, deleted / CHECKPOINTS)
+        fsync_path(output)
+        for path in _run_files(output):
+            if path != deleted:
+                path.unlink()
+        shutil.rmtree(deleted)
+    except OSError as error:
+        raise UserError(f"{output}: the earlier run cannot be deleted: {error.strerror or error}") from None
