@@ -268,8 +268,8 @@ class GraphModel:
             needed += self._planned_bytes(1, n_tokens, rank)
         if needed > memory_available():
             raise UserError(
-                f"not enough memory: {n_sequences * n_tokens} tokens at once need {in_bytes(needed)} beside the "
-                f"model, and {in_bytes(memory_available())} of {in_bytes(memory_limit())} are available"
+                f"not enough memory: {n_sequences * n_tokens} tokens at once need {in_bytes(needed)} beside "
+                f"the model, and {in_bytes(memory_available())} of {in_bytes(memory_limit())} are available"
             )
 
     def embed(self, tokens: ArrayLike) -> NDArray[np.float32]:
