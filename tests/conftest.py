@@ -13,7 +13,7 @@ from gguf_bytes import tiny_llama
 from make_tiny_gguf import TENSOR_TYPES as WRITABLE_TYPES
 from make_tiny_gguf import make_tiny_gguf
 
-from ggml_diffusion.engine.cpu._native import ffi, lib
+from ggml_diffusion.engine.native import ffi, lib
 from ggml_diffusion.formats.model_check import read_model
 from ggml_diffusion.formats.model_file import ModelFile
 from ggml_diffusion.formats.tensor_types import TENSOR_TYPES

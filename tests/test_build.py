@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ggml_diffusion.engine.cpu._native import check_ggml_version, ffi, lib
+from ggml_diffusion.engine.native import check_ggml_version, ffi, lib
 
 ROOT = Path(__file__).resolve().parents[1]
 LLAMA_CPP_LIB = Path(importlib.util.find_spec("llama_cpp").origin).parent / "lib"
@@ -37,7 +37,7 @@ core.lib, core.ffi = lib, ffi
 sys.modules["ggml_diffusion._core"] = core
 import ggml_diffusion
 ggml_diffusion._core = core
-import ggml_diffusion.engine.cpu._native
+import ggml_diffusion.engine.native
 """
 
 
@@ -51,9 +51,9 @@ def run_python(code: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize(
     "imports",
     [
-        "import ggml_diffusion.engine.cpu._native",
-        "import ggml_diffusion.engine.cpu._native, llama_cpp",
-        "import llama_cpp, ggml_diffusion.engine.cpu._native",
+        "import ggml_diffusion.engine.native",
+        "import ggml_diffusion.engine.native, llama_cpp",
+        "import llama_cpp, ggml_diffusion.engine.native",
     ],
     ids=["core alone", "core first", "llama_cpp first"],
 )

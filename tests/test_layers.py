@@ -10,6 +10,8 @@ import re
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "ggml_diffusion"
 
@@ -143,7 +145,7 @@ def c_uses() -> dict[str, set[str]]:
 
 
 def test_the_sources_are_found():
-    assert {"engine.cpu._native", "errors"} <= python_modules().keys()
+    assert {"engine.native", "errors"} <= python_modules().keys()
     assert "include/ggd" in c_uses()
 
 
@@ -174,18 +176,29 @@ def test_the_formulas_the_engine_and_the_text_do_not_know_each_other():
     } == {}
 
 
-def test_only_the_engine_on_the_cpu_imports_the_compiled_extension():
+def test_only_the_engines_import_the_compiled_extension():
     uses = python_uses()
-    assert {name for name, used in uses.items() if "_core" in used} == {"engine.cpu._native"}
-    inner = {"engine.cpu._native", "engine.cpu.native_structs"}
-    users = {name for name, used in uses.items() if used & inner}
-    assert {name.rpartition(".")[0] for name in users} == {"engine.cpu"}
+    assert {name for name, used in uses.items() if "_core" in used} == {"engine.native"}
+    users = {name for name, used in uses.items() if "engine.native" in used}
+    assert {name.rpartition(".")[0] for name in users} == {"engine.cpu", "engine.ggml_graph"}
 
 
-def test_only_the_opening_of_a_model_names_an_implementation_of_the_engine():
-    outside = {name: used for name, used in python_uses().items() if not name.startswith("engine.cpu")}
-    users = {name for name, used in outside.items() if any(one.startswith("engine.cpu") for one in used)}
-    assert users == {"engine.open", "__init__"}  # the latter hands the public name on
+def test_only_one_place_declares_the_c_api_of_ggml():
+    users = {name for name, used in python_uses().items() if "engine.ggml_graph.ggml" in used}
+    assert {name.rpartition(".")[0] for name in users} == {"engine.ggml_graph"}
+
+
+@pytest.mark.parametrize(
+    "engine, others",
+    {
+        "engine.cpu": {"engine.open", "__init__"},  # the latter hands the public name on
+        "engine.ggml_graph": {"engine.open", "app.devices"},  # which shows what there is
+    }.items(),
+)
+def test_only_the_opening_of_a_model_names_an_implementation_of_the_engine(engine, others):
+    outside = {name: used for name, used in python_uses().items() if not name.startswith(engine)}
+    users = {name for name, used in outside.items() if any(one.startswith(engine) for one in used)}
+    assert users == others
 
 
 def test_the_page_on_the_architecture_shows_the_wings_in_this_order_with_their_first_sentences():

@@ -138,6 +138,47 @@ void ggd_model_shape(const ggd_model *model, ggd_shape *shape);
 // Rows of the token embedding as the file has them, (n_tokens, C); what is added to them is added before the model scales them.
 int ggd_model_embed(const ggd_model *model, int32_t n_tokens, const int32_t *tokens, float *rows);
 
+// What another engine needs of a model. Pointers lead into the model and live as long as it does; what it lacks is NULL, zero or one.
+typedef struct {
+    const void *data;   // packed rows, one after the other, inside of a mapped file
+    int32_t type;       // ggml's number of it
+    int32_t part;       // the file that they lie in
+    int32_t n_rows;     // out
+    int32_t n_cols;     // in
+    const float *bias;  // (n_rows)
+} ggd_weight;
+
+typedef struct {
+    ggd_weight projections[7];  // indexed by GGD_ATTN_Q ...
+    const float *norms[6];      // of the attention block's input and output, of the feed-forward block's, (C); of Q and K
+    int32_t rope;               // which of the model's; -1: none
+    int32_t window;             // a query sees keys that are nearer than this, on both sides; 0: all
+} ggd_layer_weights;
+
+typedef struct {
+    float rms_eps;
+    int32_t rope_halves;  // 1: RoPE turns one element of each half together; 0: neighbours
+    int32_t n_rotated;    // elements of a head that RoPE turns
+    const float
+        *frequencies[3];  // (n_rotated / 2) radians a position: of most layers, of those with a window, and of long sequences
+    float magnitudes[3];  // what cosine and sine are multiplied by
+    int32_t original_context;      // tokens; longer sequences are long
+    int32_t gelu_gate;             // 1: the gate goes through GELU; 0: through SiLU
+    int32_t wide_head_norms;       // 1: the norms of Q and K run over all heads of a row together
+    float embedding_scale;         // of token rows with all that is added to them
+    float residual_scale;          // of what a block adds
+    float score_scale, score_cap;  // scores are score_scale q k, then soft-capped
+    float logit_cap;
+    float temperature;         // queries grow by temperature * log(1 + whole original contexts before them)
+    ggd_weight head;           // (V, C)
+    const float *output_norm;  // (C), times what logits are scaled by
+} ggd_network;
+
+void ggd_model_network(const ggd_model *model, ggd_network *network);
+int ggd_model_layer(const ggd_model *model, int32_t layer, ggd_layer_weights *weights);
+// The memory of a mapped file.
+int ggd_model_part(const ggd_model *model, int32_t part, const void **data, size_t *bytes);
+
 int ggd_session_create(const ggd_model *model, const ggd_session_options *options, ggd_session **session);
 void ggd_session_free(ggd_session *session);
 // Name of the kernel set in use.

@@ -73,11 +73,15 @@ class Description:
         return Group(*parts)
 
 
-def describe_file(path: str | Path) -> Description:
+def describe_file(path: str | Path, device: str | None = None) -> Description:
     """Look into a file, whose content decides what it is, or into the folder of a run.
 
+    Args:
+        path: the file.
+        device: also say what of a model that kind of device computes.
+
     Raises:
-        UserError: it cannot be read, or is damaged.
+        UserError: it cannot be read, or is damaged; or there is no such device.
 
     """
     path = Path(path)
@@ -87,7 +91,7 @@ def describe_file(path: str | Path) -> Description:
         return Description(path, "conversion", _conversion_sections(DiffusionCheckpoint.load(path)))
     file = read_gguf(path)
     if file.optional("general.type", "model") != "adapter":
-        return Description(path, "GGUF model", _model_sections(file))
+        return Description(path, "GGUF model", (*_model_sections(file), *_device_sections(file, device)))
     if KEY_PREFIX + "format" in file.metadata:
         sections = _conversion_sections(DiffusionCheckpoint.load(path))
         return Description(path, "GGUF LoRA adapter, a conversion", (_file_section(file), *sections))
@@ -138,6 +142,14 @@ def _model_sections(file: ModelFile) -> tuple[Section, ...]:
         Section("Tokenizer", tuple(_tokenizer_rows(file))),
         Section("Conversion", (_verdict(file),)),
     )
+
+
+def _device_sections(file: ModelFile, device: str | None) -> tuple[Section, ...]:
+    if device is None:
+        return ()
+    from ggml_diffusion.app.devices import model_on_device  # it loads GGML's backends, for those who ask
+
+    return (Section("On the device", tuple(model_on_device(file, device))),)
 
 
 def _file_section(file: ModelFile) -> Section:

@@ -15,6 +15,7 @@ from ggml_diffusion.objective.corruption import Masking, ScheduleType
 from ggml_diffusion.objective.output_rows import Prediction
 
 Arithmetic = Literal["fast", "f32"]
+DeviceKind = Literal["auto", "cpu", "metal", "cuda", "vulkan"]
 
 Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
 # Settings are strict, but TOML has neither enumerations nor tuples.
@@ -206,7 +207,10 @@ class QLoraConversionConfig(Settings):
 class HardwareConfig(Settings):
     """What the conversion runs on."""
 
-    device: Literal["cpu"] = Field(default="cpu", description="Only cpu for now.")
+    device: DeviceKind = Field(
+        default="cpu",
+        description="cpu, metal, cuda or vulkan; auto = the first of the others that computes rightly.",
+    )
     num_threads: int | None = Field(
         default=None, ge=1, le=1024, description="Threads; left out, as many as the process may use."
     )
@@ -224,10 +228,3 @@ class HardwareConfig(Settings):
         default="fast",
         description="Arithmetic of the matrix products: fast, or f32 = exact products in float32.",
     )
-
-    @field_validator("device", mode="before")
-    @classmethod
-    def _check_device(cls, device: object) -> object:
-        if device in ("cuda", "metal"):
-            raise ValueError('not supported yet; conversion runs on the CPU, so set device = "cpu"')
-        return device

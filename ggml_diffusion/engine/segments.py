@@ -72,3 +72,18 @@ def find_segments(valid: NDArray[np.bool_], documents: NDArray[np.int32]) -> NDA
             segments.append((row + start, end - start, sequence, start))
         row += n_tokens
     return np.array(segments, dtype=np.int32)
+
+
+def rows_before(segments: NDArray[np.int32], n: int, needed: NDArray[np.bool_]) -> NDArray[np.int32]:
+    """For each row the one `n` before it in its segment, itself where there is none; (M,) int32.
+
+    Raises:
+        ValueError: a row that has none, but is needed (M,).
+
+    """
+    rows = np.arange(len(needed), dtype=np.int32)
+    first_rows = np.repeat(segments[:, 0], segments[:, 1])
+    has_none = rows - n < first_rows
+    if (has_none & needed).any():
+        raise ValueError("the first position of a document has a weight, but its teacher has no row for it")
+    return np.where(has_none, rows, rows - np.int32(n)).astype(np.int32)

@@ -76,6 +76,7 @@ class EvaluationInputs:
         control: a conversion of the same base that was trained at causal ratio 1, or None.
         data, sequence_length, held_out_fraction: see `load_held_out`.
         n_threads: None = as many as there are cores.
+        device: "cpu", "metal", "cuda" or "vulkan".
         allow_other_base: measure on a base that the conversion was not trained on.
 
     """
@@ -87,6 +88,7 @@ class EvaluationInputs:
     sequence_length: int | None = None
     held_out_fraction: float | None = None
     n_threads: int | None = None
+    device: str = "cpu"
     allow_other_base: bool = False
 
 
@@ -120,7 +122,7 @@ def run_evaluation(
     checkpoint = DiffusionCheckpoint.load(inputs.adapter)
     control_checkpoint = None if inputs.control is None else DiffusionCheckpoint.load(inputs.control)
     base = read_model(inputs.base)
-    with closing(open_engine(base, inputs.n_threads)) as engine:
+    with closing(open_engine(base, inputs.n_threads, device=inputs.device)) as engine:
         listener.note(f"base: {engine.description}")
         tokenizer = Tokenizer.from_file(base)
         conversions = [one for one in (checkpoint, control_checkpoint) if one is not None]

@@ -57,6 +57,7 @@ class DiffusionModel:
         weights: str | Path,
         n_threads: int | None = None,
         *,
+        device: str = "cpu",
         allow_other_base: bool = False,
     ) -> "DiffusionModel":
         """Read a base GGUF and a conversion of it, to write with in int8 where the engine has it.
@@ -67,15 +68,17 @@ class DiffusionModel:
             base: the GGUF that was converted.
             weights: adapter.safetensors, or adapter.gguf where it carries the same.
             n_threads: None = as many as there are cores.
+            device: "cpu", "metal", "cuda" or "vulkan".
             allow_other_base: use the conversion although it was trained on another file.
 
         Raises:
-            UserError: a file is missing or malformed, or the conversion belongs to another base.
+            UserError: a file is missing or malformed, the conversion belongs to another base, or there
+                is no such device.
 
         """
         checkpoint = DiffusionCheckpoint.load(weights)
         file = read_model(base)
-        engine = open_engine(file, n_threads)
+        engine = open_engine(file, n_threads, device=device)
         checkpoint.check_base(engine.sha256, allow_other_base=allow_other_base)
         model = cls.from_checkpoint(engine, Tokenizer.from_file(file), checkpoint)
         model.int8 = "both" if engine.has_int8 else "none"

@@ -25,7 +25,14 @@ from ggml_diffusion.training.requirements import (
     requirements_of,
     time_line,
 )
-from ggml_diffusion.training.run import RunListener, base_and_data, describe, open_base, training_data
+from ggml_diffusion.training.run import (
+    RunListener,
+    base_and_data,
+    describe,
+    open_base,
+    training_data,
+    with_device,
+)
 from ggml_diffusion.training.trainer import ConversionTrainer
 from ggml_diffusion.units import duration, in_bytes
 
@@ -44,6 +51,7 @@ def estimate_run(config: ConversionTrainingConfig, listener: RunListener) -> Non
     """
     base = read_model(base_and_data(config))
     config, _ = scaled_to_run(config)
+    config = with_device(config, base, listener)
     output = Path(config.output or ".")
     with closing(open_base(base, config)) as model:
         describe(model, config, listener)

@@ -89,15 +89,17 @@ def requirements_of(engine: Engine, config: ConversionTrainingConfig) -> Require
     )
 
 
-def memory_budget(base: ModelFile, config: ConversionTrainingConfig) -> int:
+def memory_budget(base: ModelFile, config: ConversionTrainingConfig) -> int | None:
     """Bytes for a training step: as set, else half of the machine's memory, or what the rest of the run
-    leaves.
+    leaves; None on a device of its own, which knows what it has.
 
     It depends on the size of the machine, and not on what else is running: another budget may round sums in
     another order, and a run must be resumed with the same bits.
     """
     if config.hardware.memory_mib is not None:
         return config.hardware.memory_mib << 20
+    if config.hardware.device != "cpu":
+        return None
     limit = memory_limit()
     rest = limit - _model_bytes(base) - _state_bytes(base, config) - _batch_bytes(config)
     return max(0, min(limit // 2, rest))
@@ -139,7 +141,8 @@ def check_memory(needs: Requirements, config: ConversionTrainingConfig) -> None:
             f"that or more, or lower sequence_length"
         )
     available = memory_available()
-    if needs.memory > available:
+    on_device = config.hardware.device != "cpu"  # a step then takes the device's memory, in parts that fit
+    if needs.memory - (step.memory_bytes if on_device else 0) > available:
         raise UserError(
             f"not enough memory: the run needs {in_bytes(needs.memory)} ({_parts(needs)}), and "
             f"{in_bytes(available)} of {in_bytes(memory_limit())} are available: {smaller(needs, available)}"

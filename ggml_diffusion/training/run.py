@@ -28,7 +28,7 @@ from ggml_diffusion.config.settings import ConversionTrainingConfig
 from ggml_diffusion.config.toml import to_toml
 from ggml_diffusion.durable import replace_text
 from ggml_diffusion.engine.interface import Engine
-from ggml_diffusion.engine.open import open_engine
+from ggml_diffusion.engine.open import accelerators, open_engine
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.evaluation.held_out import MaskedScore, Score, as_rows, base_score, masked_scores
 from ggml_diffusion.formats.adapter_file import creation_time
@@ -161,6 +161,7 @@ def run_conversion(
         config, sentence = scaled_to_run(config)
         if sentence is not None:
             listener.note(sentence)
+        config = with_device(config, base, listener)
         with closing(open_base(base, config, _sound_sha256(output))) as model:
             needs = requirements_of(model, config)
             check_memory(needs, config)
@@ -266,11 +267,38 @@ def open_base(base: ModelFile, config: ConversionTrainingConfig, sound_sha256: s
     return open_engine(
         base,
         hardware.num_threads,
+        device=hardware.device,
         compute=hardware.compute,
         use_simd=hardware.use_simd,
         memory_budget=memory_budget(base, config),
         sound_sha256=sound_sha256,
     )
+
+
+def with_device(
+    config: ConversionTrainingConfig, base: ModelFile, listener: RunListener
+) -> ConversionTrainingConfig:
+    """The config with the device that `auto` is: the first that computes the base as llama.cpp does."""
+    if config.hardware.device != "auto":
+        return config
+    tokenizer = Tokenizer.from_file(base)
+    for kind in accelerators():
+        tried = _on_device(config, kind)
+        try:
+            with closing(open_base(base, tried)) as model:
+                check_identity(model, tokenizer)
+        except UserError as error:
+            listener.warn(f"device {kind} is left out: {error}")
+            continue
+        listener.note(f"device: {kind}")
+        return tried
+    listener.note("device: cpu")
+    return _on_device(config, "cpu")
+
+
+def _on_device(config: ConversionTrainingConfig, kind: str) -> ConversionTrainingConfig:
+    hardware = config.hardware.model_copy(update={"device": kind})
+    return config.model_copy(update={"hardware": hardware})
 
 
 def training_data(

@@ -518,8 +518,7 @@ def test_a_bad_setting_is_one_line(base, tmp_path, more, words, capsys):
     ("toml", "words"),
     [
         ("[training]\nlearing_rate = 1.0\n", "learning_rate"),
-        ('[hardware]\ndevice = "cuda"\n', "not supported yet"),
-        ('[hardware]\ndevice = "metal"\n', "not supported yet"),
+        ('[hardware]\ndevice = "tpu"\n', "Input should be 'auto', 'cpu', 'metal', 'cuda' or 'vulkan'"),
         ("[training\n", "not valid TOML"),
     ],
 )

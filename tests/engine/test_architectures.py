@@ -22,9 +22,9 @@ from test_forward import make_reference
 from test_gradients import Case, check, engine_result
 from tiny_architectures import ARCHITECTURES as TINY
 
-from ggml_diffusion.engine.cpu._native import ffi, lib
 from ggml_diffusion.engine.cpu.q4_model import Q4Model
 from ggml_diffusion.engine.interface import Batch, Int8
+from ggml_diffusion.engine.native import ffi, lib
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.formats.architectures import ARCHITECTURES, refusal, row
 from ggml_diffusion.training.int8_gate import MIN_COSINE

@@ -1,5 +1,7 @@
 """The distillation loss of the engine against the oracle: the base, causal and on clean text, as teacher."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,9 @@ from cases import MASK, lora_adapter, offset_of, packed_batch, random_adapter, r
 from conftest import TinyModel
 
 from ggml_diffusion.engine.cpu.q4_model import Q4Model
-from ggml_diffusion.engine.interface import Batch, Compute, Teacher
+from ggml_diffusion.engine.interface import Batch, Compute, Engine, Teacher
+
+OpenEngine = Callable[[Path], AbstractContextManager[Engine]]
 
 # float32 sums of some hundred terms against float64, and bfloat16 products, as in test_gradients.py
 TOLERANCE: dict[Compute, float] = {"f32": 1e-4, "fast": 1e-1}
@@ -52,7 +56,9 @@ def test_loss_and_gradients_of_a_student_with_a_teacher_are_the_oracles(
     check_student(tiny_model(type="Q8_0"), rows_back, compute)
 
 
-def check_student(path: Path, rows_back: int, compute: Compute) -> None:
+def check_student(
+    path: Path, rows_back: int, compute: Compute, open_engine: OpenEngine | None = None
+) -> None:
     """Hold both losses and every gradient of the engine against the oracle's."""
     reference = oracle.load_model(path)
     batch = packed_batch(reference.V, B=3, T=13)
@@ -88,7 +94,8 @@ def check_student(path: Path, rows_back: int, compute: Compute) -> None:
         for name, value in adapter.parameters.items()
         if name != "embedding_offset"
     }
-    with Q4Model.from_gguf(path, 2, compute=compute) as model:
+    opened = open_engine(path) if open_engine else Q4Model.from_gguf(path, 2, compute=compute)
+    with opened as model:
         result = model.loss_and_gradients(
             Batch(
                 batch.tokens,

@@ -7,7 +7,9 @@ of each tensor. Quantised models are compared on their unpacked weights.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +31,7 @@ from numpy.typing import NDArray
 from ggml_diffusion.config.groups import QLoraConversionConfig, TimeEmbeddingConfig
 from ggml_diffusion.config.settings import ConversionTrainingConfig
 from ggml_diffusion.engine.cpu.q4_model import Q4Model
-from ggml_diffusion.engine.interface import Batch, Int8, LossResult
+from ggml_diffusion.engine.interface import Batch, Engine, Int8, LossResult
 from ggml_diffusion.formats.lora import TargetModule
 from ggml_diffusion.objective.optim import AdamW, clip_by_global_norm
 from ggml_diffusion.training.trainer import ConversionTrainer
@@ -41,6 +43,7 @@ TOLERANCE = {"f32": 1e-4, "fast": 1e-1}
 LOSS_TOLERANCE = {"f32": 1e-5, "fast": 2e-2}
 
 Array32 = NDArray[np.float32]
+OpenEngine = Callable[[Path], AbstractContextManager[Engine]]
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ class Case:
 
 
 def engine_result(
-    model: Q4Model, adapter: oracle.Adapter, batch: oracle.Batch, case: Case, *, int8: Int8 = "none"
+    model: Engine, adapter: oracle.Adapter, batch: oracle.Batch, case: Case, *, int8: Int8 = "none"
 ) -> tuple[LossResult, dict[str, Array32]]:
     """The engine's loss and its gradients in the oracle's names."""
     lora = lora_adapter(adapter)
@@ -87,8 +90,19 @@ def engine_result(
 _expected: dict[str, oracle.Result] = {}
 
 
-def check(tiny_model: TinyModel, case: Case, compute: str, batch_name: str, *, use_simd: bool = True) -> None:
-    """Hold loss, row losses and every gradient of the engine against the oracle's, which is computed once."""
+def check(
+    tiny_model: TinyModel,
+    case: Case,
+    compute: str,
+    batch_name: str,
+    *,
+    use_simd: bool = True,
+    open_engine: OpenEngine | None = None,
+) -> None:
+    """Hold loss, row losses and every gradient of the engine against the oracle's, which is computed once.
+
+    `compute` says how close they must be, and how `Q4Model` computes, where no other engine is opened.
+    """
     reference, adapter, batch = case.make(tiny_model)
     key = f"{batch_name} {replace(case, batch=str)}"
     if key not in _expected:
@@ -96,7 +110,11 @@ def check(tiny_model: TinyModel, case: Case, compute: str, batch_name: str, *, u
             reference, adapter, batch, case.causal_ratio, case.bernoulli_seed
         )
     expected = _expected[key]
-    with Q4Model.from_gguf(tiny_model(**case.options), 2, compute=compute, use_simd=use_simd) as model:
+    path = tiny_model(**case.options)
+    opened = (
+        open_engine(path) if open_engine else Q4Model.from_gguf(path, 2, compute=compute, use_simd=use_simd)
+    )
+    with opened as model:
         result, gradients = engine_result(model, adapter, batch, case)
     rows = max(1, np.count_nonzero(batch.weights))
     assert abs(result.loss - expected.loss) <= LOSS_TOLERANCE[compute] * rows
@@ -333,7 +351,7 @@ def trainer_case(tiny_model: TinyModel) -> tuple[oracle.OracleModel, oracle.Adap
 
 
 def make_trainer(
-    model: Q4Model, adapter: oracle.Adapter, prediction: str, **options: Any
+    model: Engine, adapter: oracle.Adapter, prediction: str, **options: Any
 ) -> ConversionTrainer:
     config = ConversionTrainingConfig(
         qlora=QLoraConversionConfig(

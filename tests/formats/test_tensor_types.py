@@ -11,9 +11,9 @@ import pytest
 from conftest import TinyModel, sizes_for
 from gguf_bytes import SIZES, tiny_llama
 
-from ggml_diffusion.engine.cpu._native import ffi, lib
 from ggml_diffusion.engine.cpu.q4_model import Q4Model
 from ggml_diffusion.engine.interface import Batch
+from ggml_diffusion.engine.native import ffi, lib
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.formats.model_check import read_model
 from ggml_diffusion.formats.tensor_types import OTHER_TYPES, TENSOR_TYPES, TensorType

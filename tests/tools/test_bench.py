@@ -15,6 +15,7 @@ import bench_architectures
 import bench_few_rows
 import bench_packing
 import bench_sections
+import bench_worker
 import numpy as np
 import pytest
 from bench_architectures import step_operations, visible_pairs, windows_of
@@ -27,6 +28,7 @@ from make_large_gguf import make_large_gguf
 from rich.console import Console
 
 from ggml_diffusion.engine.cpu.q4_model import Q4Model
+from ggml_diffusion.engine.ggml_graph.devices import find_device
 from ggml_diffusion.engine.interface import Batch
 from ggml_diffusion.formats.model_check import read_model
 
@@ -110,6 +112,37 @@ def test_the_benchmark_of_a_tiny_model_gives_tables_and_json(
     assert all(
         row["time_s"]["median"] > 0 and row["peer_time_s"]["median"] > 0 for row in figures["few-rows"]
     )
+
+
+def test_a_device_takes_the_steps_that_the_processor_takes(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # GGML's CPU backend stands in for an accelerator
+    monkeypatch.setattr(bench_worker, "find_device", lambda kind: find_device("cpu"))
+    job = {"model": str(tiny_model(type="Q4_1")), "n_threads": 1, "compute": "f32", "keep": "auto", "rank": 2}
+    job |= {"memory_mib": None, "int8": True, "batch_size": 2, "sequence_length": 16, "train": True}
+    replies = {}
+    for device in ("cpu", "vulkan"):
+        worker = bench_worker.Worker({**job, "device": device, "targets": bench_sections.ALL_TARGETS})
+        assert ("ggml graphs" in worker.describe()["model"]) == (device == "vulkan")
+        replies[device] = worker.step()
+        assert worker.memory()["planned_bytes"] > 0
+        worker.model.close()
+    assert replies["vulkan"]["loss"] == pytest.approx(replies["cpu"]["loss"], rel=1e-4)
+    assert 0.0 < replies["vulkan"]["engine_s"] <= replies["vulkan"]["time_s"]
+    assert "parts_s" in replies["cpu"] and "parts_s" not in replies["vulkan"]
+
+
+def test_steps_on_a_device_are_shown_as_multiples_of_the_processors() -> None:
+    def arm(name: str, tokens_per_s: float, ratio: float) -> dict[str, Any]:
+        figures = {"tokens_per_s": tokens_per_s, "speed_ratio": ratio}
+        spread = {key: dict.fromkeys(("median", "min", "max"), value) for key, value in figures.items()}
+        return {"name": name, "first_loss": 3.0, **spread}
+
+    rows = [{"work": "8x256", "arms": [arm("cpu", 100.0, 1.0), arm("cuda", 2500.0, 0.04)]}]
+    written = StringIO()
+    show(Console(file=written, width=120), "device", rows)
+    assert "2,500" in written.getvalue() and "25.0" in written.getvalue()
 
 
 def test_a_section_with_nothing_to_measure_says_so(

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the makers of mo
 import bench_sections as sections
 from bench_architectures import architectures
 from bench_arms import ArmFailed
+from bench_device import device_steps
 from bench_few_rows import few_rows
 from bench_packing import packing
 from bench_report import show
@@ -45,9 +46,10 @@ SECTIONS: Mapping[str, tuple[Callable[[Settings], Any], str]] = {
     "few-rows": (few_rows, "a pass of 1 to 32 rows, beside llama.cpp"),
     "kernels": (sections.kernels, "training steps with kernels switched off, against PyTorch float32"),
     "large": (sections.large, "one step of a whole 7B model: takes minutes and 4 GB of disk"),
+    "device": (device_steps, "training steps on a device beside the processor"),
 }
 WIDTH_OF_FILES = 140
-LEFT_OUT = ("packing", "kernels", "large")
+LEFT_OUT = ("packing", "kernels", "large", "device")
 
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -57,7 +59,9 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
         epilog=f"Without a section: all but {', '.join(LEFT_OUT)}.",
     )
     for name, (_, description) in SECTIONS.items():
-        parser.add_argument(f"--{name}", action="store_true", help=description)
+        if name != "device":
+            parser.add_argument(f"--{name}", action="store_true", help=description)
+    parser.add_argument("--device", metavar="KIND", help=f"{SECTIONS['device'][1]}: cuda, metal, vulkan")
     parser.add_argument("--json", type=Path, help="write the figures there too")
     parser.add_argument("--peer-python", type=Path, help="Python with torch, transformers, peft, gguf")
     parser.add_argument("--peer-dtype", choices=("bf16", "f32"), default="bf16", help="of the peer's steps")
@@ -101,6 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 peer_dtype=options.peer_dtype,
                 work=options.work,
                 peer_llama=options.peer_llama,
+                device=options.device,
             )
             console = Console(width=None if sys.stdout.isatty() else WIDTH_OF_FILES)
             measure(chosen, settings, console, options.json)

@@ -120,6 +120,23 @@ def step_tables(title: str, result: Sequence[Row]) -> list[Table]:
     return [table_of(title, columns, rows), share_table(result)]
 
 
+def device_tables(result: Sequence[Row]) -> list[Table]:
+    """Training steps on a device, and how much faster each runtime is than the core on the processor."""
+    rows = [
+        [
+            "" if index else row["work"],
+            arm["name"],
+            figure(arm["tokens_per_s"], ",.0f"),
+            f"{1.0 / arm['speed_ratio']['median']:.1f}" if index else "",
+            f"{arm['first_loss']:.3f}",
+        ]
+        for row in result
+        for index, arm in enumerate(row["arms"])
+    ]
+    columns = ["step", "runtime", "tokens/s", "times the processor", "first loss"]
+    return [table_of("Training step on a device", columns, rows)]
+
+
 def share_table(result: Sequence[Row]) -> Table:
     """Where the time of our steps goes, one column a step, the largest part of the first one on top."""
     ours = {row["work"]: row["arms"][0] for row in result}
@@ -238,6 +255,7 @@ TABLES: Mapping[str, Callable[[Any], list[Table]]] = {
     "kernels": lambda result: step_tables("Kernels switched off, float32", result),
     "generation": generation_tables,
     "few-rows": few_rows_tables,
+    "device": device_tables,
     "large": lambda result: step_tables("A whole 7B model", result),
 }
 

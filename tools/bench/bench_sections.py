@@ -69,6 +69,7 @@ class Settings:
         peer_dtype: "bf16" or "f32".
         work: only steps whose name contains this.
         peer_llama: interpreter with another llama-cpp-python, None = this one.
+        device: kind of device of the section on devices, None = no such section.
 
     """
 
@@ -80,6 +81,7 @@ class Settings:
     peer_dtype: str
     work: str
     peer_llama: Path | None = None
+    device: str | None = None
 
 
 @dataclass(frozen=True)
@@ -198,10 +200,12 @@ def our_arm(
     compute: str = FAST,
     train: bool = True,
     kernels: str | None = None,
+    device: str = "cpu",
 ) -> Arm:
     """A process of this project."""
     job = {
         "model": str(model),
+        "device": device,
         "n_threads": n_threads or settings.n_threads,
         "compute": compute,
         "keep": work.keep,
@@ -223,11 +227,14 @@ def peer_arm(
     targets: Sequence[str],
     dtype: str,
     environment: Mapping[str, str] | None = None,
+    *,
+    device: str = "cpu",
 ) -> Arm:
     """A process of PyTorch + PEFT; without a model, for matrix products only."""
     job = {
         "model": None if model is None else str(model),
         "dtype": dtype,
+        "device": device,
         "n_threads": settings.n_threads,
         "rank": RANK,
         "targets": targets,

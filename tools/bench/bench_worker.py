@@ -3,8 +3,8 @@
 A training step is `ConversionTrainer.train_step`, all of it: drawing the noise, loss and gradients, clipping,
 AdamW. What is measured with what is the business of bench_sections.py.
 
-The job (argv[1], JSON): model, n_threads, compute, keep, memory_mib, int8, batch_size, sequence_length, rank,
-targets, train. int8: False = no such products, True = forward and
+The job (argv[1], JSON): model, device, n_threads, compute, keep, memory_mib, int8, batch_size,
+sequence_length, rank, targets, train. int8: False = no such products, True = forward and
 backward where the engine can, or one of the engine's own names.
 """
 
@@ -22,8 +22,11 @@ from numpy.typing import NDArray
 from ggml_diffusion.config.groups import MaskAnnealingConfig, NoiseScheduleConfig, QLoraConversionConfig
 from ggml_diffusion.config.settings import ConversionTrainingConfig
 from ggml_diffusion.engine.cpu.q4_model import Q4Model
+from ggml_diffusion.engine.ggml_graph.devices import find_device
+from ggml_diffusion.engine.ggml_graph.graph_model import GraphModel
 from ggml_diffusion.engine.interface import Batch, Int8, LossResult
 from ggml_diffusion.formats.lora import LoraAdapter, TargetModule
+from ggml_diffusion.formats.model_check import read_model
 from ggml_diffusion.generation.denoise import GenerationConfig
 from ggml_diffusion.generation.diffusion_model import DiffusionModel
 from ggml_diffusion.objective.output_rows import to_output_rows
@@ -35,19 +38,38 @@ CHARACTERS_A_TOKEN = 10  # surely more than a token has on average
 CAUSAL_RATIO = 0.5  # a fractional mask, as in the middle of the annealing
 
 
-class TimedModel(Q4Model):
-    """A model that adds up the time of its training calls."""
+class _Timed:
+    """Adds up the time of a model's training calls."""
 
     time_s = 0.0
     processor_s = 0.0  # of all threads
 
     def loss_and_gradients(self, *arguments: Any, **settings: Any) -> LossResult:
-        """See `Q4Model`."""
+        """See `Engine`."""
         started_s, processor_from_s = time.perf_counter(), time.process_time()
-        result = super().loss_and_gradients(*arguments, **settings)
+        result: LossResult = super().loss_and_gradients(*arguments, **settings)  # type: ignore[misc]
         self.time_s += time.perf_counter() - started_s
         self.processor_s += time.process_time() - processor_from_s
         return result
+
+
+class TimedModel(_Timed, Q4Model):
+    """The core's model."""
+
+
+class TimedGraphModel(_Timed, GraphModel):
+    """The same on a device."""
+
+
+def open_model(job: Reply) -> TimedModel | TimedGraphModel:
+    """The job's model on the job's device."""
+    budget = None if job["memory_mib"] is None else job["memory_mib"] << 20
+    compute, n_threads = job["compute"], job["n_threads"]
+    file = read_model(job["model"])
+    if job["device"] == "cpu":
+        return TimedModel(file, n_threads, compute=compute, keep=job["keep"], memory_budget=budget)
+    device = find_device(job["device"])
+    return TimedGraphModel(file, device, n_threads, compute=compute, memory_budget=budget)
 
 
 def training_config(job: Reply) -> ConversionTrainingConfig:
@@ -73,22 +95,19 @@ class Worker:
 
     def __init__(self, job: Reply) -> None:
         self.job = job
-        budget = None if job["memory_mib"] is None else job["memory_mib"] << 20
-        model = TimedModel.from_gguf(
-            job["model"], job["n_threads"], compute=job["compute"], keep=job["keep"], memory_budget=budget
-        )
-        assert isinstance(model, TimedModel)
-        self.model = model
+        self.model = open_model(job)
         self.tokenizer = Tokenizer.from_gguf(job["model"])
         self.trainer = ConversionTrainer(self.model, training_config(job)) if job["train"] else None
         if self.trainer is not None and job["int8"] is True:
-            self.trainer.int8 = "both" if model.has_int8 else "none"
+            self.trainer.int8 = "both" if self.model.has_int8 else "none"
         elif self.trainer is not None and job["int8"]:
             self.trainer.int8 = job["int8"]
 
     def describe(self) -> Reply:
         """What is being measured."""
         model, int8 = self.model, self.trainer.int8 if self.trainer is not None else "none"
+        if not isinstance(model, TimedModel):
+            return {"model": model.description, "n_threads": model.n_threads, "int8": int8}
         return {
             "model": model.description,
             "n_threads": model.n_threads,
@@ -99,13 +118,13 @@ class Worker:
 
     def peak(self, time_s: float) -> Reply:
         """The kernels' own bound."""
-        return {"gflops": self.model.peak_gflops(time_s)}
+        return {"gflops": self._core.peak_gflops(time_s)}
 
     def packing(self, time_s: float) -> Reply:
         """Billions of weights a second that are packed alone, in each direction."""
         return {
-            "forward": self.model.packing_rate(backward=False, time_s=time_s),
-            "backward": self.model.packing_rate(backward=True, time_s=time_s),
+            "forward": self._core.packing_rate(backward=False, time_s=time_s),
+            "backward": self._core.packing_rate(backward=True, time_s=time_s),
         }
 
     def memory(self) -> Reply:
@@ -142,18 +161,26 @@ class Worker:
         )
         if noise is not None:
             self._save_noise(noise, batch)
-        self.model.reset_profile()
-        self.model.time_s = self.model.processor_s = 0.0
+        model = self.model
+        if isinstance(model, TimedModel):
+            model.reset_profile()
+        model.time_s = model.processor_s = 0.0
         started_s = time.perf_counter()
         metrics = self.trainer.train_step(batch)
-        return {
+        reply = {
             "time_s": time.perf_counter() - started_s,
-            "engine_s": self.model.time_s,
-            "processor_s": self.model.processor_s,
-            "parts_s": self.model.profile(),
+            "engine_s": model.time_s,
+            "processor_s": model.processor_s,
             "n_tokens": batch.tokens.size,
             "loss": metrics.loss,
         }
+        return {**reply, "parts_s": model.profile()} if isinstance(model, TimedModel) else reply
+
+    @property
+    def _core(self) -> TimedModel:
+        """The model of jobs that only the core has."""
+        assert isinstance(self.model, TimedModel)
+        return self.model
 
     def _batch(self, batch_size: int, sequence_length: int) -> TokenBatch:
         """English, the same in every step; its masks are not."""
@@ -196,14 +223,14 @@ class Worker:
         tokens = self._tokens(shape[0] * shape[1]).reshape(shape)
         weights = np.zeros(shape, dtype=np.float32)
         weights[0, 0] = 1.0
-        self.model.reset_profile()
+        self._core.reset_profile()
         # the mask row's gradient asks for that of every layer's input
         mask_row = np.zeros(self.model.file.C, dtype=np.float32)
         adapter = LoraAdapter(1.0, {}, 0, mask_row)
         self.model.loss_and_gradients(
             Batch(tokens, CAUSAL_RATIO), tokens, weights, adapter, {"mask_embedding": np.zeros_like(mask_row)}
         )
-        parts = self.model.profile()
+        parts = self._core.profile()
         return {"forward_s": parts["frozen forward"], "backward_s": parts["frozen backward"]}
 
     def pass_of(self, n_rows: int, repeats: int) -> Reply:
@@ -215,7 +242,7 @@ class Worker:
             started_s = time.perf_counter()
             self.model.logits(batch, int8=int8)
             times_s.append(time.perf_counter() - started_s)
-        return {"time_s": statistics.median(times_s), "parts_s": self.model.profile()}
+        return {"time_s": statistics.median(times_s), "parts_s": self._core.profile()}
 
     def generate(self, prompt_length: int, length: int, steps: int) -> Reply:
         """Denoise `length` tokens after a prompt in `steps` steps."""

@@ -9,7 +9,7 @@ PyTorch, transformers and PEFT are no dependencies of this project: the script r
 own (`pip install torch transformers peft gguf`), which `bench.py --peer-python` names. It measures, it does
 not convert anything.
 
-The job (argv[1], JSON): model (GGUF; None = only matrix products), dtype, n_threads, rank, targets.
+The job (argv[1], JSON): model (GGUF; None = only matrix products), dtype, device, n_threads, rank, targets.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from peft import LoraConfig, get_peft_model  # type: ignore[import-not-found, unused-ignore]
 from transformers import LlamaConfig, LlamaForCausalLM  # type: ignore[import-not-found, unused-ignore]
 
+_PLACES = {"metal": "mps"}  # what PyTorch calls a kind of device, where it is another name
 DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
 ROWS_AT_ONCE = 1024  # rows of a matrix that are unpacked to float32 together
 WEIGHT_DECAY, MAX_GRAD_NORM = 0.01, 1.0
@@ -116,18 +117,23 @@ class Trainer:
     """The model with everything that is trained, and its optimizer step."""
 
     def __init__(self, job: Reply) -> None:
-        self.dtype = DTYPES[job["dtype"]]
-        self.base = load(job["model"], self.dtype)
+        self.dtype, self.device = (
+            DTYPES[job["dtype"]],
+            torch.device(_PLACES.get(job["device"], job["device"])),
+        )
+        self.base = load(job["model"], self.dtype).to(self.device)
         config = LoraConfig(r=job["rank"], lora_alpha=2 * job["rank"], target_modules=list(job["targets"]))
         self.adapted = get_peft_model(self.base, config, autocast_adapter_dtype=False)
-        self.mask_row = torch.nn.Parameter(torch.zeros(self.base.config.hidden_size, dtype=self.dtype))
+        mask_row = torch.zeros(self.base.config.hidden_size, dtype=self.dtype, device=self.device)
+        self.mask_row = torch.nn.Parameter(mask_row)
         self.time_projection: Any = None  # made when the first step tells how many features the time has
         self.optimizer: Any = None
         reset_peak_memory()  # of the steps alone: unpacking is no part of training
 
     def prepare(self, n_features: int, learning_rate: float) -> None:
         """Make what the first step needs."""
-        projection = torch.nn.Linear(n_features, self.base.config.hidden_size, dtype=self.dtype)
+        size = self.base.config.hidden_size
+        projection = torch.nn.Linear(n_features, size, dtype=self.dtype, device=self.device)
         torch.nn.init.zeros_(projection.weight)
         torch.nn.init.zeros_(projection.bias)
         self.time_projection = projection
@@ -141,7 +147,8 @@ class Trainer:
     def step(self, noise: str) -> Reply:
         """One optimizer step on the inputs in a file."""
         with np.load(noise) as arrays:
-            inputs = {name: torch.from_numpy(np.array(arrays[name])) for name in arrays.files}
+            on_host = {name: torch.from_numpy(np.array(arrays[name])) for name in arrays.files}
+        inputs = {name: array.to(self.device) if array.dim() else array for name, array in on_host.items()}
         if self.optimizer is None:
             self.prepare(inputs["time_features"].shape[1], float(inputs["learning_rate"]))
         started_s = time.perf_counter()
@@ -151,8 +158,11 @@ class Trainer:
         torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        value = loss.item()  # waits for the device's work up to the loss; the rest is waited for below
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
         time_s = time.perf_counter() - started_s
-        return {"time_s": time_s, "n_tokens": inputs["noisy"].numel(), "loss": loss.item()}
+        return {"time_s": time_s, "n_tokens": inputs["noisy"].numel(), "loss": value}
 
     def loss(self, inputs: dict[str, Any]) -> Any:
         """Weighted cross-entropy; the head is computed on predicted rows only."""
@@ -161,7 +171,8 @@ class Trainer:
         embeddings = self.base.model.embed_tokens(tokens)
         embeddings = embeddings + (tokens == mask_token_id).unsqueeze(-1) * self.mask_row
         embeddings = embeddings + self.time_projection(inputs["time_features"].to(self.dtype)).unsqueeze(1)
-        future = torch.full((n_tokens, n_tokens), math.log(1.0 - float(inputs["causal_ratio"])))
+        log_weight = math.log(1.0 - float(inputs["causal_ratio"]))
+        future = torch.full((n_tokens, n_tokens), log_weight, device=self.device)
         mask = torch.triu(future, 1).to(self.dtype).expand(n_sequences, 1, n_tokens, n_tokens)
         hidden = self.base.model(inputs_embeds=embeddings, attention_mask=mask).last_hidden_state
         used = inputs["weights"] != 0

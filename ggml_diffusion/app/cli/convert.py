@@ -30,6 +30,7 @@ def convert(
     mask_token_id: options.MaskTokenId = None,
     seed: options.Seed = None,
     checkpoint_every: options.CheckpointEvery = None,
+    device: options.RunDevice = None,
     threads: options.Threads = None,
     memory_mib: options.MemoryMib = None,
     evaluate: Annotated[

@@ -24,6 +24,7 @@ def estimate(
     mask_token_id: options.MaskTokenId = None,
     seed: options.Seed = None,
     checkpoint_every: options.CheckpointEvery = None,
+    device: options.RunDevice = None,
     threads: options.Threads = None,
     memory_mib: options.MemoryMib = None,
 ) -> None:

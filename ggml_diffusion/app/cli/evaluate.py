@@ -10,6 +10,7 @@ from ggml_diffusion.app.cli.options import (
     Adapter,
     AllowOtherBase,
     Base,
+    Device,
     Threads,
     field_option,
     from_flags,
@@ -55,6 +56,7 @@ def evaluate(
     held_out_fraction: Annotated[
         float | None, typer.Option(help="Share of the text that is held out. Default: as in the training.")
     ] = None,
+    device: Device = "cpu",
     threads: Threads = None,
     allow_other_base: AllowOtherBase = False,
 ) -> None:
@@ -79,6 +81,7 @@ def evaluate(
         sequence_length=sequence_length,
         held_out_fraction=held_out_fraction,
         n_threads=threads,
+        device=device,
         allow_other_base=allow_other_base,
     )
     with EvaluationProgress(Console(stderr=json)) as progress:

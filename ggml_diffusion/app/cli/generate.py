@@ -10,6 +10,7 @@ from ggml_diffusion.app.cli.options import (
     Adapter,
     AllowOtherBase,
     Base,
+    Device,
     Threads,
     field_option,
     from_flags,
@@ -44,6 +45,7 @@ def generate(
     threshold: Annotated[float | None, field_option(GenerationConfig, "threshold")] = None,
     block_length: Annotated[int | None, field_option(GenerationConfig, "block_length")] = None,
     remasking: Annotated[float | None, field_option(GenerationConfig, "remasking")] = None,
+    device: Device = "cpu",
     threads: Threads = None,
     allow_other_base: AllowOtherBase = False,
 ) -> None:
@@ -68,7 +70,7 @@ def generate(
     }
     config = from_flags(GenerationConfig, settings)
     weights = exported_weights(adapter, note_on_stderr)
-    model = DiffusionModel.load(base, weights, threads, allow_other_base=allow_other_base)
+    model = DiffusionModel.load(base, weights, threads, device=device, allow_other_base=allow_other_base)
     show_generation(Console(), model, prompt, suffix, config, chat=chat)
 
 

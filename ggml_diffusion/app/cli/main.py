@@ -39,6 +39,10 @@ _COMMANDS = {
         "Show what a file holds: sizes, types, settings, and whether it can be converted.",
         "inspect model.gguf",
     ),
+    "devices": (
+        "Show what this installation can compute on, and how to install more.",
+        "devices --report",
+    ),
     "demo": (
         "Convert SmolLM2-135M on Python's own help texts, show figures before and after, and write a sample.",
         "demo --output demo-run",
@@ -50,7 +54,7 @@ def _app(wanted: Collection[str]) -> typer.Typer:
     """The command line. Commands that are not wanted are names in a list: importing all takes time."""
     app = typer.Typer(
         name="ggml-diffusion",
-        help="Turn an autoregressive GGUF language model into a masked-diffusion one, on the CPU.",
+        help="Turn an autoregressive GGUF language model into a masked-diffusion one, on the CPU or a GPU.",
         add_completion=False,
         no_args_is_help=True,
         pretty_exceptions_enable=False,

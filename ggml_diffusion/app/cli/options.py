@@ -1,7 +1,7 @@
 """Flags that are settings: their help comes from the setting, and which were given becomes settings again."""
 
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 from pydantic import BaseModel, ValidationError
@@ -57,6 +57,7 @@ RUN_FLAGS = {
     "mask_token_id": "model.mask_token_id",
     "seed": "training.seed",
     "checkpoint_every": "training.checkpoint_every",
+    "device": "hardware.device",
     "threads": "hardware.num_threads",
     "memory_mib": "hardware.memory_mib",
 }
@@ -85,6 +86,11 @@ Seed = Annotated[int | None, setting("training.seed", "--seed")]
 MemoryMib = Annotated[int | None, setting("hardware.memory_mib", "--memory-mib")]
 CheckpointEvery = Annotated[int | None, setting("training.checkpoint_every", "--checkpoint-every")]
 Threads = Annotated[int | None, setting("hardware.num_threads", "--threads")]
+RunDevice = Annotated[str | None, setting("hardware.device", "--device")]
+Device = Annotated[
+    Literal["cpu", "metal", "cuda", "vulkan"],
+    typer.Option(help="What computes: cpu, metal, cuda or vulkan. Default: cpu."),
+]
 AllowOtherBase = Annotated[
     bool, typer.Option("--allow-other-base", help="Use an adapter that was trained on another file.")
 ]

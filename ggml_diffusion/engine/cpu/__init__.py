@@ -1,4 +1,1 @@
-"""The engine on the CPU: the C core of csrc/ behind NumPy arrays.
-
-Only this folder imports the compiled extension.
-"""
+"""The engine on the CPU: the C core of csrc/ behind NumPy arrays."""

@@ -11,25 +11,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ggml_diffusion.engine.cpu._native import ffi, lib
 from ggml_diffusion.engine.interface import Batch, LossResult
-from ggml_diffusion.errors import UserError
+from ggml_diffusion.engine.native import ffi, pointer
+from ggml_diffusion.engine.segments import rows_before
 from ggml_diffusion.formats.lora import LoraAdapter, TargetModule, lora_ranks
 from ggml_diffusion.formats.tensor_names import LORA_A_SUFFIX, LORA_B_SUFFIX, MASK_EMBEDDING
 
 # In the order of the core's GGD_ATTN_Q ... GGD_FFN_DOWN.
 _TARGET_IDS = {module.gguf_name: number for number, module in enumerate(TargetModule)}
-
-
-def check(status: int) -> None:
-    """Raise the core's message as a UserError unless a call succeeded."""
-    if status != 0:
-        raise UserError(ffi.string(lib.ggd_last_error()).decode(errors="replace"))
-
-
-def pointer(kind: str, array: NDArray[Any] | None) -> Any:
-    """An array's memory as a C pointer of a type, NULL for None; the caller keeps the array."""
-    return ffi.NULL if array is None else ffi.cast(kind, array.ctypes.data)
 
 
 class Rows:
@@ -67,17 +56,6 @@ class Rows:
         """The (M,) rows of a (B, T) array."""
         return np.ascontiguousarray(self.batch.check_by_row(array, name)[self.batch.valid], dtype=dtype)
 
-    def rows_before(self, n: int, needed: NDArray[np.bool_]) -> NDArray[np.int32]:
-        """For each row the one `n` before it in its segment, itself where there is none; (M,) int32."""
-        rows, segments = np.arange(len(self.tokens), dtype=np.int32), self.batch.segments
-        first_rows = np.repeat(segments[:, 0], segments[:, 1])
-        has_none = rows - n < first_rows
-        if (has_none & needed).any():
-            raise ValueError(
-                "the first position of a document has a weight, but its teacher has no row for it"
-            )
-        return np.where(has_none, rows, rows - np.int32(n)).astype(np.int32)
-
     def spread(self, rows: NDArray[Any]) -> NDArray[Any]:
         """(M, ...) rows back to (B, T, ...), zero at padding."""
         valid = self.batch.valid
@@ -103,7 +81,9 @@ class Objective:
         if teacher is not None:
             self._teacher_tokens = rows.take(teacher.tokens, np.int32, "teacher tokens")
             self._teacher_weights = rows.take(teacher.weights, np.float32, "teacher weights")
-            self._teacher_rows = rows.rows_before(teacher.rows_back, self._teacher_weights != 0.0)
+            self._teacher_rows = rows_before(
+                rows.batch.segments, teacher.rows_back, self._teacher_weights != 0.0
+            )
             self.struct.teacher_tokens = pointer("const int32_t *", self._teacher_tokens)
             self.struct.teacher_weights = pointer("const float *", self._teacher_weights)
             self.struct.teacher_rows = pointer("const int32_t *", self._teacher_rows)

@@ -14,10 +14,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ggml_diffusion.engine.cpu._native import ffi, lib
-from ggml_diffusion.engine.cpu.native_structs import NativeAdapter, Objective, Rows, check, pointer
+from ggml_diffusion.engine.cpu.native_structs import NativeAdapter, Objective, Rows
 from ggml_diffusion.engine.interface import Batch, Compute, Int8, LossResult, StepDescription
 from ggml_diffusion.engine.memory_plan import Keep, StepPlan, plan_step
+from ggml_diffusion.engine.native import check, ffi, lib, pointer
 from ggml_diffusion.engine.segments import token_array
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.formats.lora import LoraAdapter, lora_ranks

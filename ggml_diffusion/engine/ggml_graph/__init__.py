@@ -1,0 +1,1 @@
+"""The engine on any GGML device: the network as graphs of forward operations."""
