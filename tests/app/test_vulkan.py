@@ -1,6 +1,6 @@
 """The engine of ggml graphs on Vulkan, from file to adapter, in the environment that `make vulkan` makes.
 
-In CI the driver is Mesa's lavapipe, which computes on the processor: slow, and float32 throughout. Where
+Mesa's lavapipe will do as driver, which computes on the processor: slow, and float32 throughout. Where
 there is no such environment, or no driver, the tests are skipped and say so.
 """
 
