@@ -39,15 +39,15 @@ from make_tiny_gguf import make_tiny_gguf
 from tool_errors import run_tool
 
 from ggml_diffusion.errors import UserError
-from ggml_diffusion.run_folder import CHECKPOINTS, CONFIG, EXPORTS, METRICS
+from ggml_diffusion.run_folder import BASE, CHECKPOINTS, CONFIG, EXPORTS, METRICS, TOKENS
 from ggml_diffusion.training.checkpoint import KEPT, load_latest
 
 KINDS = ("moment", "call", "save", "fresh")
 MAX_KILLS_A_ROUND = 6
-BASE, TEXT, OUTPUT, TEMPORARY = "base.gguf", "text.txt", "run", "tmp"
+MODEL, TEXT, OUTPUT, TEMPORARY = "base.gguf", "text.txt", "run", "tmp"
 SENTENCE = "the old mill ground corn for the whole village and the miller told his children of it. "
 FLAGS = (
-    f"{BASE} --data {TEXT} --output {OUTPUT} --steps 40 --batch-size 2 --gradient-accumulation 2 --rank 4 "
+    f"{MODEL} --data {TEXT} --output {OUTPUT} --steps 40 --batch-size 2 --gradient-accumulation 2 --rank 4 "
     f"--sequence-length 32 --checkpoint-every 4 --threads 2"
 ).split()
 # A request a line: where to run which command. The answer is the exit code of the process that ran it.
@@ -76,7 +76,7 @@ for line in sys.stdin:
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 # What a run may leave in its folder.
-LEFT = {".lock", ".pid", CHECKPOINTS, CONFIG, METRICS, *EXPORTS}
+LEFT = {".lock", ".pid", BASE, CHECKPOINTS, CONFIG, METRICS, TOKENS, *EXPORTS}
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ class Torture:
             stdout=subprocess.PIPE,
             text=True,
         )
-        make_tiny_gguf(self._folder / BASE, L=2, type="Q4_0")
+        make_tiny_gguf(self._folder / MODEL, L=2, type="Q4_0")
         folder = self._new_folder("undisturbed")
         started_s = time.monotonic()
         if self._run_for(folder, float("inf")) != 0:
@@ -248,7 +248,7 @@ class Torture:
     def _new_folder(self, name: str) -> Path:
         folder = self._folder / name
         (folder / TEMPORARY).mkdir(parents=True)
-        shutil.copy(self._folder / BASE, folder / BASE)
+        shutil.copy(self._folder / MODEL, folder / MODEL)
         (folder / TEXT).write_text(SENTENCE * 120)
         return folder
 
