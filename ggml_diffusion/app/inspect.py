@@ -219,7 +219,7 @@ def _tokenizer_rows(file: ModelFile) -> Iterator[tuple[str, str]]:
             role = key.removeprefix("tokenizer.ggml.").removesuffix("_token_id")
             token = token_id(file.metadata, role)
             outside = f"none: {value} is outside of the vocabulary"
-            yield role, f"{token}  {quoted(tokens[token])}" if token == value else outside
+            yield _printable(role), f"{token}  {quoted(tokens[token])}" if token == value else outside
     try:
         check_tokenizer(file)
         token, reason = choose_mask_token(None, file.metadata)

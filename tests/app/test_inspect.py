@@ -36,6 +36,11 @@ def model_path(tmp_path: Path) -> Path:
     return path
 
 
+def test_a_key_with_a_control_character_is_shown_without_it(model_path: Path):
+    model_path.write_bytes(tiny_llama().set("tokenizer.ggml.\x10adding_token_id", scalar(U32, 3)).build())
+    assert "?adding" in rows(describe_file(model_path))["Tokenizer"]
+
+
 def test_a_model_is_described_with_sizes_types_and_tokenizer(model_path: Path):
     description = describe_file(model_path)
     assert description.kind == "GGUF model"

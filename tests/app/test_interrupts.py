@@ -60,5 +60,5 @@ def test_an_interrupt_at_any_moment(tiny_model: TinyModel, delay_s: float) -> No
     time.sleep(delay_s)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
-    # 0: it had been done by then; by the signal itself: Python had not begun, and a shell says 130 of that, too
+    # 0: it had been done by then; the signal: Python had not begun, of which a shell says 130, too
     assert process.returncode in (0, 130, -signal.SIGINT) and errors == b""
