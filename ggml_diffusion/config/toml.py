@@ -25,6 +25,7 @@ from ggml_diffusion.errors import UserError, one_line
 from ggml_diffusion.regular_file import open_regular
 
 _MAX_TOML_BYTES = 1 << 20
+_MAX_SHOWN = 80  # characters of a value in a message
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -126,9 +127,7 @@ def _first_fault(error: ValidationError, origins: Mapping[str, str]) -> str:
     place = tuple(str(part) for part in fault["loc"])
     for name, setting in SETTINGS.items():
         if place[: len(setting.path)] == setting.path:
-            given = (
-                f" = {_toml_value(fault['input'])}" if isinstance(fault["input"], str | int | float) else ""
-            )
+            given = f" = {_shown(fault['input'])}" if isinstance(fault["input"], str | int | float) else ""
             return f"{origins.get(name, '')}[{setting.section}] {setting.key}{given}: {reason}"
     section = SECTION_OF_GROUP.get(place) or place[-1]
     origin = next((origins[name] for name in origins if name.startswith(f"{section}.")), "")
@@ -146,6 +145,12 @@ def to_toml(config: ConversionTrainingConfig) -> str:
                 lines += [f"# {setting.description}", f"{setting.key} = {_toml_value(value)}"]
         lines.append("")
     return "\n".join(lines)
+
+
+def _shown(value: Any) -> str:
+    """A value as it stands in a file, not longer than a message may be."""
+    text = _toml_value(value)
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
 
 
 def _toml_value(value: Any) -> str:

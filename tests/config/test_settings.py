@@ -412,3 +412,11 @@ def test_the_steps_of_a_stepwise_schedule_are_scaled_with_it(run, tmp_path):
     assert load_config(file_with(tmp_path, to_toml(fitted))) == fitted  # which checks its limits once more
     if run == 40:
         assert steps == ((0, 1.0), (2, 0.8), (8, 0.4), (15, 0.1))
+
+
+def test_a_long_value_is_cut_in_a_message(tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_text(f'[training]\nwarmup_steps = "{"[" * 5000}"\n')
+    with pytest.raises(UserError) as fault:
+        load_config(path)
+    assert "warmup_steps" in str(fault.value) and len(str(fault.value)) < 400
