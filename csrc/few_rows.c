@@ -2,6 +2,7 @@
 // multiplies it by all rows of A at once.
 #include "few_rows.h"
 
+#include <stddef.h>
 #include <string.h>
 
 enum {
@@ -18,6 +19,8 @@ typedef struct {
     float scales[GGD_STRIP_COLUMNS][PIECE_BLOCKS], minima[GGD_STRIP_COLUMNS][PIECE_BLOCKS];
     uint8_t strip[GGD_STRIP_COLUMNS * (2 * PIECE + 16 * PIECE_BLOCKS)];
 } strip_buffers;
+_Static_assert(sizeof(strip_buffers) <= GGD_UNPACKED_FLOATS * sizeof(float),
+               "a strip fits into what every product has as scratch");
 
 typedef float few_sums[MAX_ROWS][GGD_PANEL_COLUMNS];
 
@@ -118,10 +121,9 @@ static void add_strip(const few_job *job, size_t first, strip_buffers *b, float 
 }
 
 static void store_sums(const few_job *job, size_t column, few_sums sums) {
-    const ggd_place *c = &job->gemm->c;
     for (size_t row = 0; row < job->gemm->m; row++) {
-        void *target = (uint8_t *)c->data + (row * c->ld + column) * ggd_element_bytes(c->element);
-        if (c->element == GGD_ELEMENT_BF16) {
+        void *target = ggd_place_at(&job->gemm->c, row, column);
+        if (job->gemm->c.element == GGD_ELEMENT_BF16) {
             job->compute->kernels->to_bf16(sums[row], target, GGD_PANEL_COLUMNS);
         } else {
             memcpy(target, sums[row], sizeof sums[row]);
@@ -148,7 +150,7 @@ static void few_item(void *context, size_t item, size_t thread) {
     }
 }
 
-// Long items: a thread's next strip is the one that it asked for only within one.
+// Few long items: the strip that a thread asked for ahead is its own next one only within an item.
 void ggd_few_rows_run(const ggd_compute *compute, const ggd_gemm *gemm) {
     few_job job = {.compute = compute, .gemm = gemm, .format = ggd_gemm_int8_format(GGD_TIMES_WT, &gemm->w)};
     job.n_panels = ggd_ceil_div(gemm->w.n_rows, GGD_PANEL_COLUMNS);

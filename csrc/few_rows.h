@@ -1,5 +1,5 @@
-// few_rows.h - int8 products C = init + A W^T + A2 W2^T where A has few rows. A panel of 32 columns (gemm.c) pays only for as many rows as
-// stream past it: packing it goes through the weights in pieces of 32 rows, which memory does not like, to save what few rows do not need.
+// few_rows.h - int8 products C = init + A W^T + A2 W2^T where A has few rows. Packing a panel of 32 columns (gemm.c) reads the
+// weights in short pieces of 32 rows, which is slow; it pays only where many rows of A are multiplied by the panel.
 #ifndef GGD_FEW_ROWS_H
 #define GGD_FEW_ROWS_H
 

@@ -179,10 +179,6 @@ static void pack_group(const gemm_job *job, size_t first_panel, size_t n_panels,
     }
 }
 
-static void *place_at(const ggd_place *place, size_t row, size_t column) {
-    return (uint8_t *)place->data + (row * place->ld + column) * ggd_element_bytes(place->element);
-}
-
 // All row tiles of one panel in int8; a second operand goes first, in the element type, by way of a small float32 tile.
 static void multiply_panel_int8(const gemm_job *job, size_t first_row, size_t rows, size_t column, const uint8_t *panel) {
     const ggd_gemm *g = job->gemm;
@@ -217,7 +213,7 @@ static void multiply_panel_int8(const gemm_job *job, size_t first_row, size_t ro
                               .panel = panel,
                               .init = init,
                               .ld_init = job->k2 > 0 ? GGD_PANEL_COLUMNS : g->init.ld,
-                              .c = place_at(&g->c, row, column),
+                              .c = ggd_place_at(&g->c, row, column),
                               .ld_c = g->c.ld,
                               .c_element = g->c.element};
         kernels->int8_tile(&tile);
@@ -237,7 +233,7 @@ static void multiply_panel(const gemm_job *job, size_t first_row, size_t rows, s
         .panel = panel,
         .init = g->init.data != NULL ? g->init.data + first_row * g->init.ld + column : NULL,
         .ld_init = g->init.ld,
-        .c = place_at(&g->c, first_row, column),
+        .c = ggd_place_at(&g->c, first_row, column),
         .ld_c = g->c.ld,
         .c_element = g->c.element,
     };

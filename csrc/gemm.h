@@ -56,6 +56,10 @@ static inline ggd_place ggd_place_of(const ggd_compute *compute, ggd_activation 
     return (ggd_place){x.data, x.ld, compute->element};
 }
 
+static inline void *ggd_place_at(const ggd_place *place, size_t row, size_t column) {
+    return (uint8_t *)place->data + (row * place->ld + column) * ggd_element_bytes(place->element);
+}
+
 void ggd_gemm_run(const ggd_compute *compute, const ggd_gemm *gemm);
 
 // Packs all panels of op(W), in int8 or in the element type, and multiplies nothing: what a product with few rows waits for.

@@ -35,11 +35,15 @@ WAITING_FACTOR = 20
 _SLICE_S = 1.0
 _LOG_BYTES = 1 << 16
 
-# Isolated, so that nothing of the current folder is imported; the module path is the one of this process.
-_PROGRAM = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from ggml_diffusion.child import _main; _main(sys.argv[2:])"
-)
+
+def isolated(module: str, call: str) -> list[str]:
+    """The command of a fresh interpreter that makes a call of a module of this package; arguments may follow.
+
+    It is isolated, so that nothing of the current folder is imported; its module path is the one of this
+    process.
+    """
+    program = f"import json, sys; sys.path[:] = json.loads(sys.argv[1]); import {module} as m; m.{call}"
+    return [sys.executable, "-I", "-c", program, json.dumps(sys.path)]
 
 
 class Worker(Protocol):
@@ -89,7 +93,7 @@ class Child:
             name = f"{worker.__module__}:{worker.__qualname__}"
             arguments = [name, str(theirs.fileno()), str(memory_limit_bytes or 0)]
             self._process = subprocess.Popen(
-                [sys.executable, "-I", "-c", _PROGRAM, json.dumps(sys.path), *arguments],
+                [*isolated("ggml_diffusion.child", "_main(sys.argv[2:])"), *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=self._log,
                 stderr=self._log,
@@ -123,9 +127,7 @@ class Child:
             before_s, waited_s = _processor_s(self._process.pid), 0.0
             self._connection.send_bytes(request)
             while not self._connection.poll(_SLICE_S):
-                waited_s += (
-                    _SLICE_S  # the time that this process and its child are stopped together does not count
-                )
+                waited_s += _SLICE_S  # while this process and its child are stopped together, none passes
                 used_s = _processor_s(self._process.pid) - before_s
                 if used_s >= time_limit_s or waited_s >= WAITING_FACTOR * time_limit_s:
                     self.close()
@@ -133,9 +135,8 @@ class Child:
             reply = self._connection.recv_bytes(MAX_REPLY_BYTES)
         except (EOFError, OSError):
             self._died(about)
-        except (
-            BaseException
-        ):  # an interrupt: what is under way is not wanted any more, and its reply would be the next one's
+        except BaseException:
+            # An interrupt: nobody wants the reply that is under way, and it would pass for the next one's.
             self.close()
             raise
         if reply[:1] != b"\0":

@@ -119,8 +119,8 @@ typedef struct {
     ggd_element c_element;  // bfloat16 only in sets whose fast_element it is
 } ggd_int8_tile;
 
-// What will be read next, to be asked for a few cache lines at a time between other work: many requests at once wait for each other, and
-// pieces of several rows are a stream to nobody but their reader. `n_rows` pieces of `bytes`, bytes_row apart.
+// What will be read next: `n_rows` pieces of `bytes`, bytes_row apart, to be prefetched a few cache lines at a time between other work. Many
+// prefetches at once wait for each other, and the processor does not foresee pieces of several rows by itself.
 typedef struct {
     const uint8_t *row;
     size_t n_rows, bytes, bytes_row;

@@ -232,9 +232,7 @@ def _verdict(file: ModelFile) -> tuple[str, str]:
     try:
         check_model(file)
         if isinstance(file.metadata.get("tokenizer.ggml.tokens"), StringArray):
-            Tokenizer.from_file(
-                file
-            ).close()  # llama.cpp dies of some vocabularies; it does so in a process of its own
+            Tokenizer.from_file(file).close()  # llama.cpp dies of some vocabularies, in a process of its own
     except UserError as error:
         return "possible", f"no: {_fault(file, error)}"
     return "possible", "yes: every setting, tensor and type is supported"

@@ -183,6 +183,11 @@ def lora_ranks(tensors: Mapping[str, NDArray[np.float32]]) -> dict[str, int]:
     return ranks
 
 
+def largest_rank(adapter: LoraAdapter | None) -> int:
+    """The largest R of an adapter's pairs; 0 without any."""
+    return 0 if adapter is None else max(lora_ranks(adapter.tensors).values(), default=0)
+
+
 def _check_array(name: str, array: NDArray[np.float32], shape: tuple[int, ...]) -> None:
     if array.shape != shape:
         raise UserError(

@@ -121,9 +121,8 @@ def draw(
         return np.asarray(log_probabilities.argmax(axis=-1))
     with np.errstate(over="ignore"):
         tempered = log_probabilities / temperature
-        if not np.isfinite(
-            tempered.max(axis=-1)
-        ).all():  # a temperature so low that only the likeliest is left
+        if not np.isfinite(tempered.max(axis=-1)).all():
+            # A temperature so low that only the likeliest is left.
             tempered = (log_probabilities - log_probabilities.max(axis=-1, keepdims=True)) / temperature
     tempered = _keep_top_k(tempered, top_k)
     return np.array([_draw_one(row, generator, top_p) for row in tempered], dtype=np.int64)

@@ -23,6 +23,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
+from ggml_diffusion.child import isolated
 from ggml_diffusion.errors import UserError, one_line
 
 START_LIMIT_S = 60.0  # Python and jinja2 on a busy machine
@@ -30,12 +31,6 @@ TIME_LIMIT_S = 10.0
 MEMORY_LIMIT_BYTES = 1 << 30
 _MAX_REPLY_BYTES = 64 << 20
 TODAY = (2024, 7, 26)  # for every template: the day that Llama 3's own takes where there is no clock
-
-# Isolated, so that nothing of the current folder is imported; the module path is the one of this process.
-_CHILD = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from ggml_diffusion.text.chat_template import _serve; _serve()"
-)
 
 
 class ChatTemplate:
@@ -93,7 +88,7 @@ class ChatTemplate:
 
     def _start(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-I", "-c", _CHILD, json.dumps(sys.path)],
+            isolated("ggml_diffusion.text.chat_template", "_serve()"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

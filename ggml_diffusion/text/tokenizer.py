@@ -213,17 +213,6 @@ class Tokenizer:
                 return tokens[len(front) :]
         return self._encode(text, special)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
-        """The tokens of many plain texts, none of which goes on where other text ended; see `encode`.
-
-        A call asks the vocabulary's process once: with short texts that is several times as fast.
-
-        Raises:
-            UserError: a text holds half of a surrogate pair.
-
-        """
-        return self._vocabulary.tokenize([_utf8(text) for text in texts])
-
     def _encode_marked(self, text: str, mark: str, continued: bool) -> NDArray[np.int32]:
         """What llama.cpp does with control tokens in a text, but for the names with a mark inside."""
         control = self.control_tokens

@@ -27,9 +27,8 @@ ATTR_UNKNOWN, ATTR_CONTROL, ATTR_USER_DEFINED = 1 << 0, 1 << 3, 1 << 4
 ATTR_LSTRIP, ATTR_RSTRIP = 1 << 7, 1 << 8
 _ERROR_LEVEL = 4  # GGML_LOG_LEVEL_ERROR
 
-MEMORY_LIMIT_BYTES = (
-    16 << 30
-)  # of address space: its stack and NumPy's threads reserve much that they never use
+# Of address space: its stack and NumPy's threads reserve much that they never use.
+MEMORY_LIMIT_BYTES = 16 << 30
 _TOKENIZE, _TABLE, _PIECES = range(3)
 _REQUEST, _HELLO = struct.Struct("=BBq"), struct.Struct("=qB")  # operation, special, count; tokens, add_bos
 
@@ -93,24 +92,11 @@ class VocabularyChild:
             else ""
         )
         reply = self._ask(request, 60.0 + n_bytes / 20_000, about)
-        counts = (
-            np.frombuffer(reply, np.int64, len(texts))
-            if len(reply) >= 8 * len(texts)
-            else np.empty(0, np.int64)
-        )
-        tokens = (
-            np.frombuffer(reply, np.int32, -1, min(8 * len(texts), len(reply)))
-            if len(reply) % 4 == 0
-            else None
-        )
-        self._check(
-            tokens is not None
-            and len(counts) == len(texts)
-            and (counts >= 0).all()
-            and counts.sum() == len(tokens)
-            and (len(tokens) == 0 or (tokens.min() >= 0 and tokens.max() < self.n_tokens))
-        )
-        assert tokens is not None
+        self._check(len(reply) % 4 == 0 and len(reply) >= 8 * len(texts))
+        counts = np.frombuffer(reply, np.int64, len(texts))
+        tokens = np.frombuffer(reply, np.int32, -1, 8 * len(texts))
+        self._check(bool((counts >= 0).all()) and int(counts.sum()) == len(tokens))
+        self._check(len(tokens) == 0 or bool(tokens.min() >= 0 and tokens.max() < self.n_tokens))
         ends = np.cumsum(counts)
         return [tokens[end - count : end].copy() for end, count in zip(ends, counts, strict=True)]
 

@@ -25,6 +25,7 @@ from typing import IO, Any, NoReturn
 
 import numpy as np
 
+from ggml_diffusion.child import isolated
 from ggml_diffusion.errors import UserError, one_line
 from ggml_diffusion.text.encoding import REFUSED, TEXT, Batch, BatchEncoder, Encoded
 from ggml_diffusion.text.tokenizer import Tokenizer
@@ -35,12 +36,6 @@ _REPLY = struct.Struct("<?Q")  # whether it is a fault, and bytes of the reply
 _MAX_REPLY_BYTES = 1 << 30
 # Libraries that start threads for each processor need none in a process that is one of so many.
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-
-# Isolated, so that nothing of the current folder is imported; the module path is the one of this process.
-_CHILD = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from ggml_diffusion.text.workers import _serve; _serve()"
-)
 
 
 class EncodingPool:
@@ -114,7 +109,7 @@ class _Process:
         self._path, self._fingerprint = tokenizer.path, tokenizer.fingerprint.encode()
         self._is_ready = False
         self._process = subprocess.Popen(
-            [sys.executable, "-I", "-c", _CHILD, json.dumps(sys.path)],
+            isolated("ggml_diffusion.text.workers", "_serve()"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -54,7 +54,7 @@ def _app(wanted: Collection[str]) -> typer.Typer:
     """The command line. Commands that are not wanted are names in a list: importing all takes time."""
     app = typer.Typer(
         name="ggml-diffusion",
-        help="Turn an autoregressive GGUF language model into a masked-diffusion one, on the CPU or a GPU.",
+        help="Turn an autoregressive GGUF language model into a masked-diffusion one, on the CPU.",
         add_completion=False,
         no_args_is_help=True,
         pretty_exceptions_enable=False,

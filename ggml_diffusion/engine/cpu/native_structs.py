@@ -96,16 +96,24 @@ class Objective:
 
 
 class NativeAdapter:
-    """The core's `ggd_adapter` over an adapter's own arrays, and where their gradients go."""
+    """The core's `ggd_adapter` over an adapter's own arrays, and where their gradients go.
+
+    Attributes:
+        struct: the core's `ggd_adapter *`, NULL for none; valid while this object lives.
+        rank: the largest R, 0 without pairs.
+
+    """
 
     def __init__(
         self, adapter: LoraAdapter | None, gradients: Mapping[str, NDArray[np.float32]] | None
     ) -> None:
         self.struct = ffi.NULL
+        self.rank = 0
         self._parts = _parts_of(adapter)  # the arrays live as long as the struct that points to them
         if adapter is None:
             return
         ranks = lora_ranks(adapter.tensors)
+        self.rank = max(ranks.values(), default=0)
         self._pairs = ffi.new("ggd_lora_pair[]", max(len(ranks), 1))
         for pair, (name, rank) in zip(self._pairs, ranks.items(), strict=False):
             _, layer, projection, _ = name.split(".")

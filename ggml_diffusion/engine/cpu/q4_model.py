@@ -20,7 +20,7 @@ from ggml_diffusion.engine.memory_plan import Keep, StepPlan, plan_step
 from ggml_diffusion.engine.native import check, ffi, lib, pointer
 from ggml_diffusion.engine.segments import token_array
 from ggml_diffusion.errors import UserError
-from ggml_diffusion.formats.lora import LoraAdapter, lora_ranks
+from ggml_diffusion.formats.lora import LoraAdapter, largest_rank
 from ggml_diffusion.formats.model_check import read_model
 from ggml_diffusion.formats.model_file import ModelFile
 from ggml_diffusion.formats.tensor_values import checked_sha256
@@ -247,13 +247,13 @@ class Q4Model:
 
     def check_memory(self, n_sequences: int, n_tokens: int, adapter: LoraAdapter | None = None) -> None:
         """See `Engine`."""
-        self._check_memory(n_sequences * n_tokens, n_tokens, adapter, is_call=False)
+        self._check_memory(n_sequences * n_tokens, n_tokens, largest_rank(adapter), is_call=False)
 
     def _check_memory(
         self,
         n_rows: int,
         longest: int,
-        adapter: LoraAdapter | None,
+        rank: int,
         *,
         keep: Keep | None = None,
         teacher: bool = False,
@@ -265,7 +265,6 @@ class Q4Model:
         `keep` is of a call with gradients, None = without; `n_logits` are the rows of logits that it returns;
         `is_call` is False where the call may never come.
         """
-        rank = max(lora_ranks(adapter.tensors).values(), default=0) if adapter is not None else 0
         gradients, keep = keep is not None, keep or "boundaries"
         arena = self.memory_bytes(max(n_rows, 1), longest, rank, gradients, keep=keep, teacher=teacher)
         needed = arena + n_logits * self._file.V * 4
@@ -322,9 +321,9 @@ class Q4Model:
         rows = Rows(batch, self._file.C)
         wanted = batch.valid if select is None else np.asarray(select, dtype=bool)
         chosen = np.flatnonzero(rows.take(wanted, np.bool_, "select")).astype(np.int32)
-        self._check_memory(len(rows.tokens), rows.longest, adapter, n_logits=len(chosen))
-        logits = np.empty((len(chosen), self._file.V), dtype=np.float32)
         native = self._native_adapter(adapter, None)
+        self._check_memory(len(rows.tokens), rows.longest, native.rank, n_logits=len(chosen))
+        logits = np.empty((len(chosen), self._file.V), dtype=np.float32)
         row_pointer, logits_pointer = pointer("const int32_t *", chosen), pointer("float *", logits)
         check(
             lib.ggd_logits(
@@ -348,7 +347,7 @@ class Q4Model:
         self._use_int8(int8)
         objective = Objective(Rows(batch, self._file.C), targets, weights)
         native = self._native_adapter(adapter, None)
-        self._check_memory(len(objective.rows.tokens), objective.rows.longest, adapter)
+        self._check_memory(len(objective.rows.tokens), objective.rows.longest, native.rank)
         check(lib.ggd_loss(self._session, objective.rows.struct, native.struct, objective.struct))
         result = objective.result(None)
         self._require_finite(np.isfinite(result.row_loss).all(), adapter)
@@ -370,11 +369,10 @@ class Q4Model:
         targets = batch.check_by_row(targets, "targets")
         weights = batch.check_by_row(weights, "weights")
         n_sequences, n_tokens = batch.tokens.shape
-        rank = max(lora_ranks(adapter.tensors).values(), default=0)
-        plan = self._plan(n_sequences, n_tokens, rank, batch.teacher is not None)
+        plan = self._plan(n_sequences, n_tokens, native.rank, batch.teacher is not None)
         lib.ggd_session_set_keep(self._session, _KEEP[plan.keep])
         rows_a_part, has_teacher = plan.sequences * n_tokens, batch.teacher is not None
-        self._check_memory(rows_a_part, n_tokens, adapter, keep=plan.keep, teacher=has_teacher)
+        self._check_memory(rows_a_part, n_tokens, native.rank, keep=plan.keep, teacher=has_teacher)
         results = []
         for start in range(0, n_sequences, plan.sequences):
             part = slice(start, start + plan.sequences)

@@ -66,7 +66,6 @@ tensor *ggml_new_tensor_4d(ggml_context *, int type, int64_t, int64_t, int64_t, 
 tensor *ggml_new_tensor_2d(ggml_context *, int type, int64_t, int64_t);
 ggml_cgraph *ggml_new_graph_custom(ggml_context *, size_t size, bool grads);
 void ggml_build_forward_expand(ggml_cgraph *, tensor *);
-int ggml_graph_n_nodes(ggml_cgraph *);
 tensor *ggml_graph_node(ggml_cgraph *, int i);
 
 tensor *ggml_add(ggml_context *, tensor *, tensor *);
@@ -133,7 +132,6 @@ sched ggml_backend_sched_new(backend *, buffer_type *, int n, size_t graph_size,
                              bool op_offload);
 void ggml_backend_sched_free(sched);
 void ggml_backend_sched_reserve_size(sched, ggml_cgraph *, size_t *sizes);
-int ggml_backend_sched_get_n_splits(sched);
 size_t ggml_backend_sched_get_buffer_size(sched, backend);
 backend ggml_backend_sched_get_tensor_backend(sched, tensor *);
 bool ggml_backend_sched_alloc_graph(sched, ggml_cgraph *);

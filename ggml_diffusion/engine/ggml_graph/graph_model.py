@@ -29,7 +29,7 @@ from ggml_diffusion.engine.interface import Batch, Compute, Int8, LossResult, St
 from ggml_diffusion.engine.memory_plan import Keep, plan_step
 from ggml_diffusion.engine.segments import rows_before
 from ggml_diffusion.errors import UserError
-from ggml_diffusion.formats.lora import LoraAdapter, lora_ranks
+from ggml_diffusion.formats.lora import LoraAdapter, largest_rank, lora_ranks
 from ggml_diffusion.formats.model_check import read_model
 from ggml_diffusion.formats.model_file import ModelFile
 from ggml_diffusion.formats.tensor_names import LORA_A_SUFFIX, LORA_B_SUFFIX, MASK_EMBEDDING
@@ -264,7 +264,7 @@ class GraphModel:
         """See `Engine`. What the device has is asked for when it is taken; this is what the host needs."""
         needed = 4 * n_sequences * n_tokens * (2 * self._file.C + n_tokens)  # embeddings twice, and the mask
         if self._runtime.on_cpu:
-            rank = 0 if adapter is None else max(lora_ranks(adapter.tensors).values(), default=0)
+            rank = largest_rank(adapter)
             needed += self._planned_bytes(1, n_tokens, rank)
         if needed > memory_available():
             raise UserError(
@@ -354,7 +354,7 @@ class GraphModel:
 
     def _parts(self, batch: Batch, adapter: LoraAdapter | None) -> Iterator[slice]:
         n_sequences, n_tokens = batch.tokens.shape
-        rank = 0 if adapter is None else max(lora_ranks(adapter.tensors).values(), default=0)
+        rank = largest_rank(adapter)
         step = self._sequences_of_a_part(n_sequences, n_tokens, rank)
         for first in range(0, n_sequences, step):
             yield slice(first, min(first + step, n_sequences))

@@ -159,16 +159,6 @@ class Program:
         """Memory of its activations."""
         return self._runtime.buffer_bytes(self._schedule)
 
-    @property
-    def n_splits(self) -> int:
-        """Pieces that go to one backend each; 1 where the device has every operation."""
-        return int(lib.ggml_backend_sched_get_n_splits(self._schedule))
-
-    @property
-    def n_nodes(self) -> int:
-        """Operations of the graph."""
-        return int(lib.ggml_graph_n_nodes(self._graph))
-
     def run(self) -> None:
         """Compute; outputs can be read afterwards.
 
