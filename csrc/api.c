@@ -5,19 +5,52 @@
 #include "include/ggd.h"
 #include "transformer.h"
 
-static int check_segments(const ggd_batch *batch, const ggd_shape *shape) {
+// Positions rise, and stay below `end`.
+static int check_positions(const int32_t *positions, int32_t n, int32_t end, int32_t segment) {
+    for (int32_t i = 0; i < n; i++) {
+        if (positions[i] < 0 || positions[i] >= end || (i > 0 && positions[i] <= positions[i - 1])) {
+            return ggd_fail("the positions of segment %d do not rise below %d", segment, end);
+        }
+    }
+    return 0;
+}
+
+static int check_segment(const ggd_session *s, const ggd_batch *batch, int32_t index) {
+    const ggd_segment *segment = &batch->segments[index];
+    const ggd_context *context = batch->context;
+    if (segment->n_positions > s->model->shape.context_length) {
+        return ggd_fail("a sequence of %d tokens is longer than the model's context of %d", segment->n_positions,
+                        s->model->shape.context_length);
+    }
+    if (segment->sequence < 0 || segment->sequence >= batch->n_sequences || segment->first_position < 0) {
+        return ggd_fail("segment %d belongs to no sequence of the batch", index);
+    }
+    if (batch->positions == NULL
+            ? segment->n_positions < segment->n_rows
+            : check_positions(batch->positions + segment->first_row, segment->n_rows, segment->n_positions, index)) {
+        return ggd_fail("segment %d has positions that do not rise below %d", index, segment->n_positions);
+    }
+    int32_t n_context = context != NULL ? (int32_t)context->n_rows : 0;
+    if (segment->first_context < 0 || segment->n_context < 0 || segment->n_context > n_context - segment->first_context) {
+        return ggd_fail("segment %d sees rows that its context does not have", index);
+    }
+    return segment->n_context == 0
+               ? 0
+               : check_positions(context->positions + segment->first_context, segment->n_context, segment->n_positions, index);
+}
+
+static int check_segments(const ggd_session *s, const ggd_batch *batch) {
     int32_t row = 0;
+    if (batch->context != NULL && batch->context->model != s->model) {
+        return ggd_fail("a context of another model");
+    }
     for (int32_t i = 0; i < batch->n_segments; i++) {
         const ggd_segment *segment = &batch->segments[i];
         if (segment->first_row != row || segment->n_rows < 1 || segment->n_rows > batch->n_rows - row) {
             return ggd_fail("segment %d does not follow the one before it", i);
         }
-        if (segment->n_rows > shape->context_length) {
-            return ggd_fail("a sequence of %d tokens is longer than the model's context of %d", segment->n_rows,
-                            shape->context_length);
-        }
-        if (segment->sequence < 0 || segment->sequence >= batch->n_sequences || segment->first_position < 0) {
-            return ggd_fail("segment %d belongs to no sequence of the batch", i);
+        if (check_segment(s, batch, i)) {
+            return -1;
         }
         row += segment->n_rows;
     }
@@ -36,7 +69,7 @@ static int check_batch(const ggd_session *s, const ggd_batch *batch) {
             return ggd_fail("token id %d is outside the vocabulary of %d", batch->tokens[i], s->model->shape.vocab_size);
         }
     }
-    return check_segments(batch, &s->model->shape);
+    return check_segments(s, batch);
 }
 
 static int check_adapter(const ggd_session *s, const ggd_adapter *adapter, int gradients) {
@@ -88,12 +121,12 @@ static int prepare(ggd_session *s, const ggd_batch *batch, const ggd_adapter *ad
     wanted.keep = gradients ? s->options.keep : s->capacity.keep;
     wanted.teacher = objective != NULL && objective->teacher_tokens != NULL;
     for (int32_t i = 0; i < batch->n_segments; i++) {
-        size_t n = (size_t)batch->segments[i].n_rows;
-        wanted.max_segment_rows = n > wanted.max_segment_rows ? n : wanted.max_segment_rows;
+        const ggd_segment *segment = &batch->segments[i];
+        wanted.max_keys = ggd_max(wanted.max_keys, (size_t)segment->n_rows + (size_t)segment->n_context);
+        wanted.max_positions = ggd_max(wanted.max_positions, (size_t)segment->n_positions);
     }
     for (int32_t i = 0; adapter != NULL && i < adapter->n_pairs; i++) {
-        size_t rank = (size_t)adapter->pairs[i].rank;
-        wanted.max_rank = rank > wanted.max_rank ? rank : wanted.max_rank;
+        wanted.max_rank = ggd_max(wanted.max_rank, (size_t)adapter->pairs[i].rank);
     }
     return ggd_session_reserve(s, &wanted);
 }
@@ -129,8 +162,8 @@ static int run_loss(ggd_session *s, const ggd_batch *batch, const ggd_adapter *a
     return 0;
 }
 
-int ggd_logits(ggd_session *s, const ggd_batch *batch, const ggd_adapter *adapter, int32_t n_select, const int32_t *rows,
-               float *logits) {
+static int run_logits(ggd_session *s, const ggd_batch *batch, const ggd_adapter *adapter, int32_t n_select, const int32_t *rows,
+                      float *logits) {
     if (prepare(s, batch, adapter, NULL, 0)) {
         return -1;
     }
@@ -143,6 +176,37 @@ int ggd_logits(ggd_session *s, const ggd_batch *batch, const ggd_adapter *adapte
     const float *x = ggd_transformer_forward(s, batch, adapter);
     ggd_head head = ggd_transformer_head(s, NULL);
     ggd_logits_run(&s->compute, &head, &s->buffers.loss, (size_t)(n_select > 0 ? n_select : 0), rows, x, s->ld_hidden, logits);
+    return 0;
+}
+
+int ggd_logits(ggd_session *s, const ggd_batch *batch, const ggd_adapter *adapter, int32_t n_select, const int32_t *rows,
+               float *logits) {
+    return run_logits(s, batch, adapter, n_select, rows, logits);
+}
+
+int ggd_context_extend(ggd_session *s, ggd_context *context, const ggd_batch *batch, int32_t n_select, const int32_t *rows,
+                       float *logits) {
+    if (context->model != s->model || (batch->context != NULL && batch->context != context)) {
+        return ggd_fail("a context of another model, or another context");
+    }
+    if (batch->n_rows < 1 || (size_t)batch->n_rows > context->capacity - context->n_rows) {
+        return ggd_fail("a context for %zu rows has %zu: no room for %d more", context->capacity, context->n_rows, batch->n_rows);
+    }
+    if (batch->causal_ratio != 1.0f || batch->embedding_offset != NULL) {
+        return ggd_fail("rows of a context are the base's own, causal and without offsets");
+    }
+    s->extended = context;
+    int status = run_logits(s, batch, NULL, n_select, rows, logits);
+    s->extended = NULL;
+    if (status != 0) {
+        return -1;
+    }
+    for (int32_t i = 0; i < batch->n_segments; i++) {
+        const ggd_segment *segment = &batch->segments[i];
+        for (int32_t row = 0; row < segment->n_rows; row++) {
+            context->positions[context->n_rows++] = (int32_t)ggd_position(batch, segment, (size_t)row);
+        }
+    }
     return 0;
 }
 

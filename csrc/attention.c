@@ -3,6 +3,9 @@
 // layer with a window a key at a distance of the window or more is not there, on either side. Where scores are soft-capped, they are before
 // the weight joins them.
 //
+// i and j are positions. Where a segment sees rows of a context, its keys are both kinds in one order of their positions, so that what is
+// future to a query begins at one key; a context's key at the query's own position, which comes just before it, is not there.
+//
 // A thread takes one segment and one key/value head with all the query heads that share it. Scores exist for a strip of STRIP_ROWS
 // queries at a time, never T x T; the backward computes them again from the saved log-sum-exp (Dao et al. 2022, arXiv:2205.14135):
 //   dV = P^T dO,  dP = dO V^T,  dS = scale P (dP - sum(dO O)),  dQ = dS K,  dK = dS^T Q
@@ -11,6 +14,8 @@
 
 #include <math.h>
 #include <string.h>
+
+#include "context.h"
 
 enum { STRIP_ROWS = 48 };
 
@@ -37,6 +42,11 @@ typedef struct {
     float *rows;             // (STRIP_ROWS, ld_d)
     uint8_t *transposed;     // (D, STRIP_ROWS padded): Q^T or dO^T
     float *dkeys, *dvalues;  // (D, ld_t)
+    // Of a segment with positions or a context:
+    uint8_t *gathered;       // (T, ld_d): keys or values in their order
+    int32_t *key_positions;  // (T)
+    int32_t *key_rows;       // (T): the segment's row, or -1 - the context's
+    int32_t *own_keys;       // (T): the key of each of the segment's rows
     size_t bytes;
 } attention_scratch;
 
@@ -65,12 +75,16 @@ static attention_scratch lay_out(uint8_t *base, ggd_element element, size_t head
     s.transposed = take(base, &offset, n * ld_d * ld_strip * bytes);
     s.dkeys = (float *)take(base, &offset, n * ld_d * ld_t * sizeof(float));
     s.dvalues = (float *)take(base, &offset, n * ld_d * ld_t * sizeof(float));
+    s.gathered = take(base, &offset, t * ld_d * bytes);
+    s.key_positions = (int32_t *)take(base, &offset, t * sizeof(int32_t));
+    s.key_rows = (int32_t *)take(base, &offset, t * sizeof(int32_t));
+    s.own_keys = (int32_t *)take(base, &offset, t * sizeof(int32_t));
     s.bytes = offset;
     return s;
 }
 
-size_t ggd_attention_bytes_scratch(ggd_element element, const ggd_heads *heads, size_t max_rows, int gradients) {
-    return lay_out(NULL, element, heads->head_size, max_rows, gradients).bytes;
+size_t ggd_attention_bytes_scratch(ggd_element element, const ggd_heads *heads, size_t max_keys, int gradients) {
+    return lay_out(NULL, element, heads->head_size, max_keys, gradients).bytes;
 }
 
 // What a thread works on: a segment's rows under one key/value head.
@@ -78,28 +92,75 @@ typedef struct {
     const attention_job *job;
     const ggd_segment *segment;
     attention_scratch s;
-    size_t t, ld_t, ld_d, d;
+    size_t rows, t;  // queries, and keys
+    size_t ld_t, ld_d, d;
     size_t kv_head, first_head, n_heads;
+    int is_merged;  // keys are not just the segment's rows 0, 1, 2 ...
 } unit;
+
+// ---- the order of the keys ----
+
+static size_t query_position(const unit *u, size_t row) { return ggd_position(u->job->batch, u->segment, row); }
+static size_t key_position(const unit *u, size_t key) { return u->is_merged ? (size_t)u->s.key_positions[key] : key; }
+static size_t own_key(const unit *u, size_t row) { return u->is_merged ? (size_t)u->s.own_keys[row] : row; }
+static int is_own(const unit *u, size_t key) { return !u->is_merged || u->s.key_rows[key] >= 0; }
+
+// Both kinds of rows have rising positions; at equal ones the context's comes first.
+static void merge_keys(const unit *u) {
+    const int32_t *context_positions = u->t > u->rows ? u->job->batch->context->positions + u->segment->first_context : NULL;
+    size_t n_context = u->t - u->rows, own = 0, context = 0;
+    for (size_t key = 0; key < u->t; key++) {
+        size_t position = own < u->rows ? query_position(u, own) : SIZE_MAX;
+        if (context < n_context && (size_t)context_positions[context] <= position) {
+            u->s.key_positions[key] = context_positions[context];
+            u->s.key_rows[key] = -1 - (u->segment->first_context + (int32_t)context++);
+        } else {
+            u->s.key_positions[key] = (int32_t)position;
+            u->s.key_rows[key] = (int32_t)own;
+            u->s.own_keys[own++] = (int32_t)key;
+        }
+    }
+}
 
 static unit unit_of(const attention_job *job, size_t item, size_t thread, int gradients) {
     const ggd_heads *heads = job->heads;
     unit u = {.job = job, .segment = &job->batch->segments[item / heads->n_kv_heads], .kv_head = item % heads->n_kv_heads};
-    u.t = (size_t)u.segment->n_rows;
+    u.rows = (size_t)u.segment->n_rows;
+    u.t = u.rows + (size_t)u.segment->n_context;
     u.d = heads->head_size;
     u.ld_t = ggd_round_up(u.t, GGD_PANEL_COLUMNS);
     u.ld_d = ggd_round_up(u.d, GGD_PANEL_COLUMNS);
     u.n_heads = heads->n_heads / heads->n_kv_heads;
     u.first_head = u.kv_head * u.n_heads;
     u.s = lay_out(ggd_scratch(job->compute, thread), job->compute->element, u.d, u.t, gradients);
+    u.is_merged = job->batch->positions != NULL || u.segment->n_context > 0;
+    if (u.is_merged) {
+        merge_keys(&u);
+    }
     return u;
 }
 
-// The segment's rows of one head, as an operand.
-static ggd_matrix head_matrix(const unit *u, ggd_activation x, size_t column, size_t first_row, size_t n_rows) {
-    ggd_element element = u->job->compute->element;
-    ggd_activation view = {ggd_activation_at(x, (size_t)u->segment->first_row + first_row, column, element), x.ld};
-    return ggd_matrix_of(view, n_rows, u->d, element);
+// The unit's keys or values (T, D) as an operand.
+static ggd_matrix keys_or_values(const unit *u, ggd_context_part part) {
+    const attention_job *job = u->job;
+    ggd_element element = job->compute->element;
+    size_t column = part == GGD_CONTEXT_KEYS ? job->heads->k_column : job->heads->v_column;
+    size_t first = (size_t)u->segment->first_row, bytes = u->d * ggd_element_bytes(element);
+    ggd_activation own = {ggd_activation_at(job->qkv, first, column + u->kv_head * u->d, element), job->qkv.ld};
+    if (u->t == u->rows) {
+        return ggd_matrix_of(own, u->t, u->d, element);
+    }
+    ggd_activation gathered = {u->s.gathered, u->ld_d};
+    for (size_t key = 0; key < u->t; key++) {
+        void *target = ggd_activation_at(gathered, key, 0, element);
+        if (is_own(u, key)) {
+            memcpy(target, ggd_activation_at(own, (size_t)u->s.key_rows[key], 0, element), bytes);
+        } else {
+            ggd_context_load(job->batch->context, job->compute, job->heads->layer, part, (size_t)(-1 - u->s.key_rows[key]),
+                             u->kv_head * u->d, u->d, u->s.unpacked, target);
+        }
+    }
+    return ggd_matrix_of(gathered, u->t, u->d, element);
 }
 
 static void pack_all(const unit *u, ggd_operation operation, const ggd_matrix *w, uint8_t *panels) {
@@ -147,27 +208,36 @@ typedef struct {
 } key_range;
 
 static key_range visible_keys(const unit *u, size_t first, size_t rows) {
-    size_t window = u->job->heads->window, end = u->job->batch->causal_ratio >= 1.0f ? first + rows : u->t;
-    if (window == 0) {
-        return (key_range){0, end};
+    size_t window = u->job->heads->window, last = first + rows - 1;
+    key_range keys = {0, u->job->batch->causal_ratio >= 1.0f ? own_key(u, last) + 1 : u->t};
+    if (window > 0) {
+        while (key_position(u, keys.first) + window <= query_position(u, first)) {
+            keys.first++;
+        }
+        keys.first = keys.first / GGD_PANEL_COLUMNS * GGD_PANEL_COLUMNS;
+        while (key_position(u, keys.end - 1) >= query_position(u, last) + window) {
+            keys.end--;
+        }
     }
-    size_t begin = first + 1 > window ? first + 1 - window : 0;
-    return (key_range){begin / GGD_PANEL_COLUMNS * GGD_PANEL_COLUMNS, ggd_min(end, first + rows - 1 + window)};
+    return keys;
 }
 
-// Takes away the keys that a query does not see: outside of its window, or by the Bernoulli pattern.
-static void hide_keys(const unit *u, size_t query, key_range keys, float *scores) {
+// Takes away the keys that a query does not see: its own position's in the context, outside of its window, or by the Bernoulli pattern.
+static void hide_keys(const unit *u, size_t row, key_range keys, float *scores) {
     const ggd_batch *batch = u->job->batch;
-    size_t window = u->job->heads->window;
-    for (size_t key = keys.first; window > 0 && key + window <= query; key++) {
+    size_t window = u->job->heads->window, query = query_position(u, row), own = own_key(u, row);
+    if (own > 0 && key_position(u, own - 1) == query) {
+        scores[own - 1] = -INFINITY;
+    }
+    for (size_t key = keys.first; window > 0 && key_position(u, key) + window <= query; key++) {
         scores[key] = -INFINITY;
     }
-    for (size_t key = query + window; window > 0 && key < keys.end; key++) {
-        scores[key] = -INFINITY;
+    for (size_t key = keys.end; window > 0 && key > own + 1 && key_position(u, key - 1) >= query + window; key--) {
+        scores[key - 1] = -INFINITY;
     }
     uint64_t first = (uint64_t)u->segment->first_position;
-    for (size_t key = query + 1; batch->bernoulli && key < keys.end; key++) {
-        if (!(pattern(batch->bernoulli_seed, first + query, first + key) < 1.0f - batch->causal_ratio)) {
+    for (size_t key = own + 1; batch->bernoulli && key < keys.end; key++) {
+        if (!(pattern(batch->bernoulli_seed, first + query, first + key_position(u, key)) < 1.0f - batch->causal_ratio)) {
             scores[key] = -INFINITY;
         }
     }
@@ -224,13 +294,13 @@ static void multiply_over_keys(const unit *u, size_t rows, const void *strip, ke
 static void forward_strip(const unit *u, size_t head, size_t first) {
     const attention_job *job = u->job;
     const ggd_compute *compute = job->compute;
-    size_t rows = ggd_min(u->t - first, STRIP_ROWS), first_row = (size_t)u->segment->first_row + first;
+    size_t rows = ggd_min(u->rows - first, STRIP_ROWS), first_row = (size_t)u->segment->first_row + first;
     key_range keys = visible_keys(u, first, rows);
     strip_scores(u, head, first, rows, keys);
     for (size_t i = 0; i < rows; i++) {
         float *scores = u->s.scores + i * u->ld_t + keys.first;
         job->lse[(first_row + i) * job->heads->n_heads + head] = compute->kernels->attention_softmax(
-            scores, keys.end - keys.first, first + i + 1 - keys.first, job->scale, job->future_bias);
+            scores, keys.end - keys.first, own_key(u, first + i) + 1 - keys.first, job->scale, job->future_bias);
     }
     multiply_over_keys(u, rows, strip_activation(u, u->s.scores, rows, keys), keys, u->s.values);
     for (size_t i = 0; i < rows; i++) {
@@ -241,12 +311,12 @@ static void forward_strip(const unit *u, size_t head, size_t first) {
 static void forward_item(void *context, size_t item, size_t thread) {
     const attention_job *job = context;
     unit u = unit_of(job, item, thread, 0);
-    ggd_matrix keys = head_matrix(&u, job->qkv, job->heads->k_column + u.kv_head * u.d, 0, u.t);
-    ggd_matrix values = head_matrix(&u, job->qkv, job->heads->v_column + u.kv_head * u.d, 0, u.t);
+    ggd_matrix keys = keys_or_values(&u, GGD_CONTEXT_KEYS);
     pack_all(&u, GGD_TIMES_WT, &keys, u.s.keys);
+    ggd_matrix values = keys_or_values(&u, GGD_CONTEXT_VALUES);
     pack_all(&u, GGD_TIMES_W, &values, u.s.values);
     for (size_t head = u.first_head; head < u.first_head + u.n_heads; head++) {
-        for (size_t first = 0; first < u.t; first += STRIP_ROWS) {
+        for (size_t first = 0; first < u.rows; first += STRIP_ROWS) {
             forward_strip(&u, head, first);
         }
     }
@@ -286,11 +356,23 @@ static void transpose_strip(const unit *u, ggd_activation x, size_t column, size
     }
 }
 
-// target (D, keys) += transposed (D, rows) * strip (rows, keys)
+static int has_own_key(const unit *u, size_t first) {
+    for (size_t key = first; key < ggd_min(first + GGD_PANEL_COLUMNS, u->t); key++) {
+        if (is_own(u, key)) {
+            return 1;
+        }
+    }
+    return 0;
+}
+
+// target (D, keys) += transposed (D, rows) * strip (rows, keys), in the panels that have keys of the segment itself: a context gets no gradients.
 static void add_transposed_product(const unit *u, const float *strip, size_t rows, key_range keys, float *target) {
     const ggd_compute *compute = u->job->compute;
     size_t ld = ggd_round_up(STRIP_ROWS, GGD_PANEL_COLUMNS);
     for (size_t key = keys.first; key < keys.end; key += GGD_PANEL_COLUMNS) {
+        if (!has_own_key(u, key)) {
+            continue;
+        }
         compute->kernels->pack_rows[compute->element](strip + key, u->ld_t, rows, 1.0f, u->s.strip_panel);
         multiply(u, u->d, GGD_PANEL_COLUMNS, u->s.transposed, ld, rows, u->s.strip_panel, target + key, target + key, u->ld_t);
     }
@@ -331,7 +413,7 @@ static void strip_gradient(const unit *u, size_t head, size_t first, size_t rows
         const float *out = ggd_load_row(job->compute, job->out, row, head * u->d, u->d, buffer);
         const float *dout = ggd_load_row(job->compute, job->dout, row, head * u->d, u->d, buffer + u->d);
         float delta = job->compute->kernels->dot(out, dout, u->d);
-        score_gradient(u, p, dp, keys, first + i + 1, job->lse[row * job->heads->n_heads + head], delta);
+        score_gradient(u, p, dp, keys, own_key(u, first + i) + 1, job->lse[row * job->heads->n_heads + head], delta);
         memset(p + keys.end, 0, pad * sizeof *p);
         memset(dp + keys.end, 0, pad * sizeof *dp);
     }
@@ -340,18 +422,18 @@ static void strip_gradient(const unit *u, size_t head, size_t first, size_t rows
 static void store_query_gradient(const unit *u, size_t head, size_t first, size_t rows) {
     for (size_t i = 0; i < rows; i++) {
         float *dq = u->s.rows + i * u->ld_d;
-        float scale = ggd_query_scale(u->job->heads, first + i);
+        float scale = ggd_query_scale(u->job->heads, query_position(u, first + i));
         if (scale != 1.0f) {
             u->job->compute->kernels->scale(dq, scale, u->d);
         }
-        ggd_rotate(u->job->compute->kernels, u->job->heads, u->segment, first + i, -1.0f, 1, dq);
+        ggd_rotate(u->job->compute->kernels, u->job->heads, u->segment, query_position(u, first + i), -1.0f, 1, dq);
         ggd_store_row(u->job->compute, dq, u->job->dqkv, (size_t)u->segment->first_row + first + i, head * u->d, u->d);
     }
 }
 
 static void backward_strip(const unit *u, size_t head, size_t first) {
     const attention_job *job = u->job;
-    size_t rows = ggd_min(u->t - first, STRIP_ROWS), first_row = (size_t)u->segment->first_row + first;
+    size_t rows = ggd_min(u->rows - first, STRIP_ROWS), first_row = (size_t)u->segment->first_row + first;
     key_range keys = visible_keys(u, first, rows);
     strip_scores(u, head, first, rows, keys);
     const void *dout = ggd_activation_at(job->dout, first_row, head * u->d, job->compute->element);
@@ -371,15 +453,15 @@ static void store_key_value_gradients(const unit *u) {
     const attention_job *job = u->job;
     const ggd_heads *heads = job->heads;
     float *row = u->s.unpacked;
-    for (size_t t = 0; t < u->t; t++) {
-        size_t target = (size_t)u->segment->first_row + t;
+    for (size_t i = 0; i < u->rows; i++) {
+        size_t target = (size_t)u->segment->first_row + i, key = own_key(u, i);
         for (size_t d = 0; d < u->d; d++) {
-            row[d] = u->s.dkeys[d * u->ld_t + t];
+            row[d] = u->s.dkeys[d * u->ld_t + key];
         }
-        ggd_rotate(job->compute->kernels, heads, u->segment, t, -1.0f, 1, row);
+        ggd_rotate(job->compute->kernels, heads, u->segment, query_position(u, i), -1.0f, 1, row);
         ggd_store_row(job->compute, row, job->dqkv, target, heads->k_column + u->kv_head * u->d, u->d);
         for (size_t d = 0; d < u->d; d++) {
-            row[d] = u->s.dvalues[d * u->ld_t + t];
+            row[d] = u->s.dvalues[d * u->ld_t + key];
         }
         ggd_store_row(job->compute, row, job->dqkv, target, heads->v_column + u->kv_head * u->d, u->d);
     }
@@ -388,15 +470,15 @@ static void store_key_value_gradients(const unit *u) {
 static void backward_item(void *context, size_t item, size_t thread) {
     const attention_job *job = context;
     unit u = unit_of(job, item, thread, 1);
-    ggd_matrix keys = head_matrix(&u, job->qkv, job->heads->k_column + u.kv_head * u.d, 0, u.t);
-    ggd_matrix values = head_matrix(&u, job->qkv, job->heads->v_column + u.kv_head * u.d, 0, u.t);
+    ggd_matrix keys = keys_or_values(&u, GGD_CONTEXT_KEYS);
     pack_all(&u, GGD_TIMES_WT, &keys, u.s.keys);
-    pack_all(&u, GGD_TIMES_WT, &values, u.s.values_t);
     pack_all(&u, GGD_TIMES_W, &keys, u.s.keys_w);
+    ggd_matrix values = keys_or_values(&u, GGD_CONTEXT_VALUES);
+    pack_all(&u, GGD_TIMES_WT, &values, u.s.values_t);
     memset(u.s.dkeys, 0, u.d * u.ld_t * sizeof(float));
     memset(u.s.dvalues, 0, u.d * u.ld_t * sizeof(float));
     for (size_t head = u.first_head; head < u.first_head + u.n_heads; head++) {
-        for (size_t first = 0; first < u.t; first += STRIP_ROWS) {
+        for (size_t first = 0; first < u.rows; first += STRIP_ROWS) {
             backward_strip(&u, head, first);
         }
     }

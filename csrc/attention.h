@@ -12,7 +12,7 @@ void ggd_attention_forward(const ggd_compute *compute, const ggd_batch *batch, c
 void ggd_attention_backward(const ggd_compute *compute, const ggd_batch *batch, const ggd_heads *heads, ggd_activation qkv,
                             ggd_activation out, const float *lse, ggd_activation dout, ggd_activation dqkv);
 
-// Scratch bytes of one thread; linear in the longest segment.
-size_t ggd_attention_bytes_scratch(ggd_element element, const ggd_heads *heads, size_t max_rows, int gradients);
+// Scratch bytes of one thread; linear in the keys of a segment.
+size_t ggd_attention_bytes_scratch(ggd_element element, const ggd_heads *heads, size_t max_keys, int gradients);
 
 #endif

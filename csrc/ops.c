@@ -257,12 +257,12 @@ void ggd_block_backward(const ggd_compute *compute, const ggd_norm *norm, float 
 
 // ---- queries and keys: their norm, and RoPE; its backward, the inverse rotation, happens in attention.c ----
 
-void ggd_rotate(const ggd_kernels *kernels, const ggd_heads *heads, const ggd_segment *segment, size_t place, float direction,
+void ggd_rotate(const ggd_kernels *kernels, const ggd_heads *heads, const ggd_segment *segment, size_t position, float direction,
                 size_t n_heads, float *x) {
-    int is_long = heads->long_rope.cosine != NULL && (size_t)segment->n_rows > heads->original_context;
+    int is_long = heads->long_rope.cosine != NULL && (size_t)segment->n_positions > heads->original_context;
     const ggd_rope_table *table = is_long ? &heads->long_rope : &heads->rope;
     if (table->cosine != NULL) {
-        size_t at = place * (heads->n_rotated / 2);
+        size_t at = position * (heads->n_rotated / 2);
         kernels->rope[heads->rope_kind](x, table->cosine + at, table->sine + at, direction, n_heads, heads->head_size,
                                         heads->n_rotated);
     }
@@ -298,13 +298,13 @@ static void heads_forward_item(void *context, size_t item, size_t thread) {
     size_t n = job->n_heads * job->heads->head_size;
     float *buffer = (float *)ggd_scratch(job->compute, thread);
     for (size_t i = 0; i < (size_t)segment->n_rows; i++) {
-        size_t row = (size_t)segment->first_row + i;
+        size_t row = (size_t)segment->first_row + i, position = ggd_position(job->batch, segment, i);
         memcpy(buffer, job->x + row * job->ld, n * sizeof *buffer);
         if (job->norm->weight != NULL) {
             norm_heads(job, row, n, buffer);
         }
-        ggd_rotate(job->compute->kernels, job->heads, segment, i, 1.0f, job->n_heads, buffer);
-        float scale = ggd_query_scale(job->heads, i);
+        ggd_rotate(job->compute->kernels, job->heads, segment, position, 1.0f, job->n_heads, buffer);
+        float scale = ggd_query_scale(job->heads, position);
         if (scale != 1.0f) {
             job->compute->kernels->scale(buffer, scale, n);
         }

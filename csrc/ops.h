@@ -13,13 +13,14 @@ typedef struct {
     const float *cosine, *sine;  // (positions, n_rotated / 2); NULL: none
 } ggd_rope_table;
 typedef struct {
+    size_t layer;
     size_t n_heads, n_kv_heads, head_size;
     size_t k_column, v_column;  // where K and V start
     float score_scale, score_cap;
     size_t window;  // 0: all keys
     ggd_rope_kind rope_kind;
     size_t n_rotated;
-    ggd_rope_table rope, long_rope;  // of segments up to the original context, and longer ones; long_rope may have none
+    ggd_rope_table rope, long_rope;  // of texts up to the original context, and longer ones; long_rope may have none
     size_t original_context;
     float temperature;  // of queries beyond the original context, see ggd_query_scale
 } ggd_heads;
@@ -60,20 +61,25 @@ void ggd_block_forward(const ggd_compute *compute, const ggd_norm *norm, float s
 void ggd_block_backward(const ggd_compute *compute, const ggd_norm *norm, float scale, size_t m, const float *dx, size_t ld,
                         ggd_activation dblock);
 
-// float32 queries or keys, (M, n_heads D), to activations: normed in pieces of norm->n, rotated by each row's place in its segment.
+// Position of a segment's row in its text.
+static inline size_t ggd_position(const ggd_batch *batch, const ggd_segment *segment, size_t row) {
+    return batch->positions != NULL ? (size_t)batch->positions[(size_t)segment->first_row + row] : row;
+}
+
+// float32 queries or keys, (M, n_heads D), to activations: normed in pieces of norm->n, rotated by each row's position.
 // norm->scales is (M, pieces).
 void ggd_heads_forward(const ggd_compute *compute, const ggd_batch *batch, const ggd_heads *heads, size_t n_heads,
                        const ggd_norm *norm, const float *x, size_t ld, ggd_activation rotated);
 // From the gradient of what the norm made (the rotation is undone) to that of its input, in place.
 void ggd_heads_backward(const ggd_compute *compute, const ggd_batch *batch, const ggd_heads *heads, size_t n_heads,
                         const ggd_norm *norm, ggd_activation gradient);
-// Rotates n_heads heads of a row at a place in a segment; direction -1 is the backward.
-void ggd_rotate(const ggd_kernels *kernels, const ggd_heads *heads, const ggd_segment *segment, size_t place, float direction,
+// Rotates n_heads heads of a row at a position; direction -1 is the backward.
+void ggd_rotate(const ggd_kernels *kernels, const ggd_heads *heads, const ggd_segment *segment, size_t position, float direction,
                 size_t n_heads, float *x);
 
-// What a query at a place in its segment is multiplied by after its rotation.
-static inline float ggd_query_scale(const ggd_heads *heads, size_t place) {
-    return heads->temperature != 0 ? 1.0f + heads->temperature * logf((float)(place / heads->original_context + 1)) : 1.0f;
+// What a query at a position is multiplied by after its rotation.
+static inline float ggd_query_scale(const ggd_heads *heads, size_t position) {
+    return heads->temperature != 0 ? 1.0f + heads->temperature * logf((float)(position / heads->original_context + 1)) : 1.0f;
 }
 
 // h = gate'(gate) * up with gate' the SiLU or GELU, in int8 too where the operand has room for it.

@@ -72,7 +72,7 @@ static size_t pack_layers(const ggd_session *s, int backward) {
 }
 
 double ggd_session_packing(ggd_session *session, int32_t backward, double time_s) {
-    ggd_capacity capacity = {.n_rows = 1, .max_segment_rows = 1, .gradients = 1, .keep = session->capacity.keep};
+    ggd_capacity capacity = {.n_rows = 1, .max_keys = 1, .max_positions = 1, .gradients = 1, .keep = session->capacity.keep};
     if (ggd_session_reserve(session, &capacity)) {
         return 0;
     }

@@ -165,7 +165,7 @@ static size_t thread_scratch_bytes(const ggd_session *s, const ggd_capacity *c) 
     size_t bytes = ggd_gemm_bytes_scratch(s->compute.element, ggd_max(GGD_LOSS_TOKENS, reduction), block);
     // LoRA gradients reduce over all rows, with operands that have no blocks.
     size_t rows = ggd_gemm_bytes_scratch(s->compute.element, c->gradients ? c->n_rows : 0, 1);
-    size_t attention = ggd_attention_bytes_scratch(s->compute.element, &s->heads, c->max_segment_rows, c->gradients);
+    size_t attention = ggd_attention_bytes_scratch(s->compute.element, &s->heads, c->max_keys, c->gradients);
     size_t row = ggd_max(ggd_max(s->ld_qkv, s->ld_hidden) + s->ld_hidden, 3 * s->ld_queries) * sizeof(float);
     return ggd_round_up(ggd_max(ggd_max(rows, bytes), ggd_max(attention, row)), 4096);
 }
@@ -225,7 +225,7 @@ static size_t lay_out(const ggd_session *s, void *base, const ggd_capacity *c, g
     b->middles = take_copies(s, &a, c, GGD_KEEP_WITHOUT_FFN);
     lay_out_layers(s, &a, c, b);
     for (int rope = 0; rope < GGD_N_ROPES; rope++) {
-        size_t n = s->model->ropes[rope].frequencies != NULL ? c->max_segment_rows * (s->model->n_rotated / 2) : 0;
+        size_t n = s->model->ropes[rope].frequencies != NULL ? c->max_positions * (s->model->n_rotated / 2) : 0;
         b->cosine[rope] = take(&a, n, sizeof(float));
         b->sine[rope] = take(&a, n, sizeof(float));
     }
@@ -270,8 +270,8 @@ static void ask_for_huge_pages(void *memory, size_t bytes) {
 
 int ggd_session_reserve(ggd_session *s, const ggd_capacity *wanted) {
     const ggd_capacity *have = &s->capacity;
-    if (s->arena != NULL && wanted->n_rows <= have->n_rows && wanted->max_segment_rows <= have->max_segment_rows &&
-        wanted->max_rank <= have->max_rank && wanted->gradients <= have->gradients && wanted->teacher <= have->teacher &&
+    if (s->arena != NULL && wanted->n_rows <= have->n_rows && wanted->max_keys <= have->max_keys &&
+        wanted->max_positions <= have->max_positions && wanted->max_rank <= have->max_rank && wanted->gradients <= have->gradients && wanted->teacher <= have->teacher &&
         wanted->keep == have->keep) {
         return 0;
     }
@@ -279,7 +279,8 @@ int ggd_session_reserve(ggd_session *s, const ggd_capacity *wanted) {
     const ggd_capacity none = {0};
     have = wanted->gradients > have->gradients ? &none : have;
     ggd_capacity grown = {.n_rows = ggd_max(wanted->n_rows, have->n_rows),
-                          .max_segment_rows = ggd_max(wanted->max_segment_rows, have->max_segment_rows),
+                          .max_keys = ggd_max(wanted->max_keys, have->max_keys),
+                          .max_positions = ggd_max(wanted->max_positions, have->max_positions),
                           .max_rank = ggd_max(wanted->max_rank, have->max_rank),
                           .gradients = wanted->gradients || have->gradients,
                           .teacher = wanted->teacher || have->teacher,
@@ -299,7 +300,7 @@ int ggd_session_reserve(ggd_session *s, const ggd_capacity *wanted) {
     s->compute.scratch = s->buffers.thread_scratch;
     bind_int8(s);
     s->capacity = grown;
-    fill_rope_tables(s, grown.max_segment_rows);
+    fill_rope_tables(s, grown.max_positions);
     return 0;
 }
 
@@ -373,14 +374,16 @@ const char *ggd_session_element(const ggd_session *session) {
     return session->compute.element == GGD_ELEMENT_BF16 ? "bfloat16" : "float32";
 }
 
-int ggd_session_plan(const ggd_session *session, int32_t n_rows, int32_t max_segment_rows, int32_t max_rank, int32_t gradients,
-                     int32_t teacher, int32_t keep, size_t *bytes) {
-    if (n_rows < 1 || max_segment_rows < 1 || max_rank < 0) {
-        return ggd_fail("cannot plan %d rows in segments of %d at rank %d", n_rows, max_segment_rows, max_rank);
+int ggd_session_plan(const ggd_session *session, const ggd_call_size *size, int32_t gradients, int32_t teacher, int32_t keep,
+                     size_t *bytes) {
+    if (size->n_rows < 1 || size->max_keys < 1 || size->max_positions < 1 || size->max_rank < 0) {
+        return ggd_fail("cannot plan %d rows with %d keys and %d positions at rank %d", size->n_rows, size->max_keys,
+                        size->max_positions, size->max_rank);
     }
-    ggd_capacity wanted = {.n_rows = (size_t)n_rows,
-                           .max_segment_rows = (size_t)max_segment_rows,
-                           .max_rank = (size_t)max_rank,
+    ggd_capacity wanted = {.n_rows = (size_t)size->n_rows,
+                           .max_keys = (size_t)size->max_keys,
+                           .max_positions = (size_t)size->max_positions,
+                           .max_rank = (size_t)size->max_rank,
                            .gradients = gradients != 0,
                            .teacher = teacher != 0,
                            .keep = keep};

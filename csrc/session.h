@@ -2,6 +2,7 @@
 #ifndef GGD_SESSION_H
 #define GGD_SESSION_H
 
+#include "context.h"
 #include "linear.h"
 #include "loss.h"
 #include "model.h"
@@ -20,7 +21,7 @@ typedef struct {
 
 // Sizes that a plan is made for.
 typedef struct {
-    size_t n_rows, max_segment_rows, max_rank;
+    size_t n_rows, max_keys, max_positions, max_rank;
     int gradients, teacher;
     int keep;  // GGD_KEEP_*, of a call with gradients
 } ggd_capacity;
@@ -35,7 +36,7 @@ typedef struct {
     float *before_rope;                                     // (M, H D) float32: Q, then K
     float *block;                                           // (M, C) float32: what a block adds, where blocks stand apart
     ggd_activation h;                                       // (M, F)
-    float *cosine[GGD_N_ROPES], *sine[GGD_N_ROPES];         // (longest segment, n_rotated / 2)
+    float *cosine[GGD_N_ROPES], *sine[GGD_N_ROPES];         // (positions, n_rotated / 2)
     float *dx, *dnormed;                                    // (M, C) float32; dnormed lies in x
     ggd_activation dx_activation;                           // (M, C), dx as the first products of a block read it; lies in normed
     ggd_activation dgate;                                   // (M, F): d h, then d gate
@@ -55,6 +56,7 @@ struct ggd_session {
     ggd_compute compute;
     ggd_heads heads;                                        // without what differs from layer to layer: window and RoPE
     size_t ld_hidden, ld_queries, ld_keys, ld_qkv, ld_ffn;  // row strides in elements
+    ggd_context *extended;                                  // where the forward keeps keys and values, or NULL
     ggd_capacity capacity;
     ggd_buffers buffers;
     void *arena;

@@ -43,6 +43,7 @@ static ggd_heads heads_of(const ggd_session *s, size_t l) {
     const ggd_layer *layer = &s->model->layers[l];
     const ggd_buffers *b = &s->buffers;
     ggd_heads heads = s->heads;
+    heads.layer = l;
     heads.window = layer->window;
     if (layer->rope >= 0) {
         heads.rope = (ggd_rope_table){b->cosine[layer->rope], b->sine[layer->rope]};
@@ -115,6 +116,15 @@ static void project_heads(ggd_session *s, const ggd_batch *batch, size_t l, cons
     }
 }
 
+// Keys and values of rows that others will see.
+static void keep_context(ggd_session *s, size_t m, size_t l) {
+    if (s->extended != NULL) {
+        ggd_activation qkv = s->buffers.layers[l].qkv;
+        ggd_context_store(s->extended, &s->compute, l, GGD_CONTEXT_KEYS, m, columns_of(s, qkv, GGD_ATTN_K));
+        ggd_context_store(s->extended, &s->compute, l, GGD_CONTEXT_VALUES, m, columns_of(s, qkv, GGD_ATTN_V));
+    }
+}
+
 // x -> x + attention block
 static void attention_block_forward(ggd_session *s, const ggd_batch *batch, size_t l) {
     ggd_buffers *b = &s->buffers;
@@ -125,6 +135,7 @@ static void attention_block_forward(ggd_session *s, const ggd_batch *batch, size
     ggd_operand normed = operand_of(s, b->normed, s->model->shape.hidden_size);
     ggd_rmsnorm_forward(&s->compute, &norm, m, b->x, s->ld_hidden, normed);
     project_heads(s, batch, l, &heads, normed);
+    keep_context(s, m, l);
     ggd_attention_forward(&s->compute, batch, &heads, act->qkv, act->attn_out, act->lse);
     add_block(s, m, l, GGD_ATTN_OUTPUT, quantised(s, m, act->attn_out, s->model->shape.n_heads * s->model->shape.head_size));
 }

@@ -22,6 +22,7 @@ extern "C" {
 /* cffi: begin */
 typedef struct ggd_model ggd_model;
 typedef struct ggd_session ggd_session;
+typedef struct ggd_context ggd_context;
 
 typedef struct {
     int32_t n_layers;           // L
@@ -58,17 +59,23 @@ typedef struct {
     int32_t keep;       // GGD_KEEP_*
 } ggd_session_options;
 
-// A run of rows that attend to each other only: a sequence, or one document of a packed sequence.
+// A run of rows that attend to each other: a sequence, one document of a packed sequence, a block, the holes of a text. Its rows also
+// attend to some rows of a context, but for one at a row's own position: the row stands in its place.
 typedef struct {
     int32_t first_row;       // into the batch's rows
-    int32_t n_rows;          // >= 1, at most the context length
+    int32_t n_rows;          // >= 1
     int32_t sequence;        // row of embedding_offset
     int32_t first_position;  // the run's place in its sequence, for the Bernoulli mask's pattern
+    int32_t n_positions;     // length of the text that its rows have their positions in, at most the context length
+    int32_t first_context;   // into the context's rows, whose positions rise
+    int32_t n_context;       // 0 without a context
 } ggd_segment;
 
 typedef struct {
     int32_t n_rows;         // M
     const int32_t *tokens;  // (M)
+    const int32_t *positions;  // (M), rising in a segment; NULL: 0, 1, 2 ... in each
+    const ggd_context *context;     // what the segments see beside their own rows, or NULL
     int32_t n_segments;
     const ggd_segment *segments;    // in row order, without gaps
     int32_t n_sequences;            // B
@@ -189,10 +196,15 @@ const char *ggd_session_element(const ggd_session *session);
 // int8 products, or where the session was asked for float32 or has to compute so for its float weights.
 int ggd_session_set_int8(ggd_session *session, int32_t products);
 int32_t ggd_session_int8(const ggd_session *session);
-// Bytes that a call would take: n_rows of at most max_segment_rows, LoRA pairs of at most max_rank, with or without gradients and
-// teacher, under a policy GGD_KEEP_*.
-int ggd_session_plan(const ggd_session *session, int32_t n_rows, int32_t max_segment_rows, int32_t max_rank, int32_t gradients,
-                     int32_t teacher, int32_t keep, size_t *bytes);
+typedef struct {
+    int32_t n_rows;
+    int32_t max_keys;       // of a segment: its own rows and those of its context
+    int32_t max_positions;  // of a segment
+    int32_t max_rank;       // of LoRA pairs
+} ggd_call_size;
+// Bytes that a call of a size would take, with or without gradients and teacher, under a policy GGD_KEEP_*.
+int ggd_session_plan(const ggd_session *session, const ggd_call_size *size, int32_t gradients, int32_t teacher, int32_t keep,
+                     size_t *bytes);
 // Policy of the calls that follow; the arena is laid out anew when it changes.
 void ggd_session_set_keep(ggd_session *session, int32_t keep);
 // Seconds that the session's calls spent in a part of the work since it was created or reset; NULL past the last part. The rest of a
@@ -205,6 +217,21 @@ double ggd_session_peak(ggd_session *session, double time_s);
 // Billions of weights a second that are packed for products, all threads, in passes over all layers' frozen weights: for the forward, or
 // across the rows for the input gradients; in int8 where the session's products are. 0 where the memory is missing.
 double ggd_session_packing(ggd_session *session, int32_t backward, double time_s);
+
+// Keys and values of rows that the base alone has computed, each row from itself and rows before it. Rows that stand stay as they are, so
+// calls that follow need not compute them again. A context belongs to its model; calls with one session's contexts take turns as its other calls.
+enum { GGD_CONTEXT_F32 = 0, GGD_CONTEXT_BF16 = 1, GGD_CONTEXT_Q8_0 = 2 };
+// Bytes of a context of n_rows; -1 where the type does not go with the model's heads.
+int ggd_context_plan(const ggd_model *model, int32_t type, int32_t n_rows, size_t *bytes);
+int ggd_context_create(const ggd_model *model, int32_t type, int32_t n_rows, ggd_context **context);
+void ggd_context_free(ggd_context *context);
+int32_t ggd_context_rows(const ggd_context *context);
+// Forgets all rows from n_rows on.
+void ggd_context_truncate(ggd_context *context, int32_t n_rows);
+// Computes rows with the base alone, causally, and appends them; the batch names the same context where its segments see rows that are there
+// already. Raw logits of chosen rows, (n_select, V).
+int ggd_context_extend(ggd_session *session, ggd_context *context, const ggd_batch *batch, int32_t n_select, const int32_t *rows,
+                       float *logits);
 
 // Raw logits of chosen rows, (n_select, V).
 int ggd_logits(ggd_session *session, const ggd_batch *batch, const ggd_adapter *adapter, int32_t n_select, const int32_t *rows,

@@ -21,6 +21,7 @@ from ggml_diffusion.formats.model_file import ModelFile
 
 Compute = Literal["fast", "f32"]
 Int8 = Literal["none", "backward", "both"]
+ContextType = Literal["f32", "bf16", "q8_0"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +46,56 @@ class Teacher:
 
 
 @dataclass(frozen=True, eq=False)
+class ContextRows:
+    """Rows that stand beside those of a batch: the base alone computes them, each from itself and from those
+    before it in its document, and they get no gradients.
+
+    Letters: S rows of a sequence, at most.
+
+    Attributes:
+        tokens: (B, S) integers.
+        positions: (B, S) int32, of each row in its document; they rise.
+        lengths: (B,), rows from there on are padding; 0 = the sequence has none.
+        seen: (B, T, 2) int32, for each row of the batch the first and the end of the rows of its sequence
+            that it sees; all rows of a document of the batch see the same.
+        document_ids: (B, S), as a batch's; None = one document a sequence.
+
+    """
+
+    tokens: NDArray[np.integer[Any]]
+    positions: NDArray[np.int32]
+    lengths: NDArray[np.integer[Any]]
+    seen: NDArray[np.int32]
+    document_ids: NDArray[np.int32] | None = None
+
+    def batch(self, n_positions: int | None = None) -> "Batch | None":
+        """The rows as a batch of their own, without the sequences that have none; None = there is no row."""
+        has_rows = self.lengths > 0
+        if not has_rows.any():
+            return None
+        documents = None if self.document_ids is None else self.document_ids[has_rows]
+        return Batch(
+            self.tokens[has_rows],
+            1.0,
+            self.lengths[has_rows],
+            documents,
+            positions=self.positions[has_rows],
+            n_positions=n_positions,
+        )
+
+    def part(self, sequences: slice) -> "ContextRows":
+        """The same for some of the sequences."""
+        documents = None if self.document_ids is None else self.document_ids[sequences]
+        return ContextRows(
+            self.tokens[sequences],
+            self.positions[sequences],
+            self.lengths[sequences],
+            self.seen[sequences],
+            documents,
+        )
+
+
+@dataclass(frozen=True, eq=False)
 class Batch:
     """What the network sees in one call. Checked when it is made, and by nobody after that.
 
@@ -57,6 +108,11 @@ class Batch:
         bernoulli_seed: future keys are visible with probability 1 - causal_ratio by this seed's pattern,
             instead of being weighted by it; None = weighted. Only for losses.
         teacher: adds a second loss, the cross-entropy to the base's own distribution. Only for losses.
+        positions: (B, T) int32, of each row in its text, where rows are not simply all of it; they rise in a
+            document, and what is future to a row is what has a greater position.
+        n_positions: length of that text, for models whose RoPE depends on it; None = up to the last row.
+        context: rows of the same text that stand, and that these rows see beside each other, but for one at a
+            row's own position: the row stands in its place.
 
     Raises:
         ValueError: an array of the wrong shape or type, or a document that appears in two parts.
@@ -71,6 +127,9 @@ class Batch:
     embedding_offset: NDArray[np.float32] | None = None
     bernoulli_seed: int | None = None
     teacher: Teacher | None = None
+    positions: NDArray[np.int32] | None = None
+    n_positions: int | None = None
+    context: ContextRows | None = None
 
     def __post_init__(self) -> None:
         """Check the arrays; what depends on the model (V, C, context) the engine checks."""
@@ -85,6 +144,8 @@ class Batch:
         if self.teacher is not None:
             self.check_by_row(self.teacher.tokens, "teacher tokens")
             self.check_by_row(self.teacher.weights, "teacher weights")
+        if self.positions is not None:
+            self.check_by_row(self.positions, "positions")
         _ = self.segments  # raises for lengths and documents that are not possible
 
     def check_by_row(self, array: ArrayLike, name: str) -> NDArray[Any]:
@@ -106,8 +167,23 @@ class Batch:
 
     @cached_property
     def segments(self) -> NDArray[np.int32]:
-        """Rows that attend to each other only, (n, 4); see `find_segments`."""
-        return find_segments(self.valid, document_array(self.tokens.shape, self.document_ids))
+        """Rows that attend to each other, (n, 7), and what they see of the context; see `find_segments`."""
+        documents = document_array(self.tokens.shape, self.document_ids)
+        segments = find_segments(self.valid, documents, self.positions, self.n_positions)
+        if self.context is not None:
+            first_rows = np.cumsum(self.context.lengths) - self.context.lengths
+            seen = self.context.seen[self.valid][segments[:, 0]]
+            segments[:, 5] = first_rows[segments[:, 2]] + seen[:, 0]
+            segments[:, 6] = seen[:, 1] - seen[:, 0]
+            self._lengthen(segments, self.context)
+        return segments
+
+    def _lengthen(self, segments: NDArray[np.int32], context: ContextRows) -> None:
+        """Let each segment's text reach to the last row that it sees."""
+        for segment in segments if self.n_positions is None else []:
+            end = segment[5] + segment[6] - (np.cumsum(context.lengths) - context.lengths)[segment[2]]
+            if segment[6] > 0:
+                segment[4] = max(segment[4], context.positions[segment[2], end - 1] + 1)
 
     def part(self, sequences: slice) -> "Batch":
         """The same for some of the sequences."""
@@ -118,6 +194,8 @@ class Batch:
             document_ids=None if self.document_ids is None else np.asarray(self.document_ids)[sequences],
             embedding_offset=None if self.embedding_offset is None else self.embedding_offset[sequences],
             teacher=None if self.teacher is None else self.teacher.part(sequences),
+            positions=None if self.positions is None else self.positions[sequences],
+            context=None if self.context is None else self.context.part(sequences),
         )
 
 
@@ -173,6 +251,63 @@ class StepDescription:
     recomputed: str = ""
 
 
+class Context(Protocol):
+    """Keys and values of tokens that stand, so that what comes after or between them need not compute them
+    again. The base alone computes them, each from itself and from those before it."""
+
+    @property
+    def n_rows(self) -> int:
+        """Tokens that it holds."""
+
+    @property
+    def positions(self) -> NDArray[np.int32]:
+        """Of each of them, (n_rows,); they rise."""
+
+    def extend(
+        self, tokens: ArrayLike, positions: ArrayLike | None = None, *, select: ArrayLike | None = None
+    ) -> NDArray[np.float32]:
+        """Compute tokens (n,) and append them.
+
+        Args:
+            tokens: integers.
+            positions: (n,), rising and greater than those that are there; None = right behind them.
+            select: (n,) bool, rows whose logits are wanted; None = none.
+
+        Returns:
+            The base's logits (n_selected, V).
+
+        Raises:
+            UserError: a token outside the vocabulary, or no room for them.
+
+        """
+
+    def truncate(self, n_rows: int) -> None:
+        """Forget all but the first `n_rows` tokens."""
+
+    def logits(
+        self, groups: Batch, adapter: LoraAdapter | None = None, *, select: ArrayLike, int8: Int8 = "none"
+    ) -> NDArray[np.float32]:
+        """Logits of rows that see the context, and each other within a document; it stays as it is.
+
+        Args:
+            groups: each of its documents is a group: a block, the holes of a text, a candidate. It has
+                positions.
+            adapter: of these rows.
+            select: (B, T) bool, rows whose logits are wanted.
+            int8: see `Engine.loss_and_gradients`.
+
+        Returns:
+            (n_selected, V) float32.
+
+        Raises:
+            UserError, ValueError: as `Engine.logits`.
+
+        """
+
+    def close(self) -> None:
+        """Free its memory."""
+
+
 class Engine(Protocol):
     """A frozen autoregressive model that computes logits, losses and gradients.
 
@@ -219,6 +354,20 @@ class Engine(Protocol):
 
         Raises:
             UserError: how much it needs, and how much there is.
+
+        """
+
+    def context(self, n_rows: int, *, keys: ContextType | None = None) -> Context:
+        """Room for `n_rows` tokens that stand.
+
+        Args:
+            n_rows: most that it will hold; positions are below that, too.
+            keys: type of the keys and values that are kept, "f32", "bf16" or "q8_0"; None = that of the
+                products.
+
+        Raises:
+            UserError: not enough memory for it, a type that does not go with the model's heads, or an engine
+                without contexts.
 
         """
 

@@ -50,12 +50,23 @@ def document_array(shape: tuple[int, ...], document_ids: ArrayLike | None) -> ND
     return documents
 
 
-def find_segments(valid: NDArray[np.bool_], documents: NDArray[np.int32]) -> NDArray[np.int32]:
+def find_segments(
+    valid: NDArray[np.bool_],
+    documents: NDArray[np.int32],
+    positions: NDArray[np.int32] | None = None,
+    n_positions: int | None = None,
+) -> NDArray[np.int32]:
     """Runs of one document in the rows of a batch without its padding.
 
+    Args:
+        valid: (B, T).
+        documents: (B, T).
+        positions: (B, T), of each row in its text; None = counted from the first of its run.
+        n_positions: length of that text; None = up to the run's last row.
+
     Returns:
-        (n, 4) int32, the fields of the core's ggd_segment: first row, number of rows, sequence, position of
-        the first row in its sequence.
+        (n, 7) int32, the fields of the core's ggd_segment: first row, number of rows, sequence, position of
+        the first row in its sequence, length of the text, and the rows of a context that it sees, none here.
 
     Raises:
         ValueError: a document appears twice in a sequence, with another one between.
@@ -69,7 +80,9 @@ def find_segments(valid: NDArray[np.bool_], documents: NDArray[np.int32]) -> NDA
         if len(np.unique(ids)) != len(starts):
             raise ValueError(f"the documents of sequence {sequence} are not contiguous")
         for start, end in zip(starts, [*starts[1:], n_tokens], strict=True):
-            segments.append((row + start, end - start, sequence, start))
+            length = end - start if positions is None else positions[sequence, end - 1] + 1
+            first = start if positions is None else 0
+            segments.append((row + start, end - start, sequence, first, n_positions or length, 0, 0))
         row += n_tokens
     return np.array(segments, dtype=np.int32)
 

@@ -33,8 +33,8 @@ def test_a_part_has_the_arrays_of_its_sequences_and_the_numbers_of_the_whole() -
     np.testing.assert_array_equal(part.embedding_offset, batch.embedding_offset[1:])
     np.testing.assert_array_equal(part.teacher.tokens, batch.tokens[1:] + 100)
     np.testing.assert_array_equal(part.valid, batch.valid[1:])
-    # first row, rows, sequence, position: counted within the part
-    assert part.segments.tolist() == [[0, 1, 0, 0], [1, 2, 0, 1], [3, 4, 1, 0]]
+    # first row, rows, sequence, position, length, context: counted within the part
+    assert part.segments.tolist() == [[0, 1, 0, 0, 1, 0, 0], [1, 2, 0, 1, 2, 0, 0], [3, 4, 1, 0, 4, 0, 0]]
 
 
 def test_parts_without_the_optional_arrays_have_none() -> None:

@@ -27,12 +27,22 @@ class Rows:
     Attributes:
         batch: whose rows they are.
         tokens: (M,) int32.
-        longest: rows of the longest segment.
+        most_keys: that a segment sees, its own rows and those of its context.
+        longest: positions of the longest text.
         struct: the core's `ggd_batch *`; valid while this object lives.
 
     """
 
-    def __init__(self, batch: Batch, hidden_size: int) -> None:
+    def __init__(self, batch: Batch, hidden_size: int, context: Any = None, n_seen: int | None = None) -> None:
+        """Take a batch's rows.
+
+        Args:
+            batch: as it was checked.
+            hidden_size: C.
+            context: the core's `ggd_context *` that the batch's segments see rows of, None = none.
+            n_seen: they all see so many of its rows, the first; None = as the batch says.
+
+        """
         offset = batch.embedding_offset
         if offset is not None and offset.shape[1] != hidden_size:
             raise ValueError(
@@ -40,12 +50,21 @@ class Rows:
             )
         self.batch = batch
         self.tokens = np.ascontiguousarray(batch.tokens[batch.valid], dtype=np.int32)
-        self.longest = int(batch.segments.reshape(-1, 4)[:, 1].max(initial=1))
+        self._segments = batch.segments
+        if n_seen is not None:
+            self._segments = batch.segments.copy()
+            self._segments[:, 6] = n_seen
+        self.most_keys = int((self._segments[:, 1] + self._segments[:, 6]).max())
+        self.longest = int(self._segments[:, 4].max())
         self.struct = ffi.new("ggd_batch *")
         self.struct.n_rows = len(self.tokens)
         self.struct.tokens = pointer("const int32_t *", self.tokens)
-        self.struct.n_segments = len(batch.segments)
-        self.struct.segments = pointer("const ggd_segment *", batch.segments)
+        if batch.positions is not None:
+            self._positions = np.ascontiguousarray(batch.positions[batch.valid], dtype=np.int32)
+            self.struct.positions = pointer("const int32_t *", self._positions)
+        self.struct.context = ffi.NULL if context is None else context
+        self.struct.n_segments = len(self._segments)
+        self.struct.segments = pointer("const ggd_segment *", self._segments)
         self.struct.n_sequences = len(batch.tokens)
         self.struct.embedding_offset = pointer("const float *", offset)
         self.struct.causal_ratio = batch.causal_ratio

@@ -14,8 +14,16 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ggml_diffusion.engine.cpu.context import Q4Context, StandingRows
 from ggml_diffusion.engine.cpu.native_structs import NativeAdapter, Objective, Rows
-from ggml_diffusion.engine.interface import Batch, Compute, Int8, LossResult, StepDescription
+from ggml_diffusion.engine.interface import (
+    Batch,
+    Compute,
+    ContextType,
+    Int8,
+    LossResult,
+    StepDescription,
+)
 from ggml_diffusion.engine.memory_plan import Keep, StepPlan, plan_step
 from ggml_diffusion.engine.native import check, ffi, lib, pointer
 from ggml_diffusion.engine.segments import token_array
@@ -76,6 +84,7 @@ class Q4Model:
         self._compute = compute
         self._model: Any = ffi.NULL
         self._session: Any = ffi.NULL
+        self._standing = StandingRows(self)
         self._adapter = NativeAdapter(None, None)  # of the last call without gradients
         model = ffi.new("ggd_model **")
         paths = [ffi.new("char[]", os.fsencode(part)) for part in file.parts]
@@ -135,6 +144,7 @@ class Q4Model:
 
     def close(self) -> None:
         """Free the model's memory; every other call is an error afterwards."""
+        self._standing.close()
         lib.ggd_session_free(self._session)
         lib.ggd_model_free(self._model)
         self._session = self._model = ffi.NULL
@@ -206,6 +216,7 @@ class Q4Model:
         *,
         keep: Keep = "all",
         teacher: bool = False,
+        most_keys: int | None = None,
     ) -> int:
         """Bytes that a call takes beside the mapped file.
 
@@ -216,11 +227,15 @@ class Q4Model:
             gradients: for `loss_and_gradients` or for the other calls.
             keep: what is kept for the backward.
             teacher: whether there is one.
+            most_keys: that a row sees, where they are not just its document's.
 
         """
-        n_bytes = ffi.new("size_t *")
-        counts = [min(count, _MOST) for count in (n_rows, longest, rank)]
-        check(lib.ggd_session_plan(self._open(), *counts, gradients, teacher, _KEEP[keep], n_bytes))
+        n_bytes, size = ffi.new("size_t *"), ffi.new("ggd_call_size *")
+        size.n_rows, size.max_positions, size.max_rank = (
+            min(count, _MOST) for count in (n_rows, longest, rank)
+        )
+        size.max_keys = min(most_keys or longest, _MOST)
+        check(lib.ggd_session_plan(self._open(), size, gradients, teacher, _KEEP[keep], n_bytes))
         # More than the core can count would be refused by it: to be told in numbers, it is scaled up.
         return int(n_bytes[0]) * max(1, -(-n_rows // _MOST), -(-rank // _MOST))
 
@@ -258,6 +273,7 @@ class Q4Model:
         keep: Keep | None = None,
         teacher: bool = False,
         n_logits: int = 0,
+        most_keys: int | None = None,
         is_call: bool = True,
     ) -> None:
         """Refuse a call for which the machine's memory is too small, before the system ends the process.
@@ -266,7 +282,9 @@ class Q4Model:
         `is_call` is False where the call may never come.
         """
         gradients, keep = keep is not None, keep or "boundaries"
-        arena = self.memory_bytes(max(n_rows, 1), longest, rank, gradients, keep=keep, teacher=teacher)
+        arena = self.memory_bytes(
+            max(n_rows, 1), longest, rank, gradients, keep=keep, teacher=teacher, most_keys=most_keys
+        )
         needed = arena + n_logits * self._file.V * 4
         if needed <= self._checked_bytes:
             return
@@ -317,12 +335,32 @@ class Q4Model:
         int8: Int8 = "none",
     ) -> NDArray[np.float32]:
         """See `Engine`."""
+        with self._standing.of(batch, int8) as context:
+            logits = self.logits_of(Rows(batch, self._file.C, context), adapter, select, int8)
+        return Rows(batch, self._file.C).spread(logits) if select is None else logits
+
+    def context(self, n_rows: int, *, keys: ContextType | None = None) -> Q4Context:
+        """See `Engine`."""
+        return Q4Context(self, n_rows, keys)
+
+    def prepare(
+        self, rows: Rows, adapter: LoraAdapter | None, int8: Int8, *, n_logits: int = 0
+    ) -> NativeAdapter:
+        """Get ready for a call of the core without gradients: arithmetic, adapter and memory."""
         self._use_int8(int8)
-        rows = Rows(batch, self._file.C)
-        wanted = batch.valid if select is None else np.asarray(select, dtype=bool)
-        chosen = np.flatnonzero(rows.take(wanted, np.bool_, "select")).astype(np.int32)
         native = self._native_adapter(adapter, None)
-        self._check_memory(len(rows.tokens), rows.longest, native.rank, n_logits=len(chosen))
+        self._check_memory(
+            len(rows.tokens), rows.longest, native.rank, n_logits=n_logits, most_keys=rows.most_keys
+        )
+        return native
+
+    def logits_of(
+        self, rows: Rows, adapter: LoraAdapter | None, select: ArrayLike | None, int8: Int8
+    ) -> NDArray[np.float32]:
+        """Logits (n_selected, V) of chosen rows, None = of all."""
+        wanted = rows.batch.valid if select is None else np.asarray(select, dtype=bool)
+        chosen = np.flatnonzero(rows.take(wanted, np.bool_, "select")).astype(np.int32)
+        native = self.prepare(rows, adapter, int8, n_logits=len(chosen))
         logits = np.empty((len(chosen), self._file.V), dtype=np.float32)
         row_pointer, logits_pointer = pointer("const int32_t *", chosen), pointer("float *", logits)
         check(
@@ -332,7 +370,7 @@ class Q4Model:
         )
         # Row by row: a copy of all logits, even as truth values, may be large.
         self._require_finite(all(np.isfinite(row).all() for row in logits), adapter)
-        return rows.spread(logits) if select is None else logits
+        return logits
 
     def loss(
         self,
@@ -344,11 +382,11 @@ class Q4Model:
         int8: Int8 = "none",
     ) -> LossResult:
         """See `Engine`."""
-        self._use_int8(int8)
-        objective = Objective(Rows(batch, self._file.C), targets, weights)
-        native = self._native_adapter(adapter, None)
-        self._check_memory(len(objective.rows.tokens), objective.rows.longest, native.rank)
-        check(lib.ggd_loss(self._session, objective.rows.struct, native.struct, objective.struct))
+        with self._standing.of(batch, int8) as context:
+            rows = Rows(batch, self._file.C, context)
+            objective = Objective(rows, targets, weights)
+            native = self.prepare(rows, adapter, int8)
+            check(lib.ggd_loss(self._session, rows.struct, native.struct, objective.struct))
         result = objective.result(None)
         self._require_finite(np.isfinite(result.row_loss).all(), adapter)
         return result
@@ -364,29 +402,45 @@ class Q4Model:
         int8: Int8 = "none",
     ) -> LossResult:
         """See `Engine`. The batch goes in parts of whole sequences where the memory budget asks for it."""
-        self._use_int8(int8)
         native = self._native_adapter(adapter, gradients)
         targets = batch.check_by_row(targets, "targets")
         weights = batch.check_by_row(weights, "weights")
         n_sequences, n_tokens = batch.tokens.shape
-        plan = self._plan(n_sequences, n_tokens, native.rank, batch.teacher is not None)
+        has_teacher, most_keys = batch.teacher is not None, int(batch.segments[:, [1, 6]].sum(axis=1).max())
+        plan = self._plan(n_sequences, n_tokens, native.rank, has_teacher)
         lib.ggd_session_set_keep(self._session, _KEEP[plan.keep])
-        rows_a_part, has_teacher = plan.sequences * n_tokens, batch.teacher is not None
-        self._check_memory(rows_a_part, n_tokens, native.rank, keep=plan.keep, teacher=has_teacher)
+        rows_a_part, longest = plan.sequences * n_tokens, int(batch.segments[:, 4].max())
+        self._check_memory(
+            rows_a_part, longest, native.rank, keep=plan.keep, teacher=has_teacher, most_keys=most_keys
+        )
         results = []
         for start in range(0, n_sequences, plan.sequences):
             part = slice(start, start + plan.sequences)
-            rows = Rows(batch if plan.sequences == n_sequences else batch.part(part), self._file.C)
-            objective = Objective(rows, targets[part], weights[part])
-            offset_gradient = np.zeros((len(rows.batch.tokens), self._file.C), dtype=np.float32)
-            offset_pointer = pointer("float *", offset_gradient)
-            check(
-                lib.ggd_loss_and_gradients(
-                    self._session, rows.struct, native.struct, objective.struct, offset_pointer
+            one = batch if plan.sequences == n_sequences else batch.part(part)
+            with self._standing.of(one, int8) as context:
+                rows = Rows(one, self._file.C, context)
+                objective = Objective(rows, targets[part], weights[part])
+                offset_gradient = np.zeros((len(one.tokens), self._file.C), dtype=np.float32)
+                offset_pointer = pointer("float *", offset_gradient)
+                self._use_int8(int8)
+                check(
+                    lib.ggd_loss_and_gradients(
+                        self._session, rows.struct, native.struct, objective.struct, offset_pointer
+                    )
                 )
-            )
             results.append(objective.result(offset_gradient))
         return LossResult.joined(results)
+
+    @property
+    def handle(self) -> Any:
+        """The core's `ggd_model *`."""
+        self._open()
+        return self._model
+
+    @property
+    def session(self) -> Any:
+        """The core's `ggd_session *`."""
+        return self._open()
 
     def _open(self) -> Any:
         if self._session == ffi.NULL:

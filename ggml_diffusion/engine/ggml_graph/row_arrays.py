@@ -21,7 +21,7 @@ _GOLDEN, _FIRST, _SECOND = (
 def place_in_document(batch: Batch) -> NDArray[np.int32]:
     """Each token's position in its document, (B, T), 0 at padding."""
     places = np.zeros(batch.tokens.shape, dtype=np.int32)
-    for _, n_rows, sequence, first in batch.segments:
+    for _, n_rows, sequence, first, *_ in batch.segments:
         places[sequence, first : first + n_rows] = np.arange(n_rows)
     return places
 
@@ -29,7 +29,7 @@ def place_in_document(batch: Batch) -> NDArray[np.int32]:
 def document_lengths(batch: Batch) -> NDArray[np.int32]:
     """The length of each token's document, (B, T), 0 at padding."""
     lengths = np.zeros(batch.tokens.shape, dtype=np.int32)
-    for _, n_rows, sequence, first in batch.segments:
+    for _, n_rows, sequence, first, *_ in batch.segments:
         lengths[sequence, first : first + n_rows] = n_rows
     return lengths
 
@@ -56,7 +56,7 @@ def log_visibility(batch: Batch, window: int = 0) -> NDArray[np.float32]:
     if sees_everything(batch):
         return scores[None]
     documents = np.full(batch.tokens.shape, -1)
-    for number, (_, n_rows, sequence, first) in enumerate(batch.segments):
+    for number, (_, n_rows, sequence, first, *_) in enumerate(batch.segments):
         documents[sequence, first : first + n_rows] = number
     same = (documents[:, :, None] == documents[:, None, :]) & (documents >= 0)[:, :, None]
     shown = np.where(same, scores[None], np.float32(-np.inf))
