@@ -74,11 +74,13 @@ class Adapter:
 
     parameters: LoRA pairs by GGUF name, `mask_embedding` (C,), and `embedding_offset` (B, C) or, in its
     place, `time_embedding.weight` (C, dim) and `time_embedding.bias` (C,).
+    rows: (T, 1) factors of the LoRA deltas: 0 on rows that the adapter does not act on.
     """
 
     parameters: Parameters
     alpha: float = 1.0
     mask_token_id: int | None = None
+    rows: Any = 1.0
 
 
 EMPTY_ADAPTER = Adapter({})
@@ -141,7 +143,7 @@ class _Block:
         y = anp.dot(x, self.model.weights[full + ".weight"].T) + self.model.weights.get(full + ".bias", 0.0)
         if full + ".weight.lora_a" in self.adapter.parameters:
             a, b = (self.adapter.parameters[f"{full}.weight.lora_{one}"] for one in "ab")
-            y = y + self.adapter.alpha / a.shape[0] * anp.dot(anp.dot(x, a.T), b.T)
+            y = y + self.adapter.rows * (self.adapter.alpha / a.shape[0] * anp.dot(anp.dot(x, a.T), b.T))
         return y
 
 
@@ -157,7 +159,7 @@ def _attention(
         scale, length = model.temperature
         q = q * (1.0 + scale * np.log(at // length + 1.0))[:, None, None]
     if layer.window is not None:
-        distance = np.abs(np.arange(T)[:, None] - np.arange(T))
+        distance = np.abs(at[:, None] - at)
         log_w = np.where(distance < layer.window, log_w, -np.inf)
     outputs = []
     for head in range(model.H):
@@ -272,7 +274,7 @@ def _logits_of(
     return sequence_logits(model, adapter, x, w, document_positions(n, documents))
 
 
-def _row_losses(logits: Any, targets: NDArray[Any], mask_token_id: int | None) -> Any:
+def row_losses(logits: Any, targets: NDArray[Any], mask_token_id: int | None) -> Any:
     """Cross-entropy (T,) of every row, the mask token being impossible."""
     if mask_token_id is not None:
         impossible = np.zeros(logits.shape[1])
@@ -292,7 +294,7 @@ def loss(
         used = np.flatnonzero(batch.weights[b, : batch.length(b)])
         if len(used):
             logits = _logits_of(model, adapter, batch, b, causal_ratio, bernoulli_seed)[used]
-            rows = _row_losses(logits, batch.targets[b, used], adapter.mask_token_id)
+            rows = row_losses(logits, batch.targets[b, used], adapter.mask_token_id)
             total = total + anp.sum(batch.weights[b, used].astype(np.float64) * rows)
     return total
 
@@ -306,7 +308,7 @@ def loss_and_gradients(
         used = np.flatnonzero(batch.weights[b, : batch.length(b)])
         if len(used):
             logits = _logits_of(model, adapter, batch, b, causal_ratio, bernoulli_seed)[used]
-            row_loss[b, used] = _row_losses(logits, batch.targets[b, used], adapter.mask_token_id)
+            row_loss[b, used] = row_losses(logits, batch.targets[b, used], adapter.mask_token_id)
             if adapter.mask_token_id is not None:
                 logits[:, adapter.mask_token_id] = -np.inf
             row_correct[b, used] = logits.argmax(axis=1) == batch.targets[b, used]
