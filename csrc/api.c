@@ -184,6 +184,19 @@ int ggd_logits(ggd_session *s, const ggd_batch *batch, const ggd_adapter *adapte
     return run_logits(s, batch, adapter, n_select, rows, logits);
 }
 
+// Rows of a context come after those that they see.
+static int check_order(const ggd_context *context, const ggd_batch *batch) {
+    for (int32_t i = 0; i < batch->n_segments; i++) {
+        const ggd_segment *segment = &batch->segments[i];
+        int32_t last = segment->first_context + segment->n_context - 1;
+        if (segment->n_context > 0 && (size_t)last < context->n_rows &&
+            ggd_position(batch, segment, 0) <= (size_t)context->positions[last]) {
+            return ggd_fail("the positions of segment %d do not rise from those of its context", i);
+        }
+    }
+    return 0;
+}
+
 int ggd_context_extend(ggd_session *s, ggd_context *context, const ggd_batch *batch, int32_t n_select, const int32_t *rows,
                        float *logits) {
     if (context->model != s->model || (batch->context != NULL && batch->context != context)) {
@@ -194,6 +207,9 @@ int ggd_context_extend(ggd_session *s, ggd_context *context, const ggd_batch *ba
     }
     if (batch->causal_ratio != 1.0f || batch->embedding_offset != NULL) {
         return ggd_fail("rows of a context are the base's own, causal and without offsets");
+    }
+    if (check_segments(s, batch) || check_order(context, batch)) {
+        return -1;
     }
     s->extended = context;
     int status = run_logits(s, batch, NULL, n_select, rows, logits);

@@ -10,7 +10,9 @@
 enum { Q8_BLOCK = 32, Q8_BYTES = 34 };
 
 static size_t row_bytes(int32_t type, size_t n) {
-    return type == GGD_CONTEXT_F32 ? n * sizeof(float) : type == GGD_CONTEXT_BF16 ? n * sizeof(uint16_t) : n / Q8_BLOCK * Q8_BYTES;
+    return type == GGD_CONTEXT_F32    ? n * sizeof(float)
+           : type == GGD_CONTEXT_BF16 ? n * sizeof(uint16_t)
+                                      : n / Q8_BLOCK * Q8_BYTES;
 }
 
 int ggd_context_plan(const ggd_model *model, int32_t type, int32_t n_rows, size_t *bytes) {
@@ -27,7 +29,7 @@ int ggd_context_plan(const ggd_model *model, int32_t type, int32_t n_rows, size_
 }
 
 int ggd_context_create(const ggd_model *model, int32_t type, int32_t n_rows, ggd_context **context) {
-    size_t bytes;
+    size_t bytes = 0;
     *context = NULL;
     if (ggd_context_plan(model, type, n_rows, &bytes)) {
         return -1;

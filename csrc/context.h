@@ -9,12 +9,12 @@ typedef enum { GGD_CONTEXT_KEYS, GGD_CONTEXT_VALUES } ggd_context_part;
 
 struct ggd_context {
     const ggd_model *model;
-    int32_t type;            // GGD_CONTEXT_*
-    size_t n_columns;        // of a row of keys or of values, G D
-    size_t bytes_row;        // of such a row
+    int32_t type;      // GGD_CONTEXT_*
+    size_t n_columns;  // of a row of keys or of values, G D
+    size_t bytes_row;  // of such a row
     size_t n_rows, capacity;
-    int32_t *positions;      // (capacity)
-    uint8_t *data;           // (L, keys and values, capacity, bytes_row)
+    int32_t *positions;  // (capacity)
+    uint8_t *data;       // (L, keys and values, capacity, bytes_row)
 };
 
 // Keys or values (m, n_columns) of a layer, as the attention reads them, to the rows behind those that count already.

@@ -271,8 +271,8 @@ static void ask_for_huge_pages(void *memory, size_t bytes) {
 int ggd_session_reserve(ggd_session *s, const ggd_capacity *wanted) {
     const ggd_capacity *have = &s->capacity;
     if (s->arena != NULL && wanted->n_rows <= have->n_rows && wanted->max_keys <= have->max_keys &&
-        wanted->max_positions <= have->max_positions && wanted->max_rank <= have->max_rank && wanted->gradients <= have->gradients && wanted->teacher <= have->teacher &&
-        wanted->keep == have->keep) {
+        wanted->max_positions <= have->max_positions && wanted->max_rank <= have->max_rank &&
+        wanted->gradients <= have->gradients && wanted->teacher <= have->teacher && wanted->keep == have->keep) {
         return 0;
     }
     // A first call with gradients lays everything out anew: what went before (a check, a measure) may have been longer.

@@ -38,14 +38,14 @@ C_LAYERS = (
     {"api", "tests/test_kernels", "tests/test_int8", "tests/checks"},
     {"session", "transformer", "peak"},
     {"linear", "attention", "ops", "loss"},
-    {"load"},
+    {"load", "context"},
     {"rope"},
     {"arch", "keys", "model"},
     {"gemm", "few_rows"},
     {"matrix", "kernels", "threads"},
     {"bus", "error", "include/ggd"},
 )
-GGML_USERS = {"load", "keys"}
+GGML_USERS = {"load", "keys", "context"}
 
 
 def module_name(path: Path) -> str:

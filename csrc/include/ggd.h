@@ -72,10 +72,10 @@ typedef struct {
 } ggd_segment;
 
 typedef struct {
-    int32_t n_rows;         // M
-    const int32_t *tokens;  // (M)
-    const int32_t *positions;  // (M), rising in a segment; NULL: 0, 1, 2 ... in each
-    const ggd_context *context;     // what the segments see beside their own rows, or NULL
+    int32_t n_rows;              // M
+    const int32_t *tokens;       // (M)
+    const int32_t *positions;    // (M), rising in a segment; NULL: 0, 1, 2 ... in each
+    const ggd_context *context;  // what the segments see beside their own rows, or NULL
     int32_t n_segments;
     const ggd_segment *segments;    // in row order, without gaps
     int32_t n_sequences;            // B

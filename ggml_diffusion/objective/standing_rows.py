@@ -5,12 +5,12 @@ holes of a text, which see all of it that stands, on both sides; or the blocks o
 what stands before it. This file says which rows a batch has, at which position and with which token each
 stands, what it sees and what it predicts. Rows of a group are those of a whole pass over the text, as far as
 they are needed: with a shifted prediction the token at i is read from the row at i - 1, which carries the
-token at i - 1, or the mask token where that one is masked; so the first row of a hole is, before training, the
+token at i - 1, or the mask token where that one is masked; so before training the first row of a hole is the
 base's own prediction.
 
-Deliberately not here: what is masked (corruption.py, holes.py), and the network, which hides a row that stands
-from a noisy one at the same position.
-Sources: docs/objective.md; block diffusion with clean context, BD3-LM [Arriola et al. 2025, arXiv:2503.09573].
+Deliberately not here: what is masked (corruption.py), and the network, which hides a row that stands from a
+noisy one at the same position.
+Source: block diffusion with clean context, BD3-LM [Arriola et al. 2025, arXiv:2503.09573].
 Letters: B sequences, T tokens, R noisy rows of a sequence, S standing ones, both at most.
 """
 
@@ -26,7 +26,7 @@ NOTHING = -1
 
 @dataclass(frozen=True)
 class StandingRows:
-    """The rows that stand: tokens and positions in their document (B, S), their document (B, S), lengths (B,)."""
+    """The rows that stand: tokens, positions in their document, and document (B, S), and lengths (B,)."""
 
     tokens: NDArray[np.int32]
     positions: NDArray[np.int32]
@@ -92,8 +92,8 @@ def lay_out_rows(
         lengths: (B,), padding from there on; None = none.
         document_ids: (B, T); None = one document a sequence.
         prediction: which row predicts a token.
-        blocks: a group sees what stands before it, and all tokens stand: they are clean for later blocks. Else
-            a group sees all that stands in its document, and its own tokens do not.
+        blocks: a group sees what stands before it, and all tokens stand: they are clean for later blocks.
+            Else a group sees all that stands in its document, and its own tokens do not.
 
     Returns:
         The rows; a sequence without a mask has none.
@@ -120,9 +120,12 @@ def lay_out_rows(
     tokens, positions, own_groups, targets, first, end = (
         _padded([own[field] for own, _ in parts], NOTHING if field == 3 else 0) for field in range(6)
     )
-    standing = StandingRows(*(_padded([stands[field] for _, stands in parts]) for field in range(3)), _counts(
-        [stands[0] for _, stands in parts]
-    ))
+    standing = StandingRows(
+        tokens=_padded([stands[0] for _, stands in parts]),
+        positions=_padded([stands[1] for _, stands in parts]),
+        document_ids=_padded([stands[2] for _, stands in parts]),
+        lengths=_counts([stands[0] for _, stands in parts]),
+    )
     return NoisyRows(
         tokens,
         positions,
@@ -158,8 +161,8 @@ def _sequence_rows(
     prediction: Prediction,
     blocks: bool,
 ) -> tuple[_Fields, _Fields]:
-    """Of one sequence (T,): the noisy rows' tokens, positions, groups, targets, first and end of what they see;
-    the standing rows' tokens, positions and documents."""
+    """Of one sequence (T,): the noisy rows' tokens, positions, groups, targets, first and end of what they
+    see; the standing rows' tokens, positions and documents."""
     places = np.arange(len(clean))
     runs = np.cumsum(np.diff(documents, prepend=documents[:1]) != 0)
     starts, document_ends = np.searchsorted(runs, runs), np.searchsorted(runs, runs, side="right")

@@ -69,9 +69,7 @@ def test_every_row_is_there_once_and_sees_what_it_may(
     prediction: Prediction, blocks: bool, seed: int
 ) -> None:
     clean, noisy, groups, documents, lengths = random_text(np.random.default_rng(seed), blocks)
-    rows = lay_out_rows(
-        clean, noisy, noisy == MASK, groups, lengths, documents, prediction, blocks=blocks
-    )
+    rows = lay_out_rows(clean, noisy, noisy == MASK, groups, lengths, documents, prediction, blocks=blocks)
     for b, n in enumerate(lengths):
         expected = expected_rows(
             clean[b, :n].tolist(),

@@ -6,6 +6,7 @@ Letters: B sequences, T tokens a sequence, V vocabulary.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -118,6 +119,7 @@ class Q4Context:
         self, groups: Batch, adapter: LoraAdapter | None = None, *, select: ArrayLike, int8: Int8 = "none"
     ) -> NDArray[np.float32]:
         """See `Context`."""
+        groups = replace(groups, n_positions=self.capacity)
         rows = Rows(groups, self._model.file.C, self._open(), self.n_rows)
         return self._model.logits_of(rows, adapter, select, int8)
 

@@ -33,7 +33,9 @@ class Rows:
 
     """
 
-    def __init__(self, batch: Batch, hidden_size: int, context: Any = None, n_seen: int | None = None) -> None:
+    def __init__(
+        self, batch: Batch, hidden_size: int, context: Any = None, n_seen: int | None = None
+    ) -> None:
         """Take a batch's rows.
 
         Args:

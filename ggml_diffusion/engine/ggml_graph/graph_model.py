@@ -25,7 +25,15 @@ from ggml_diffusion.engine.ggml_graph.programs import AdapterTensors, Compiler, 
 from ggml_diffusion.engine.ggml_graph.row_arrays import document_lengths, sees_everything
 from ggml_diffusion.engine.ggml_graph.runtime import Program, Runtime
 from ggml_diffusion.engine.ggml_graph.weights import ModelWeights
-from ggml_diffusion.engine.interface import Batch, Compute, Int8, LossResult, StepDescription
+from ggml_diffusion.engine.interface import (
+    Batch,
+    Compute,
+    Context,
+    ContextType,
+    Int8,
+    LossResult,
+    StepDescription,
+)
 from ggml_diffusion.engine.memory_plan import Keep, plan_step
 from ggml_diffusion.engine.segments import rows_before
 from ggml_diffusion.errors import UserError
@@ -40,6 +48,7 @@ from ggml_diffusion.units import in_bytes
 Gradients = Mapping[str, NDArray[np.float32]]
 # Shapes whose graphs are kept: training's, and those of evaluations between its steps.
 KEPT_SHAPES = 3
+NO_CONTEXTS = "a frozen context is computed on the processor only: use --device cpu"
 # Of a device's free memory, what a step may take: drivers and other programs want some.
 SHARE_OF_MEMORY = 0.8
 
@@ -272,6 +281,10 @@ class GraphModel:
                 f"the model, and {in_bytes(memory_available())} of {in_bytes(memory_limit())} are available"
             )
 
+    def context(self, n_rows: int, *, keys: ContextType | None = None) -> Context:
+        """See `Engine`; there are none here yet."""
+        raise UserError(NO_CONTEXTS)
+
     def embed(self, tokens: ArrayLike) -> NDArray[np.float32]:
         """See `Engine`."""
         return self._open().embed(tokens)
@@ -401,7 +414,9 @@ class GraphModel:
         return self._sessions[key]
 
     def _check(self, batch: Batch) -> None:
-        """Refuse what the core refuses too (csrc/api.c), in its words."""
+        """Refuse what the core refuses too (csrc/api.c), in its words, and what only the core has."""
+        if batch.positions is not None or batch.context is not None:
+            raise UserError(NO_CONTEXTS)
         longest = int(document_lengths(batch).max())
         if longest > self._file.context_length:
             raise UserError(
