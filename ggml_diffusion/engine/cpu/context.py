@@ -7,22 +7,20 @@ Letters: B sequences, T tokens a sequence, V vocabulary.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ggml_diffusion.engine.cpu.native_structs import Rows
+from ggml_diffusion.engine.cpu.native_structs import NativeAdapter, Rows
 from ggml_diffusion.engine.interface import Batch, ContextType, Int8
 from ggml_diffusion.engine.native import check, ffi, lib, pointer
 from ggml_diffusion.engine.segments import token_array
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.formats.lora import LoraAdapter
+from ggml_diffusion.formats.model_file import ModelFile
 from ggml_diffusion.machine import memory_available
 from ggml_diffusion.units import in_bytes
-
-if TYPE_CHECKING:
-    from ggml_diffusion.engine.cpu.q4_model import Q4Model
 
 _TYPES: dict[ContextType, int] = {
     "f32": lib.GGD_CONTEXT_F32,
@@ -31,10 +29,40 @@ _TYPES: dict[ContextType, int] = {
 }
 
 
+class CpuModel(Protocol):
+    """What a context needs of its model; `Q4Model` is one."""
+
+    @property
+    def file(self) -> ModelFile:
+        """The model's header."""
+
+    @property
+    def element(self) -> str:
+        """Element type of the matrix products."""
+
+    @property
+    def handle(self) -> Any:
+        """The core's `ggd_model *`."""
+
+    @property
+    def session(self) -> Any:
+        """The core's `ggd_session *`."""
+
+    def prepare(
+        self, rows: Rows, adapter: LoraAdapter | None, int8: Int8, *, n_logits: int = 0
+    ) -> NativeAdapter:
+        """Get ready for a call of the core without gradients."""
+
+    def logits_of(
+        self, rows: Rows, adapter: LoraAdapter | None, select: ArrayLike | None, int8: Int8
+    ) -> NDArray[np.float32]:
+        """Logits (n_selected, V) of chosen rows."""
+
+
 class Q4Context:
     """See `Context`; it is of one model, and lives no longer than that."""
 
-    def __init__(self, model: "Q4Model", n_rows: int, keys: ContextType | None = None) -> None:
+    def __init__(self, model: CpuModel, n_rows: int, keys: ContextType | None = None) -> None:
         """Take the memory for `n_rows` tokens; see `Engine.context`."""
         self._model = model
         self.capacity = n_rows
@@ -54,7 +82,7 @@ class Q4Context:
         self.struct = made[0]
 
     @staticmethod
-    def memory_bytes(model: "Q4Model", n_rows: int, keys: ContextType) -> int:
+    def memory_bytes(model: CpuModel, n_rows: int, keys: ContextType) -> int:
         """Bytes that a context of `n_rows` tokens takes."""
         n_bytes = ffi.new("size_t *")
         check(lib.ggd_context_plan(model.handle, _TYPES[keys], n_rows, n_bytes))
@@ -132,7 +160,7 @@ class Q4Context:
 class StandingRows:
     """The context rows of batches, computed for each call anew in one piece of memory."""
 
-    def __init__(self, model: "Q4Model") -> None:
+    def __init__(self, model: CpuModel) -> None:
         self._model = model
         self._context: Q4Context | None = None
 
