@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from ggml_diffusion.formats.adapter_file import MAX_ALPHA, MAX_TIMESTEPS, MIN_ALPHA
+from ggml_diffusion.formats.adapter_file import MAX_ALPHA, MAX_TIMESTEPS, MIN_ALPHA, ContextKind
 from ggml_diffusion.formats.lora import TargetModule
 from ggml_diffusion.objective.annealing import AnnealingSchedule, MaskKind
 from ggml_diffusion.objective.corruption import Masking, ScheduleType
@@ -152,6 +152,20 @@ class BlockDiffusionConfig(Settings):
         return self
 
 
+class HolesConfig(Settings):
+    """Holes in place of scattered masks: spans of text, all of what is around them in sight (holes.py)."""
+
+    share: Ratio = Field(
+        default=0.0, description="Share of the training sequences that have holes instead of scattered masks."
+    )
+    longest: int = Field(
+        default=16, ge=1, description="Tokens of a hole: from 1 to so many, each length as often."
+    )
+    most: int = Field(
+        default=4, ge=1, description="Holes of a sequence: from 1 to so many, each number as often."
+    )
+
+
 class QLoraConversionConfig(Settings):
     """What is trained, and how the converted model is read."""
 
@@ -189,6 +203,11 @@ class QLoraConversionConfig(Settings):
         default=None,
         ge=0,
         description="Token that stands for a masked place; left out, one is chosen.",
+    )
+    context: ContextKind = Field(
+        default="adapted",
+        description="Tokens that stand: adapted as all others, from both sides, or frozen = the base's own, "
+        "which filling and writing compute once.",
     )
     train_mask_embedding: bool = Field(
         default=True, description="Whether the mask token gets a trained embedding, on top of the base's own."

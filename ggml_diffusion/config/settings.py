@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 from ggml_diffusion.config.groups import (
     BlockDiffusionConfig,
     HardwareConfig,
+    HolesConfig,
     NoiseScheduleConfig,
     QLoraConversionConfig,
     Settings,
@@ -106,6 +107,7 @@ class ConversionTrainingConfig(Settings):
     qlora: QLoraConversionConfig = Field(default_factory=QLoraConversionConfig)
     noise_schedule: NoiseScheduleConfig = Field(default_factory=NoiseScheduleConfig)
     block_diffusion: BlockDiffusionConfig = Field(default_factory=BlockDiffusionConfig)
+    holes: HolesConfig = Field(default_factory=HolesConfig)
     hardware: HardwareConfig = Field(default_factory=HardwareConfig)
 
     @model_validator(mode="after")
@@ -115,6 +117,31 @@ class ConversionTrainingConfig(Settings):
             raise ValueError(
                 f"blocks of initial_size = {blocks.initial_size} are not shorter than the sequences, "
                 f"sequence_length = {self.sequence_length}: that is training without blocks"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_what_goes_together(self) -> "ConversionTrainingConfig":
+        frozen = self.qlora.context == "frozen"
+        if frozen and self.ar_loss_share > 0.0:
+            raise ValueError(
+                "ar_loss_share trains the adapter on clean text, which a frozen context leaves to the base: "
+                "use one of the two"
+            )
+        if frozen and self.distillation_weight > 0.0:
+            raise ValueError(
+                "distillation_weight needs the base's prediction from all that is left of a token, which "
+                "a frozen context with holes in it does not have: use one of the two"
+            )
+        if frozen and self.block_diffusion.enabled and self.noise_schedule.masking == "exact":
+            raise ValueError(
+                "a frozen context trains all blocks of a sequence at once, and masking = 'exact' counts the "
+                "masks of one: use masking = 'bernoulli'"
+            )
+        if self.loss_weighting == "nelbo" and self.holes.share > 0.0:
+            raise ValueError(
+                "nelbo weighs scattered masks, and holes are none: use loss_weighting = 'uniform' or "
+                "holes.share = 0"
             )
         return self
 
@@ -165,6 +192,7 @@ SECTIONS = (
     "mask_annealing",
     "noise_schedule",
     "block_diffusion",
+    "holes",
     "time_embedding",
     "hardware",
 )

@@ -264,7 +264,12 @@ class Context(Protocol):
         """Of each of them, (n_rows,); they rise."""
 
     def extend(
-        self, tokens: ArrayLike, positions: ArrayLike | None = None, *, select: ArrayLike | None = None
+        self,
+        tokens: ArrayLike,
+        positions: ArrayLike | None = None,
+        *,
+        select: ArrayLike | None = None,
+        int8: Int8 = "none",
     ) -> NDArray[np.float32]:
         """Compute tokens (n,) and append them.
 
@@ -272,6 +277,7 @@ class Context(Protocol):
             tokens: integers.
             positions: (n,), rising and greater than those that are there; None = right behind them.
             select: (n,) bool, rows whose logits are wanted; None = none.
+            int8: see `Engine.loss_and_gradients`.
 
         Returns:
             The base's logits (n_selected, V).

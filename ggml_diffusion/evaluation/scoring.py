@@ -17,8 +17,10 @@ from numpy.typing import NDArray
 
 from ggml_diffusion.engine.interface import Batch, Engine, LossResult
 from ggml_diffusion.generation.diffusion_model import DiffusionModel
+from ggml_diffusion.generation.frozen_context import rows_batch
 from ggml_diffusion.objective.corruption import predictable
 from ggml_diffusion.objective.output_rows import Prediction, to_output_rows, to_positions
+from ggml_diffusion.objective.standing_rows import NOTHING, lay_out_rows
 from ggml_diffusion.text.loader import TokenBatch
 
 OnTokens = Callable[[int], None]  # told how many tokens have gone through the model
@@ -85,6 +87,8 @@ def score_noisy(
 ) -> TokenScores:
     """As `score_masked`, where not all that is masked in `noisy` (B, T) is scored."""
     times = model.rule.noise_schedule.times_at(shares)
+    if model.rule.context == "frozen":
+        return _score_noisy_rows(model, clean, noisy, scored, times, causal_ratio, batch_size, on_tokens)
 
     def forward(rows: slice, targets: NDArray[np.int32], weights: NDArray[np.float32]) -> LossResult:
         batch = Batch(
@@ -97,6 +101,48 @@ def score_noisy(
         return model.engine.loss(batch, targets, weights, model.adapter)
 
     return _score(clean, scored, model.rule.prediction, batch_size, forward, on_tokens)
+
+
+def _score_noisy_rows(
+    model: DiffusionModel,
+    clean: TokenBatch,
+    noisy: NDArray[np.int32],
+    scored: NDArray[np.bool_],
+    times: NDArray[np.float64],
+    causal_ratio: float,
+    batch_size: int,
+    on_tokens: OnTokens,
+) -> TokenScores:
+    """`score_noisy` with a frozen context: the masks of a document see each other and all that stands."""
+    n_tokens = clean.tokens.shape[1]
+    documents = np.cumsum(np.diff(clean.document_ids, axis=1, prepend=clean.document_ids[:, :1]) != 0, axis=1)
+    masked = (noisy == model.mask_token_id) & (noisy != clean.tokens)
+    groups = np.where(masked, documents, NOTHING).astype(np.int32)
+    loss, correct = np.zeros(noisy.shape, dtype=np.float32), np.zeros(noisy.shape, dtype=bool)
+    for part in chunks(len(noisy), batch_size):
+        rows = lay_out_rows(
+            clean.tokens[part],
+            noisy[part],
+            masked[part],
+            groups[part],
+            clean.lengths[part],
+            clean.document_ids[part],
+            model.rule.prediction,
+        )
+        where = np.arange(len(noisy))[part][rows.lengths > 0]  # a sequence without a mask has no row
+        if len(where):
+            rows = rows.of_sequences(rows.lengths > 0)
+            offset = model.rule.embedding_offset(times[where])
+            result = model.engine.loss(
+                rows_batch(rows, causal_ratio, offset, n_positions=n_tokens),
+                rows.of_rows(clean.tokens[where]),
+                rows.of_rows(scored[where].astype(np.float32)),
+                model.adapter,
+            )
+            loss[where] = rows.of_tokens(result.row_loss, n_tokens)
+            correct[where] = rows.of_tokens(result.row_correct, n_tokens)
+        on_tokens(int(clean.lengths[part].sum()))
+    return TokenScores(np.where(scored, loss, 0.0).astype(np.float32), correct & scored)
 
 
 def score_base(

@@ -36,6 +36,7 @@ from ggml_diffusion.formats.tensor_names import MASK_EMBEDDING, TIME_BIAS, TIME_
 from ggml_diffusion.regular_file import open_regular
 
 FORMAT = 1
+ContextKind = Literal["frozen", "adapted"]
 _LORA_NAME = re.compile(
     rf"blk\.\d+\.({'|'.join(module.gguf_name for module in TargetModule)})\.weight\.lora_[ab]"
 )
@@ -75,6 +76,10 @@ class CheckpointMetadata(BaseModel):
         ge=1,
         le=_MAX_SIZE,
         description="tokens of a block in generation; None = whole sequences",
+    )
+    context: ContextKind = Field(
+        default="adapted",
+        description="rows of tokens that stand: the base's own (frozen), or adapted as all others",
     )
     prompts: bool = Field(
         default=False,

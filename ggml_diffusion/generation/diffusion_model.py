@@ -19,8 +19,10 @@ from ggml_diffusion.formats.adapter_file import DiffusionCheckpoint
 from ggml_diffusion.formats.lora import LoraAdapter
 from ggml_diffusion.formats.model_check import read_model
 from ggml_diffusion.generation.denoise import DEFAULT_BLOCK_LENGTH, DenoisingStep, GenerationConfig, denoise
+from ggml_diffusion.generation.frozen_context import StandingText, rows_batch
 from ggml_diffusion.generation.reading import ReadingRule
 from ggml_diffusion.objective.output_rows import rows_of_positions
+from ggml_diffusion.objective.standing_rows import NOTHING, lay_out_rows
 from ggml_diffusion.text.chat import Chat
 from ggml_diffusion.text.prompts import with_start
 from ggml_diffusion.text.tokenizer import Tokenizer
@@ -112,16 +114,37 @@ class DiffusionModel:
 
         Returns:
             (B, T, V) or (T, V) float32; row i predicts the token at i + 1 ("shifted") or at i ("aligned").
-            The mask token is at -inf.
+            The mask token is at -inf. With a frozen context only masks are predicted; other rows are 0.
 
         """
         batch = np.atleast_2d(np.asarray(tokens, dtype=np.int32))
         offset = self.rule.embedding_offset(np.broadcast_to(t, len(batch)))
-        result = self.engine.logits(
-            Batch(batch, self.rule.causal_ratio, embedding_offset=offset), self.adapter
-        )
+        if self.rule.context == "frozen":
+            result = self._logits_of_masks(batch, offset)
+        else:
+            seen = Batch(batch, self.rule.causal_ratio, embedding_offset=offset)
+            result = self.engine.logits(seen, self.adapter)
         result[..., self.mask_token_id] = -np.inf
         return result if np.ndim(tokens) == 2 else result[0]
+
+    def _logits_of_masks(
+        self, tokens: NDArray[np.int32], offset: NDArray[np.float32] | None
+    ) -> NDArray[np.float32]:
+        """Logits (B, T, V) by output row with a frozen context, 0 where no mask is predicted."""
+        masked = tokens == self.mask_token_id
+        groups = np.where(masked, 0, NOTHING).astype(np.int32)
+        rows = lay_out_rows(tokens, tokens, masked, groups, None, None, self.rule.prediction)
+        result = np.zeros((*tokens.shape, self.engine.file.V), dtype=np.float32)
+        kept = rows.lengths > 0
+        if kept.any():
+            offset = None if offset is None else offset[kept]
+            rows, n_tokens = rows.of_sequences(kept), tokens.shape[1]
+            batch = rows_batch(rows, self.rule.causal_ratio, offset, n_positions=n_tokens)
+            predicts = rows.targets != NOTHING
+            sequence = np.flatnonzero(kept)[np.nonzero(predicts)[0]]
+            places = rows_of_positions(rows.targets[predicts], self.rule.prediction)
+            result[sequence, places] = self.engine.logits(batch, self.adapter, select=predicts)
+        return result
 
     def generate(
         self,
@@ -236,6 +259,9 @@ class DiffusionModel:
         if self.rule.prompts:
             n_not_masked = int((tokens != self.mask_token_id).sum())
 
+        if self.rule.context == "frozen":
+            return self._denoise_over_context(tokens, config, on_step, stop_token)
+
         def predict(
             seen: NDArray[np.int32], positions: NDArray[np.int64], block: NDArray[np.int64]
         ) -> NDArray[np.float32]:
@@ -254,6 +280,49 @@ class DiffusionModel:
             hide_later_blocks=self.rule.block_size is not None,
             on_step=on_step,
         )
+
+    def _denoise_over_context(
+        self,
+        tokens: NDArray[np.int32],
+        config: GenerationConfig,
+        on_step: Callable[[DenoisingStep], None] | None,
+        stop_token: int | None,
+    ) -> NDArray[np.int32]:
+        """Denoise with a frozen context, which is computed once.
+
+        Holes with text behind them are denoised together, and see it. What is written at the end goes block
+        by block: a finished one stands.
+        """
+        holes = np.flatnonzero(tokens == self.mask_token_id)
+        stands = np.flatnonzero(tokens != self.mask_token_id)
+        inner = holes[holes < stands[-1]] if len(stands) else holes[:0]
+        text = StandingText(self.engine, len(tokens), self.mask_token_id, self.rule.prediction)
+
+        def predict(
+            seen: NDArray[np.int32], positions: NDArray[np.int64], block: NDArray[np.int64]
+        ) -> NDArray[np.float32]:
+            group = np.union1d(inner, block) if np.isin(block, inner).any() else block
+            share_masked = float((seen[group] == self.mask_token_id).mean())
+            t = self.rule.noise_schedule.time_at(share_masked)
+            offset = self.rule.embedding_offset(np.array([t], dtype=np.float32))
+            ratio = self.rule.causal_ratio
+            logits = text.logits(seen, group, positions, self.adapter, ratio, offset, self.int8)
+            logits[:, self.mask_token_id] = -np.inf
+            return logits
+
+        try:
+            return denoise(
+                tokens,
+                self.mask_token_id,
+                predict,
+                self.rule.noise_schedule.mask_probability,
+                config,
+                stop_token=stop_token,
+                hide_later_blocks=True,
+                on_step=on_step,
+            )
+        finally:
+            text.close()
 
     def _predict(
         self, tokens: NDArray[np.int32], positions: NDArray[np.int64], share_masked: float

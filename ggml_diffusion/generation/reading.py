@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ggml_diffusion.errors import UserError, one_line
-from ggml_diffusion.formats.adapter_file import DiffusionCheckpoint
+from ggml_diffusion.formats.adapter_file import ContextKind, DiffusionCheckpoint
 from ggml_diffusion.formats.tensor_names import TIME_BIAS, TIME_WEIGHT
 from ggml_diffusion.objective.corruption import NoiseSchedule
 from ggml_diffusion.objective.output_rows import Prediction
@@ -32,6 +32,7 @@ class ReadingRule:
         noise_schedule: p(t), the same one as in training.
         block_size: tokens of a block if the conversion writes in blocks, one after the other with nothing
             behind it; None = it was trained on whole sequences.
+        context: whether tokens that stand are the base's own, "frozen", or "adapted" as all others.
         prompts: whether it was trained on prompts with responses: the time then tells how much of what is to
             be written is masked, else how much of the whole text.
         time_offset: the time embedding as a function, or None if the conversion has none.
@@ -43,6 +44,7 @@ class ReadingRule:
     noise_schedule: NoiseSchedule
     block_size: int | None = None
     prompts: bool = False
+    context: ContextKind = "adapted"
     time_offset: TimeOffset | None = None
 
     @classmethod
@@ -68,6 +70,7 @@ class ReadingRule:
             noise_schedule=schedule,
             block_size=metadata.block_size,
             prompts=metadata.prompts,
+            context=metadata.context,
             time_offset=time_offset,
         )
 

@@ -14,8 +14,12 @@ twice the length; block sizes that grow during a conversion, LLaDA2.0 [Bie et al
 Letters: B sequences, T tokens.
 """
 
+from itertools import pairwise
+
 import numpy as np
 from numpy.typing import NDArray
+
+from ggml_diffusion.objective.standing_rows import NOTHING
 
 
 def block_size_at(step: int, growth_steps: float, initial_size: int, final_size: int) -> int:
@@ -58,3 +62,27 @@ def keep_one_block(
         ends[row] = start + block_size
         result[row, start : ends[row]] = maskable[row, start : ends[row]]
     return result, ends
+
+
+def block_groups(
+    maskable: NDArray[np.bool_],
+    lengths: NDArray[np.int32],
+    document_ids: NDArray[np.int32],
+    block_size: int,
+) -> NDArray[np.int32]:
+    """The number of the block that each token (B, T) is in, all blocks of a sequence at once.
+
+    They lie on the same grid, one in each document, from its first token that may be masked to its end;
+    `NOTHING` = -1 elsewhere. Numbers rise along a sequence.
+    """
+    result = np.full(maskable.shape, NOTHING, dtype=np.int32)
+    for row, length in enumerate(lengths):
+        n_blocks = 0
+        ids = document_ids[row, :length]
+        for start, end in pairwise([*np.flatnonzero(np.diff(ids, prepend=ids[:1] - 1)), length]):
+            places = np.flatnonzero(maskable[row, start:end])
+            if len(places):
+                first = start + places[0]
+                result[row, first:end] = n_blocks + np.arange(end - first) // block_size
+                n_blocks = int(result[row, end - 1]) + 1
+    return result

@@ -57,6 +57,24 @@ class NoisyRows:
     standing: StandingRows
     seen: NDArray[np.int32]
 
+    def of_sequences(self, chosen: NDArray[np.bool_]) -> "NoisyRows":
+        """The rows of some sequences, (B,) bool."""
+        standing = self.standing
+        return NoisyRows(
+            self.tokens[chosen],
+            self.positions[chosen],
+            self.groups[chosen],
+            self.lengths[chosen],
+            self.targets[chosen],
+            StandingRows(
+                standing.tokens[chosen],
+                standing.positions[chosen],
+                standing.document_ids[chosen],
+                standing.lengths[chosen],
+            ),
+            self.seen[chosen],
+        )
+
     def of_rows(self, values: NDArray[Scalar]) -> NDArray[Scalar]:
         """Values (B, T) of tokens, by the row that predicts each (B, R); 0 where a row predicts none."""
         taken = np.take_along_axis(values, np.maximum(self.targets, 0), axis=1)
@@ -79,7 +97,7 @@ def lay_out_rows(
     document_ids: NDArray[np.int32] | None,
     prediction: Prediction,
     *,
-    blocks: bool = False,
+    in_blocks: NDArray[np.bool_] | None = None,
 ) -> NoisyRows:
     """The rows of both kinds for a batch of texts.
 
@@ -92,8 +110,9 @@ def lay_out_rows(
         lengths: (B,), padding from there on; None = none.
         document_ids: (B, T); None = one document a sequence.
         prediction: which row predicts a token.
-        blocks: a group sees what stands before it, and all tokens stand: they are clean for later blocks.
-            Else a group sees all that stands in its document, and its own tokens do not.
+        in_blocks: (B,), where a group sees what stands before it, and all tokens stand: they are clean for
+            later blocks. Else a group sees all that stands in its document, and its own tokens do not. None =
+            nowhere.
 
     Returns:
         The rows; a sequence without a mask has none.
@@ -113,7 +132,7 @@ def lay_out_rows(
             groups[b, :end],
             documents[b, :end],
             prediction,
-            blocks,
+            in_blocks is not None and bool(in_blocks[b]),
         )
         for b, end in enumerate(ends)
     ]

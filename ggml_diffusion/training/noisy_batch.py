@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ggml_diffusion.config.settings import ConversionTrainingConfig
-from ggml_diffusion.objective.blocks import block_size_at, keep_one_block
+from ggml_diffusion.objective.blocks import block_groups, block_size_at, keep_one_block
 from ggml_diffusion.objective.corruption import (
     NoiseSchedule,
     complement_weight,
@@ -26,6 +26,8 @@ from ggml_diffusion.objective.corruption import (
     stratified_times,
     with_masks,
 )
+from ggml_diffusion.objective.holes import keep_holes
+from ggml_diffusion.objective.standing_rows import NOTHING
 from ggml_diffusion.text.loader import TokenBatch
 
 
@@ -42,6 +44,8 @@ class NoisyBatch:
         lengths: (B,) int32.
         document_ids: (B, T) int32.
         bernoulli_seed: of the attention mask, None = soft mask.
+        groups: (B, T) int32 with a frozen context: what is denoised together (standing_rows.py).
+        in_blocks: (B,) bool, whether a sequence's groups are blocks of it.
 
     """
 
@@ -53,6 +57,8 @@ class NoisyBatch:
     lengths: NDArray[np.int32] | None
     document_ids: NDArray[np.int32] | None
     bernoulli_seed: int | None
+    groups: NDArray[np.int32] | None = None
+    in_blocks: NDArray[np.bool_] | None = None
 
     @property
     def n_tokens(self) -> int:
@@ -70,6 +76,8 @@ class NoisyBatch:
             None if self.lengths is None else self.lengths[rows],
             None if self.document_ids is None else self.document_ids[rows],
             self.bernoulli_seed,
+            None if self.groups is None else self.groups[rows],
+            None if self.in_blocks is None else self.in_blocks[rows],
         )
 
 
@@ -116,19 +124,30 @@ def draw_noise(
         len(batch), generator, config.noise_schedule.num_timesteps, config.noise_schedule.min_time
     )
     may_mask = predictable(batch, config.qlora.prediction, bos_id, mask_token_id)
-    clean, document_ids = batch.tokens, batch.document_ids
+    has_holes = np.zeros(len(batch), dtype=bool)
+    if config.holes.share > 0.0:
+        holes = config.holes
+        may_mask, has_holes = keep_holes(may_mask, holes.share, holes.longest, holes.most, generator)
+    clean, document_ids, lengths = batch.tokens, batch.document_ids, batch.lengths
     ends = np.full(len(clean), clean.shape[1], dtype=np.int32)
     block_size = block_size_of_step(config, step)
-    if block_size is not None:
-        may_mask, ends = keep_one_block(may_mask, block_size, generator)
+    is_frozen = config.qlora.context == "frozen"
+    if block_size is not None and not is_frozen:
+        in_block, block_ends = keep_one_block(may_mask, block_size, generator)
+        may_mask = np.where(has_holes[:, None], may_mask, in_block)
+        ends = np.where(has_holes, ends, block_ends)
+        lengths = np.minimum(lengths, ends)
     sides = _draw_masks(clean, may_mask, t, config, schedule, generator, mask_token_id)
     masked = np.concatenate([side.masked for side in sides])
-    lengths = np.minimum(batch.lengths, ends)
-    clean, may_mask, document_ids, lengths, ends = (
-        np.concatenate([array] * len(sides)) for array in (clean, may_mask, document_ids, lengths, ends)
+    clean, may_mask, document_ids, lengths, ends, has_holes = (
+        np.concatenate([array] * len(sides))
+        for array in (clean, may_mask, document_ids, lengths, ends, has_holes)
     )
     noisy = with_masks(clean, masked, mask_token_id)
-    if batch.maskable is not None:
+    groups, in_blocks = None, None
+    if is_frozen:
+        groups, in_blocks = _groups(may_mask, masked, lengths, document_ids, has_holes, block_size)
+    elif batch.maskable is not None:
         noisy, lengths = _hide_ends(noisy, lengths, ends, block_size is not None, mask_token_id, generator)
     weights = loss_weights(
         masked,
@@ -148,7 +167,31 @@ def draw_noise(
         lengths,
         document_ids,
         mask_seed if config.qlora.mask_annealing.mask == "bernoulli" else None,
+        groups,
+        in_blocks,
     )
+
+
+def _groups(
+    may_mask: NDArray[np.bool_],
+    masked: NDArray[np.bool_],
+    lengths: NDArray[np.int32],
+    document_ids: NDArray[np.int32],
+    has_holes: NDArray[np.bool_],
+    block_size: int | None,
+) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+    """What is denoised together, (B, T), and which sequences (B,) are in blocks.
+
+    The holes of a document are one group, with what has been written in them; so are its scattered masks.
+    """
+    documents = np.cumsum(np.diff(document_ids, axis=1, prepend=document_ids[:, :1]) != 0, axis=1)
+    is_noisy = np.where(has_holes[:, None], may_mask, masked)
+    groups = np.where(is_noisy, documents, NOTHING).astype(np.int32)
+    in_blocks = np.full(len(has_holes), block_size is not None) & ~has_holes
+    if block_size is not None:
+        blocks = block_groups(may_mask, lengths, document_ids, block_size)
+        groups = np.where(in_blocks[:, None], blocks, groups)
+    return groups, in_blocks
 
 
 def _draw_masks(

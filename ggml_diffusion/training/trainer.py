@@ -48,10 +48,12 @@ from ggml_diffusion.formats.tensor_names import (
     TIME_WEIGHT,
     is_lora,
 )
+from ggml_diffusion.generation.frozen_context import rows_batch
 from ggml_diffusion.objective.annealing import AttentionMaskAnnealer
 from ggml_diffusion.objective.corruption import NoiseSchedule, maskable, predictable
 from ggml_diffusion.objective.optim import AdamW, clip_by_global_norm, learning_rate_at
 from ggml_diffusion.objective.output_rows import to_output_rows
+from ggml_diffusion.objective.standing_rows import NOTHING, lay_out_rows
 from ggml_diffusion.objective.time_embedding import TimeEmbedding, parameter_shapes
 from ggml_diffusion.randomness import Stream, generator_of
 from ggml_diffusion.text.loader import TokenBatch
@@ -328,7 +330,6 @@ class ConversionTrainer:
             ValueError: with prediction "shifted", the first position of a document has a weight.
 
         """
-        gradients = ParameterStore({name: view.shape for name, view in self.parameters.views.items()})
         batch = NoisyBatch(
             clean,
             np.ascontiguousarray(noisy, dtype=np.int32),
@@ -339,6 +340,13 @@ class ConversionTrainer:
             document_ids,
             bernoulli_seed,
         )
+        return self.gradients_of(batch, causal_ratio)
+
+    def gradients_of(
+        self, batch: NoisyBatch, causal_ratio: float
+    ) -> tuple[float, dict[str, NDArray[np.float32]]]:
+        """The same for a draw, as `corrupt` makes it."""
+        gradients = ParameterStore({name: view.shape for name, view in self.parameters.views.items()})
         return self._accumulate(batch, causal_ratio, gradients).loss, gradients.views
 
     def _accumulate(
@@ -349,6 +357,8 @@ class ConversionTrainer:
         distillation_weight: float = 0.0,
     ) -> LossResult:
         """Add the gradients of one micro-batch to `gradients`."""
+        if batch.groups is not None:
+            return self._accumulate_noisy_rows(batch, batch.groups, causal_ratio, gradients)
         targets, weights = to_output_rows(
             batch.clean, batch.weights, batch.document_ids, self.config.qlora.prediction
         )
@@ -371,14 +381,63 @@ class ConversionTrainer:
             self._engine_gradients(gradients),
             int8=self.int8,
         )
+        self._add_time_gradients(batch.t, batch.keeps_time, result, gradients)
+        return result
+
+    def _accumulate_noisy_rows(
+        self,
+        batch: NoisyBatch,
+        groups: NDArray[np.int32],
+        causal_ratio: float,
+        gradients: ParameterStore,
+    ) -> LossResult:
+        """The same with a frozen context; what the result has by row are the noisy rows."""
+        masked = (batch.noisy == self.mask_token_id) & (groups != NOTHING)
+        rows = lay_out_rows(
+            batch.clean,
+            batch.noisy,
+            masked,
+            groups,
+            batch.lengths,
+            batch.document_ids,
+            self.config.qlora.prediction,
+            in_blocks=batch.in_blocks,
+        )
+        kept = rows.lengths > 0  # a sequence without a mask has none
+        if not kept.any():
+            nothing = np.zeros(rows.tokens.shape, dtype=np.float32)
+            return LossResult(0.0, nothing, nothing != 0.0)
+        rows, offset = rows.of_sequences(kept), self._embedding_offset(batch)
+        result = self.model.loss_and_gradients(
+            rows_batch(
+                rows,
+                causal_ratio,
+                None if offset is None else offset[kept],
+                batch.bernoulli_seed,
+                n_positions=batch.clean.shape[1],
+            ),
+            rows.of_rows(batch.clean[kept]),
+            rows.of_rows(batch.weights[kept]),
+            self.adapter,
+            self._engine_gradients(gradients),
+            int8=self.int8,
+        )
+        self._add_time_gradients(batch.t[kept], batch.keeps_time[kept], result, gradients)
+        return result
+
+    def _add_time_gradients(
+        self,
+        t: NDArray[np.float32],
+        keeps_time: NDArray[np.bool_],
+        result: LossResult,
+        gradients: ParameterStore,
+    ) -> None:
+        """From the offsets' gradients to those of the time embedding."""
         if self.time_embedding is not None:
             assert result.offset_gradient is not None
-            d_weight, d_bias = self.time_embedding.backward(
-                batch.t, result.offset_gradient * batch.keeps_time[:, None]
-            )
+            d_weight, d_bias = self.time_embedding.backward(t, result.offset_gradient * keeps_time[:, None])
             gradients.views[TIME_WEIGHT] += d_weight
             gradients.views[TIME_BIAS] += d_bias
-        return result
 
     def _teacher(self, batch: NoisyBatch, weights: NDArray[np.float32]) -> Teacher:
         """The frozen base on the clean text, for the rows (B, T) with a weight."""
@@ -451,6 +510,7 @@ class ConversionTrainer:
                 mask_token_id=self.mask_token_id,
                 alpha=config.qlora.alpha,
                 block_size=block_size_of_step(config, self.step_count),
+                context=config.qlora.context,
                 prompts=self._has_prompts,
                 time_max_timesteps=self.time_embedding.max_timesteps if self.time_embedding else None,
                 created_at=creation_time(),

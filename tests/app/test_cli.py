@@ -79,6 +79,23 @@ def test_convert_with_its_gate_writes_plain_lines_where_there_is_no_terminal(bas
     assert f"written: {tmp_path / 'run' / 'adapter.gguf'}" in out
 
 
+def test_a_conversion_with_a_frozen_context_is_trained_measured_inspected_and_writes(base, tmp_path, capsys):
+    more = ("--context", "frozen", "--holes", 0.5, "--evaluate", 2)
+    assert run(*convert_arguments(base, tmp_path, *more)) == 0
+    for name in ("adapter.safetensors", "adapter.gguf"):
+        assert DiffusionCheckpoint.load(tmp_path / "run" / name).metadata.context == "frozen"
+        assert run("inspect", tmp_path / "run" / name) == 0
+        assert "frozen" in capsys.readouterr().out
+    settings = ("--length", 9, "--temperature", 0)
+    assert run("generate", base, tmp_path / "run", "--prompt", "the ", "--suffix", " mill", *settings) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("the ") and out.endswith(" mill\n")
+    few = "--sequences 2 --seeds 1 --one-by-one 2 --samples 1 --length 8 --candidates 1".split()
+    assert run("evaluate", base, tmp_path / "run", *few, "--output", tmp_path / "measured") == 0
+    figures = json.loads((tmp_path / "measured" / "evaluation.json").read_text())
+    assert figures["masked"][0]["arms"]["converted"]["cross_entropy"]["value"] > 0
+
+
 def test_flags_override_the_file_which_overrides_the_preset(base, tmp_path):
     (tmp_path / "config.toml").write_text(
         "[model]\nqlora_rank = 3\n[training]\nlearning_rate = 0.25\ntotal_steps = 2\n"

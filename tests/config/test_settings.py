@@ -62,6 +62,10 @@ OTHER_VALUES = {
     "noise_schedule.min_time": 0.05,
     "noise_schedule.masking": "exact",
     "noise_schedule.complementary": True,
+    "model.context": "frozen",
+    "holes.share": 0.5,
+    "holes.longest": 8,
+    "holes.most": 2,
     "block_diffusion.enabled": True,
     "block_diffusion.initial_size": 8,
     "block_diffusion.final_size": 32,
@@ -160,9 +164,9 @@ def test_settings_have_a_sentence_of_help_and_a_section():
 
 
 def test_all_settings_at_once_survive_the_way_through_toml(tmp_path):
-    config = load_config(
-        None, {**OTHER_VALUES, "mask_annealing.schedule": "stepwise", "mask_annealing.total_steps": 200}
-    )
+    alone = {"model.context": "adapted", "holes.share": 0.0}  # do not go with all of the others
+    stepwise = {"mask_annealing.schedule": "stepwise", "mask_annealing.total_steps": 200}
+    config = load_config(None, {**OTHER_VALUES, **stepwise, **alone})
     assert load_config(file_with(tmp_path, to_toml(config))) == config
     assert [line[1:-1] for line in to_toml(config).splitlines() if line.startswith("[")] == list(SECTIONS)
 
@@ -265,6 +269,33 @@ def test_values_out_of_their_limits_are_refused_in_one_line_that_names_the_key(n
     with pytest.raises(UserError, match=message) as refusal:
         load_config(None, {name: value})
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            {"model.context": "frozen", "training.ar_loss_share": 0.5},
+            "ar_loss_share trains the adapter on clean",
+        ),
+        (
+            {"model.context": "frozen", "training.distillation_weight": 1.0},
+            "distillation_weight needs the base",
+        ),
+        (
+            {
+                "model.context": "frozen",
+                "block_diffusion.enabled": True,
+                "noise_schedule.masking": "exact",
+            },
+            "all blocks of a sequence at once",
+        ),
+        ({"training.loss_weighting": "nelbo", "holes.share": 0.5}, "nelbo weighs scattered masks"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused_in_a_sentence(overrides, message):
+    with pytest.raises(UserError, match=message):
+        load_config(overrides=overrides)
 
 
 def test_blocks_that_are_no_shorter_than_the_sequences_are_refused():

@@ -1,5 +1,7 @@
 """Arms on the same masks, and the three forms of future-context gain, against direct computations."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from planted import PlantedEngine, batch_of, planted_model
@@ -178,3 +180,35 @@ def test_step_0_has_no_pair_and_no_mask_embedding():
     assert before.adapter.mask_embedding is None
     assert before.adapter.mask_token_id == MASK
     assert before.rule.causal_ratio == 0.25
+
+
+@pytest.mark.parametrize("prediction", ["aligned", "shifted"])
+def test_with_a_frozen_context_the_masks_of_a_document_are_predicted_together(tiny_model, prediction):
+    """Document by document, as `DiffusionModel.logits` has it."""
+    rng = np.random.default_rng(0)
+    held_out = batch_of(rng.integers(20, 300, (3, 10)), [10, 7, 10], [[0] * 10, [0] * 10, [0] * 4 + [1] * 6])
+    with Q4Model.from_gguf(tiny_model(L=1, C=32, H=2, G=1, F=32), 1, compute="f32") as engine:
+        model = planted_model(engine, 3, prediction)
+        model.rule = replace(model.rule, context="frozen", causal_ratio=0.25)
+        model.adapter = LoraAdapter(
+            4.0,
+            {
+                "blk.0.attn_q.weight.lora_a": rng.normal(size=(2, 32)).astype(np.float32),
+                "blk.0.attn_q.weight.lora_b": rng.normal(size=(32, 2)).astype(np.float32),
+            },
+            3,
+            rng.normal(size=32).astype(np.float32),
+        )
+        masked = random_masks(scorable(held_out, None, 3), 0.5, 0, 0)
+        masked[1] = False  # a sequence without a row
+        scores = score_masked(model, held_out, masked, np.full(3, 0.5), 0.25, 2)
+        noisy = np.where(masked, 3, held_out.tokens)
+        for b, start, end in ((0, 0, 10), (2, 0, 4), (2, 4, 10)):
+            logits = model.logits(noisy[b, start:end], 0.5).astype(np.float64)
+            for i in np.flatnonzero(masked[b, start:end]):
+                row = logits[i - 1 if prediction == "shifted" else i]
+                target = held_out.tokens[b, start + i]
+                expected = np.log(np.exp(row).sum()) - row[target]
+                assert scores.loss[b, start + i] == pytest.approx(expected, rel=1e-4)
+                assert scores.correct[b, start + i] == (row.argmax() == target)
+    assert (scores.loss[~masked] == 0).all()

@@ -11,7 +11,13 @@ MASK = 99
 
 
 def expected_rows(
-    clean: list[int], noisy: list[int], groups: list[int], documents: list[int], prediction: str, blocks: bool
+    clean: list[int],
+    noisy: list[int],
+    groups: list[int],
+    documents: list[int],
+    prediction: str,
+    blocks: bool,
+    mask: int = MASK,
 ) -> set[tuple[int, ...]]:
     """(group, position, token, target, tokens that it sees) of every noisy row of one sequence."""
     rows: set[tuple[int, ...]] = set()
@@ -22,14 +28,14 @@ def expected_rows(
         limit = members[0] if blocks else len(documents) - documents[::-1].index(document)
         sees = sum(1 for i in range(start, limit) if blocks or groups[i] == NOTHING)
         for i in members:
-            is_mask = noisy[i] == MASK
+            is_mask = noisy[i] == mask
             if prediction == "aligned":
                 rows.add((group, i - start, noisy[i], i if is_mask else NOTHING, sees))
                 continue
             if is_mask:  # its row is at the place before, with what stands there in the group's own view
                 token = noisy[i - 1] if groups[i - 1] == group else clean[i - 1]
                 rows.add((group, i - 1 - start, token, i, sees))
-            elif not (i + 1 in members and noisy[i + 1] == MASK):  # else the next mask's row shows it
+            elif not (i + 1 in members and noisy[i + 1] == mask):  # else the next mask's row shows it
                 rows.add((group, i - start, noisy[i], NOTHING, sees))
     return rows
 
@@ -69,7 +75,9 @@ def test_every_row_is_there_once_and_sees_what_it_may(
     prediction: Prediction, blocks: bool, seed: int
 ) -> None:
     clean, noisy, groups, documents, lengths = random_text(np.random.default_rng(seed), blocks)
-    rows = lay_out_rows(clean, noisy, noisy == MASK, groups, lengths, documents, prediction, blocks=blocks)
+    rows = lay_out_rows(
+        clean, noisy, noisy == MASK, groups, lengths, documents, prediction, in_blocks=np.full(4, blocks)
+    )
     for b, n in enumerate(lengths):
         expected = expected_rows(
             clean[b, :n].tolist(),

@@ -2,13 +2,19 @@
 
 from dataclasses import replace
 
+import autograd
+import autograd.numpy as anp
 import numpy as np
+import oracle
 import pytest
+from cases import relative_errors
+from test_standing_rows import expected_rows
 from trainers import make_batch, make_trainer, packed_batch
 
 from ggml_diffusion.engine.cpu.q4_model import Q4Model
 from ggml_diffusion.engine.interface import Batch
 from ggml_diffusion.generation.diffusion_model import DiffusionModel
+from ggml_diffusion.objective.standing_rows import NOTHING
 from ggml_diffusion.training.resume import resume_run, save_run
 
 
@@ -343,3 +349,151 @@ def test_with_every_term_a_resumed_run_ends_with_the_same_bits_as_an_undisturbed
     for batch in batches[4:]:
         second.train_step(batch)
     assert (second.parameters.flat == undisturbed.parameters.flat).all()
+
+
+# -- a frozen context ----------------------------------------------------------------------------------
+
+FROZEN = {"model__context": "frozen"}
+
+
+def test_scattered_masks_of_a_document_are_one_group_and_the_rest_stands(model):
+    trainer = make_trainer(model, **FROZEN)
+    noisy = trainer.corrupt(packed_batch())
+    masked = noisy.noisy != noisy.clean
+    assert (noisy.groups[masked] == noisy.document_ids[masked]).all()
+    assert (noisy.groups[~masked] == NOTHING).all() and not noisy.in_blocks.any()
+    plain = make_trainer(model).corrupt(packed_batch())
+    assert (plain.noisy == noisy.noisy).all() and (plain.weights == noisy.weights).all()  # the same draw
+
+
+def test_holes_are_groups_with_what_is_written_in_them(model):
+    trainer = make_trainer(model, holes__share=1.0, holes__longest=6, holes__most=1, **FROZEN)
+    n_written = 0
+    for step in range(20):
+        trainer.step_count = step
+        noisy = trainer.corrupt(packed_batch())
+        masked = noisy.noisy != noisy.clean
+        in_hole = noisy.groups != NOTHING
+        assert (masked <= in_hole).all() and masked.any(axis=1).all() and (in_hole.sum(axis=1) <= 6).all()
+        assert noisy.weights[masked] == pytest.approx(1 / masked.sum())
+        n_written += int((in_hole & ~masked).sum())
+    assert n_written > 0
+
+
+def test_holes_with_an_adapted_context_are_masks_in_a_row(model):
+    trainer = make_trainer(
+        model, holes__share=1.0, holes__longest=3, holes__most=1, noise_schedule__min_time=0.999
+    )
+    noisy = trainer.corrupt(make_batch(n=40))
+    assert noisy.groups is None
+    counts = (noisy.noisy != noisy.clean).sum(axis=1)
+    assert set(counts.tolist()) == {1, 2, 3}
+
+
+def test_all_blocks_of_a_sequence_are_trained_at_once(model):
+    trainer = make_trainer(
+        model,
+        block_diffusion__enabled=True,
+        block_diffusion__initial_size=3,
+        block_diffusion__final_size=3,
+        **FROZEN,
+    )
+    noisy = trainer.corrupt(make_batch())
+    assert noisy.in_blocks.all()
+    assert noisy.groups.tolist() == [[NOTHING] + [i // 3 for i in range(11)]] * 4
+    assert (noisy.lengths == 12).all()  # nothing is cut off
+
+
+def test_complementary_masks_of_holes_cover_each_hole_once(model):
+    trainer = make_trainer(
+        model, holes__share=1.0, holes__most=1, noise_schedule__complementary=True, **FROZEN
+    )
+    noisy = trainer.corrupt(make_batch())
+    one, other = (noisy.weights[half] != 0 for half in (slice(0, 4), slice(4, 8)))
+    in_hole = noisy.groups != NOTHING
+    assert (in_hole[:4] == in_hole[4:]).all()
+    assert (one ^ other)[in_hole[:4]].all() and not (one | other)[~in_hole[:4]].any()
+
+
+@pytest.mark.parametrize("prediction", ["shifted", "aligned"])
+@pytest.mark.parametrize("kind", ["scattered", "holes", "blocks"])
+def test_a_step_with_a_frozen_context_has_the_loss_and_gradients_of_the_definition(
+    tiny_model, kind, prediction
+):
+    """Every noisy row as the oracle computes it, with all rows of both kinds in one pass."""
+    changes = {
+        "scattered": {},
+        "holes": {"holes__share": 1.0, "holes__longest": 5, "holes__most": 2},
+        "blocks": {
+            "block_diffusion__enabled": True,
+            "block_diffusion__initial_size": 3,
+            "block_diffusion__final_size": 3,
+        },
+    }[kind]
+    path = tiny_model(L=1, C=32, H=2, G=1, F=32)
+    reference = oracle.load_model(path)
+    with Q4Model.from_gguf(path, 1) as model:
+        trainer = make_trainer(model, model__prediction=prediction, **changes, **FROZEN)
+        rng = np.random.default_rng(4)
+        trainer.parameters.flat[...] = rng.normal(size=trainer.parameters.flat.shape) * 0.1
+        noisy = trainer.corrupt(packed_batch())
+        loss, gradients = trainer.gradients_of(noisy, 0.3)
+    expected, expected_gradients = frozen_oracle(reference, trainer, noisy, 0.3)
+    assert loss == pytest.approx(expected, rel=1e-5)
+    errors = relative_errors(gradients, expected_gradients)
+    assert max(errors.values()) < 1e-4, errors  # float32, as in tests/engine/test_gradients.py
+
+
+def frozen_oracle(reference, trainer, noisy, ratio):
+    """Loss and gradients of a whole draw in float64; sequences share what is trained."""
+    rule = trainer.config.qlora
+    features = oracle.time_features(noisy.t, 8, rule.time_embedding.max_timesteps)
+    parameters = {name: np.asarray(value, np.float64) for name, value in trainer.parameters.views.items()}
+
+    def total(values):
+        result = 0.0
+        for b, n in enumerate(noisy.lengths):
+            in_blocks = bool(noisy.in_blocks[b])
+            offset = anp.dot(values["time_embedding.weight"], features[b]) + values["time_embedding.bias"]
+            offset = offset * float(noisy.keeps_time[b])
+            lists = [
+                array[b, :n].tolist()
+                for array in (noisy.clean, noisy.noisy, noisy.groups, noisy.document_ids)
+            ]
+            rows = sorted(expected_rows(*lists, rule.prediction, in_blocks, trainer.mask_token_id))
+            stands = [i for i in range(n) if in_blocks or noisy.groups[b, i] == NOTHING]
+            result = result + sequence_loss(values, b, rows, stands, offset)
+        return result
+
+    def sequence_loss(values, b, rows, stands, offset):
+        documents = noisy.document_ids[b]
+        start = {d: int(np.argmax(documents == d)) for d in set(documents.tolist())}
+        used = [i for i, row in enumerate(rows) if row[3] != NOTHING]
+        at = np.array([i - start[documents[i]] for i in stands] + [row[1] for row in rows])
+        n = len(stands)
+        w = np.zeros((len(at), len(at)))
+        for i, one in enumerate(stands):
+            for j, other in enumerate(stands):
+                w[i, j] = documents[one] == documents[other] and other <= one
+        for i, row in enumerate(rows):
+            members = np.flatnonzero(noisy.groups[b] == row[0])
+            document, limit = documents[members[0]], members[0] if noisy.in_blocks[b] else 99
+            for j, other in enumerate(stands):
+                if documents[other] == document and other < limit and at[j] != row[1]:
+                    w[n + i, j] = 1.0 - ratio if at[j] > row[1] else 1.0
+            for j, other in enumerate(rows):
+                if other[0] == row[0]:
+                    w[n + i, n + j] = 1.0 - ratio if other[1] > row[1] else 1.0
+        adapter = oracle.Adapter(
+            values, rule.alpha, trainer.mask_token_id, (np.arange(len(at)) >= n).astype(np.float64)[:, None]
+        )
+        standing = oracle.embeddings(reference, oracle.EMPTY_ADAPTER, noisy.clean[b, stands])
+        own = oracle.embeddings(reference, adapter, np.array([row[2] for row in rows]), offset)
+        logits = oracle.sequence_logits(reference, adapter, anp.concatenate([standing, own]), w, at)
+        targets = [rows[i][3] for i in used]
+        losses = oracle.row_losses(
+            logits[[n + i for i in used]], noisy.clean[b, targets], trainer.mask_token_id
+        )
+        return anp.sum(noisy.weights[b, targets].astype(np.float64) * losses)
+
+    return float(total(parameters)), autograd.grad(total)(parameters)

@@ -413,3 +413,22 @@ def test_three_steps_in_a_row_far_above_a_guess_and_above_the_start_diverge(mode
     # a base that is sure of itself may be worse than a guess at first, and learns
     assert judged(model, 1.5 * guess, [2.0 * guess] * 9) is None
     assert judged(model, 1.5 * guess, [2.4 * guess] * 9) == 3
+
+
+@pytest.mark.parametrize("kind", ["holes", "blocks"])
+def test_a_run_with_a_frozen_context_goes_on_bit_for_bit(model, kind):
+    changes = {
+        "holes": {"holes__share": 0.5, "holes__longest": 4},
+        "blocks": {"block_diffusion__enabled": True, "block_diffusion__initial_size": 2},
+    }[kind]
+    batches = [packed_batch(), make_batch(seed=1), make_batch(seed=2), packed_batch()]
+    whole = make_trainer(model, model__context="frozen", **changes)
+    losses = [whole.train_step(batch).loss for batch in batches]
+    first = make_trainer(model, model__context="frozen", **changes)
+    for batch in batches[:2]:
+        first.train_step(batch)
+    second = make_trainer(model, model__context="frozen", **changes)
+    second.restore(first.state())
+    assert [second.train_step(batch).loss for batch in batches[2:]] == losses[2:]
+    assert np.array_equal(second.parameters.flat, whole.parameters.flat)
+    assert second.checkpoint().metadata.context == "frozen"

@@ -27,6 +27,8 @@ def convert(
     rank: options.Rank = None,
     target_modules: options.TargetModules = None,
     prediction: options.Prediction = None,
+    context: options.ContextKind = None,
+    holes: options.Holes = None,
     mask_token_id: options.MaskTokenId = None,
     seed: options.Seed = None,
     checkpoint_every: options.CheckpointEvery = None,

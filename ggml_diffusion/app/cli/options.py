@@ -54,6 +54,8 @@ RUN_FLAGS = {
     "rank": "model.qlora_rank",
     "target_modules": "model.target_modules",
     "prediction": "model.prediction",
+    "context": "model.context",
+    "holes": "holes.share",
     "mask_token_id": "model.mask_token_id",
     "seed": "training.seed",
     "checkpoint_every": "training.checkpoint_every",
@@ -81,6 +83,8 @@ LearningRate = Annotated[float | None, setting("training.learning_rate", "--lear
 Rank = Annotated[int | None, setting("model.qlora_rank", "--rank")]
 TargetModules = Annotated[str | None, setting("model.target_modules", "--target-modules")]
 Prediction = Annotated[str | None, setting("model.prediction", "--prediction")]
+ContextKind = Annotated[str | None, setting("model.context", "--context")]
+Holes = Annotated[float | None, setting("holes.share", "--holes")]
 MaskTokenId = Annotated[int | None, setting("model.mask_token_id", "--mask-token-id")]
 Seed = Annotated[int | None, setting("training.seed", "--seed")]
 MemoryMib = Annotated[int | None, setting("hardware.memory_mib", "--memory-mib")]
