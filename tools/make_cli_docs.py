@@ -31,6 +31,8 @@ def cli_docs() -> str:
 
 
 def _command_docs(name: str, command: Any) -> str:
+    if hasattr(command, "commands"):  # a group
+        return "\n".join(_command_docs(f"{name} {one}", command.commands[one]) for one in command.commands)
     arguments = [one for one in command.params if one.param_type_name == "argument"]
     options = [one for one in command.params if one.param_type_name == "option"]
     usage = " ".join(f"[{one.metavar}]" if not one.required else str(one.metavar) for one in arguments)

@@ -16,7 +16,8 @@ import typer
 
 from ggml_diffusion.errors import UserError
 
-# Name, what the list of commands says of it (the first sentence of its own help), and an example.
+# Name, what the list of commands says of it (the first sentence of its own help), and an example; a group's
+# commands have examples of their own.
 _COMMANDS = {
     "convert": (
         "Convert a GGUF model: train its adapter on text and export it.",
@@ -34,7 +35,7 @@ _COMMANDS = {
         "Measure a conversion on held-out text, beside the base and the base before the first step.",
         "evaluate model.gguf run --output run/evaluation",
     ),
-    "export": ("Write a conversion as another file.", "export run my-adapter.gguf"),
+    "export": ("Write a conversion in the form that another program takes.", ""),
     "inspect": (
         "Show what a file holds: sizes, types, settings, and whether it can be converted.",
         "inspect model.gguf",
@@ -61,13 +62,19 @@ def _app(wanted: Collection[str]) -> typer.Typer:
     )
     for name, (summary, example) in _COMMANDS.items():
         command = _imported(name) if name in wanted else _listed
+        if isinstance(command, typer.Typer):
+            app.add_typer(command, name=name, help=summary)
+            continue
         help_text = None if name in wanted else summary
         app.command(name, help=help_text, epilog=f"Example: ggml-diffusion {example}")(command)
     return app
 
 
-def _imported(name: str) -> Callable[..., None]:
-    command: Callable[..., None] = getattr(import_module(f"ggml_diffusion.app.cli.{name}"), name)
+def _imported(name: str) -> Callable[..., None] | typer.Typer:
+    """A command, or a group of them."""
+    command: Callable[..., None] | typer.Typer = getattr(
+        import_module(f"ggml_diffusion.app.cli.{name}"), name
+    )
     return command
 
 
