@@ -2,8 +2,10 @@
 
 W + (alpha / R) B A goes into each adapted tensor, the mask embedding into the mask token's row, and the time
 embedding at one time t into every row of the token embedding. Where the head is the token embedding, the file
-gets an output matrix of its own, as the head was. What nothing changes is copied byte for byte; the rest is
-packed again in its own type, or all matrices in one that is asked for.
+gets an output matrix of its own, as the head was. What nothing changes is copied byte for byte. What changes
+is packed again, and a second rounding to four bits costs as much as the first one did: on a SmolLM2 of Q4_1 it
+takes a third of the predictions with it (docs/formats.md). So it goes to eight bits, unless other types are
+asked for.
 
 A piece of one tensor is unpacked at a time. Deliberately not here: which architecture the file is
 (targets.py), and what packing again costs (cost.py).
@@ -38,10 +40,15 @@ from ggml_diffusion.formats.tensor_types import TENSOR_TYPES
 from ggml_diffusion.generation.reading import ReadingRule
 from ggml_diffusion.regular_file import open_regular
 
+OWN, CHANGED_TYPE = "OWN", "Q8_0"
 ArchChoice = Literal["diffusion", "same"]
 STANDALONE_KEY, TIME_KEY = KEY_PREFIX + "standalone", KEY_PREFIX + "time"
 _PIECE_VALUES = 1 << 22  # numbers of a tensor that are unpacked at a time: 16 MiB
 _HEAD = "output.weight"
+# llama-diffusion-cli puts every prompt into the file's chat template, and ChatML where there is none. A
+# conversion that was trained on plain text gets a template that adds nothing.
+_TEMPLATE_KEY = "tokenizer.chat_template"
+_PLAIN_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,8 @@ class Standalone:
 
     Attributes:
         arch: of the file, as llama.cpp calls it.
-        type_name: of all matrices, "F16"; None = each keeps its own.
+        type_name: of all matrices, "F16"; "OWN" = each keeps its own; None = those that change get
+            `CHANGED_TYPE` where theirs has fewer bits, the others keep theirs.
         time: diffusion time whose embedding is folded in; None = the conversion has no time embedding.
 
     """
@@ -74,7 +82,7 @@ def plan_standalone(
         base: from `read_model`; the conversion must fit it.
         checkpoint: the conversion.
         arch: "diffusion" = one that llama-diffusion-cli runs; "same" = the base's own.
-        type_name: of `TENSOR_TYPES`, in either case; None = each tensor keeps its own.
+        type_name: of `TENSOR_TYPES`, or "own", in either case; see `Standalone`.
         time: in [0, 1]; None = where half of the text is masked.
 
     Raises:
@@ -94,8 +102,9 @@ def plan_standalone(
         raise UserError(f"--time {time:g}: a diffusion time is a number from 0 to 1")
     if time is None and rule.time_offset is not None:
         time = rule.noise_schedule.time_at(0.5)
-    if type_name is not None and (type_name := type_name.upper()) not in TENSOR_TYPES:
-        raise UserError(f"--type {quoted(type_name.lower())}: known are {', '.join(TENSOR_TYPES).lower()}")
+    if type_name is not None and (type_name := type_name.upper()) not in (OWN, *TENSOR_TYPES):
+        known = ", ".join((OWN, *TENSOR_TYPES)).lower()
+        raise UserError(f"--type {quoted(type_name.lower())}: known are {known}")
     target = diffusion_arch(base) if arch == "diffusion" else base.arch
     plan = Standalone(target, type_name, time)
     for edit in _edits(base, checkpoint, plan, 1):
@@ -138,8 +147,11 @@ def _keys(base: ModelFile, checkpoint: DiffusionCheckpoint, plan: Standalone) ->
     keys = target_keys(base, plan.arch)
     keys["tokenizer.ggml.mask_token_id"] = KeyValue(metadata.mask_token_id, "u32")
     keys["diffusion.shift_logits"] = KeyValue(metadata.prediction == "shifted", "bool")
-    if plan.type_name is not None:
+    if plan.type_name not in (None, OWN):
         keys.pop("general.file_type", None)  # which speaks of the base's types
+    if plan.arch != base.arch and not metadata.prompts:
+        keys = {name: key for name, key in keys.items() if not name.startswith(_TEMPLATE_KEY)}
+        keys[_TEMPLATE_KEY] = KeyValue(_PLAIN_TEMPLATE, "str")
     keys[STANDALONE_KEY] = KeyValue(True, "bool")
     keys[KEY_PREFIX + "base_model"] = KeyValue(metadata.base_model, "str")
     keys[KEY_PREFIX + "base_sha256"] = KeyValue(metadata.base_sha256, "str")
@@ -218,7 +230,7 @@ class _Edit:
         name: in the file that is written, if that has the base's architecture.
         info: where it is read from.
         places: reads it.
-        wanted_type: of all matrices; None = its own.
+        wanted_type: as in `Standalone`.
         n_threads: that pack.
         pair: A (R, in) and B (out, R), B times the scale.
         mask_row: a row's number, and what is added to it (C,).
@@ -238,8 +250,13 @@ class _Edit:
     @property
     def type_name(self) -> str:
         """In the file that is written; vectors stay as they are."""
-        is_matrix = len(self.info.shape) > 1
-        return self.wanted_type if self.wanted_type is not None and is_matrix else self.info.type_name
+        own = self.info.type_name
+        if len(self.info.shape) == 1 or self.wanted_type == OWN:
+            return own
+        if self.wanted_type is not None:
+            return self.wanted_type
+        is_coarse = TENSOR_TYPES[own].bits < TENSOR_TYPES[CHANGED_TYPE].bits
+        return CHANGED_TYPE if self._has_edits and is_coarse else own
 
     def pieces(self) -> Iterator[bytes | memoryview]:
         """The tensor's new bytes."""
@@ -263,6 +280,10 @@ class _Edit:
         is_repacked = self.type_name != self.info.type_name
         return is_repacked or self.pair is not None or self.offset is not None
 
+    @property
+    def _has_edits(self) -> bool:
+        return self.pair is not None or self.offset is not None or self.mask_row is not None
+
     def check(self, base: ModelFile) -> None:
         """Refuse a type in which the tensor cannot be packed."""
         known, columns = TENSOR_TYPES[self.type_name], self.info.shape[-1]
@@ -271,7 +292,7 @@ class _Edit:
                 f"tensor {quoted(self.info.name)} has rows of {columns}, and {known.name} packs blocks of "
                 f"{known.block}; give another --type, such as q8_0"
             )
-        if (self._changes_all or self.mask_row is not None) and known.name in NEED_IMPORTANCE:
+        if (self._changes_all or self._has_edits) and known.name in NEED_IMPORTANCE:
             base.fail(
                 f"tensor {quoted(self.info.name)} would be of type {known.name}, which ggml packs only with "
                 f"an importance matrix; give another --type, such as q4_k"

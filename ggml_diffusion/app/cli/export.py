@@ -15,6 +15,7 @@ from ggml_diffusion.formats.adapter_file import DiffusionCheckpoint
 from ggml_diffusion.formats.model_check import read_model
 from ggml_diffusion.formats.model_file import file_sha256
 
+_MUCH_KL = 2e-2  # nats; what llama.cpp itself loses on a quantised model is a few thousandths
 export = typer.Typer(no_args_is_help=True)
 
 
@@ -66,7 +67,10 @@ def export_standalone(
     ] = "diffusion",
     type: Annotated[
         str | None,
-        typer.Option(help="Type of all matrices, as f16 or q8_0. Default: each keeps its own."),
+        typer.Option(
+            help="Type of all matrices, as f16; own = each keeps its own. Default: those that change get "
+            "q8_0 where they had fewer bits, the others keep theirs."
+        ),
     ] = None,
     time: Annotated[
         float | None,
@@ -103,6 +107,8 @@ def export_standalone(
         f"KL from base + adapter: {found.mean_kl:.1e} nats in llama.cpp, mean over {found.n_tokens} tokens "
         f"of which a third is masked; the likeliest token is the same at {found.top1:.0%}"
     )
+    if found.mean_kl > _MUCH_KL:
+        _say("that is much: without --type, what merging changes is kept in 8 bits; f16 keeps it all")
 
 
 def _conversion_in(source: Path) -> DiffusionCheckpoint:
