@@ -3,9 +3,9 @@
 W + (alpha / R) B A goes into each adapted tensor, the mask embedding into the mask token's row, and the time
 embedding at one time t into every row of the token embedding. Where the head is the token embedding, the file
 gets an output matrix of its own, as the head was. What nothing changes is copied byte for byte. What changes
-is packed again, and a second rounding to four bits costs as much as the first one did: on a SmolLM2 of Q4_1 it
-takes a third of the predictions with it (docs/formats.md). So it goes to eight bits, unless other types are
-asked for.
+is packed again, and a second rounding to four bits costs as much as the first one did: on a SmolLM2 of Q4_1
+it takes a third of the predictions with it (docs/formats.md). So it goes to eight bits, unless other types
+are asked for.
 
 A piece of one tensor is unpacked at a time. Deliberately not here: which architecture the file is
 (targets.py), and what packing again costs (cost.py).

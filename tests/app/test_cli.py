@@ -26,7 +26,7 @@ from ggml_diffusion.training import run as convert
 TEXT = "the old mill ground corn for the whole village and the miller told his children of it. " * 40
 COMMANDS = (
     *("convert", "estimate", "evaluate", "generate", "inspect", "demo"),
-    *("export adapter", "export standalone"),
+    *("export adapter", "export standalone", "export peft"),
 )
 
 
@@ -239,6 +239,15 @@ def test_export_standalone_writes_a_model_and_measures_what_it_cost(base, finish
     assert float(kl[1]) < 1e-3
     assert run("inspect", tmp_path / "out.gguf") == 0
     assert "llada" in capsys.readouterr().out
+
+
+def test_export_peft_writes_a_folder(base, finished_run, tmp_path, capsys):
+    assert run("export", "peft", base, finished_run, tmp_path / "out") == 0
+    assert f"written: {tmp_path / 'out'}" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        *("adapter_config.json", "adapter_model.safetensors", "embeddings.safetensors"),
+        *("diffusion_config.json", "denoise.py", "README.md"),
+    }
 
 
 def test_export_standalone_of_another_base_or_to_another_kind_of_file_is_one_line(

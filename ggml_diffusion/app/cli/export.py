@@ -111,6 +111,21 @@ def export_standalone(
         _say("that is much: without --type, what merging changes is kept in 8 bits; f16 keeps it all")
 
 
+@export.command("peft", epilog="Example: ggml-diffusion export peft model.gguf run run/peft")
+def export_peft(
+    base: Base,
+    adapter: Adapter,
+    target: Annotated[Path, typer.Argument(help="Folder to write; it is made.", metavar="OUT")],
+) -> None:
+    """Write a PEFT folder for transformers: LoRA pairs, mask and time embeddings, a program to denoise."""
+    checkpoint, file = _conversion_in(adapter), read_model(base)
+    from ggml_diffusion.export.peft import export_peft as write_folder
+
+    checkpoint.check_base(file_sha256(base))
+    write_folder(target, checkpoint, file)
+    _say(f"written: {target} (its README.md says how to use it)")
+
+
 def _conversion_in(source: Path) -> DiffusionCheckpoint:
     from ggml_diffusion.training.run import exported_weights
 
