@@ -16,8 +16,8 @@ HEAD = """# Command line
 
 <!-- written by tools/make_cli_docs.py: change the help texts in ggml_diffusion/ and run it again -->
 
-Exit codes: 0 done; 2 something to put right, in one line on stderr; 130 or 143 stopped by SIGINT or SIGTERM,
-with everything saved.
+Exit codes: 0 done; 1 `verify` found an export that differs; 2 something to put right, in one line on stderr;
+130 or 143 stopped by SIGINT or SIGTERM, with everything saved.
 """
 
 

@@ -1,12 +1,14 @@
 """What another runtime makes of a conversion beside the engine's base + adapter: on one built-in text.
 
 60 tokens of English, every third of them masked, at a fixed time: small enough to be measured whenever a file
-is written. The engine computes in float32 throughout, without int8, and so is exact up to rounding.
+is written. In models with windows it is no longer than these, since llama.cpp without a causal mask bounds
+the past alone. The engine computes in float32 throughout, without int8, and so is exact up to rounding.
 
 Deliberately not here: the runtimes (llama_runtime.py), tolerances (verify.py).
 Letters: T tokens, C hidden size, V vocabulary.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,6 +17,8 @@ from numpy.typing import NDArray
 
 from ggml_diffusion.engine.interface import Batch, Engine
 from ggml_diffusion.formats.adapter_file import DiffusionCheckpoint
+from ggml_diffusion.formats.architectures import ARCHITECTURES
+from ggml_diffusion.formats.model_file import ModelFile
 from ggml_diffusion.generation.reading import ReadingRule
 from ggml_diffusion.text.prompts import with_start
 from ggml_diffusion.text.tokenizer import Tokenizer
@@ -68,8 +72,8 @@ class Reference:
         """
         rule = ReadingRule.of_checkpoint(checkpoint)
         self._engine, self._checkpoint, self._rule = engine, checkpoint, rule
-        tokens = with_start(tokenizer.encode(TEXT), tokenizer)[: min(N_TOKENS, engine.file.context_length)]
-        self.tokens = np.array(tokens, dtype=np.int32)
+        n_tokens = min(N_TOKENS, engine.file.context_length, _window(engine.file))
+        self.tokens = np.array(with_start(tokenizer.encode(TEXT), tokenizer)[:n_tokens], dtype=np.int32)
         self.tokens[MASK_EVERY - 1 :: MASK_EVERY] = checkpoint.metadata.mask_token_id
         if time is None and rule.time_offset is not None:
             time = rule.noise_schedule.time_at(1 / MASK_EVERY)
@@ -90,6 +94,18 @@ class Reference:
         offset = self.offset
         return rows if offset is None else rows + offset
 
+    @property
+    def llama_embeddings(self) -> NDArray[np.float32]:
+        """The same as llama.cpp takes it, which scales a Gemma 3's tokens, and nothing given instead."""
+        file = self._engine.file
+        return self.embeddings * np.float32(math.sqrt(file.C) if file.arch == "gemma3" else 1.0)
+
+    @cached_property
+    def base_logits(self) -> NDArray[np.float32]:
+        """The base's on the same tokens, causal and without adapter, (T, V)."""
+        logits: NDArray[np.float32] = self._engine.logits(Batch(self.tokens[None]))[0]
+        return logits
+
     @cached_property
     def logits(self) -> NDArray[np.float32]:
         """The engine's own, (T, V)."""
@@ -103,3 +119,11 @@ class Reference:
         ours, theirs = (np.delete(one, mask, axis=1) for one in (self.logits, logits))
         same = ours.argmax(axis=1) == theirs.argmax(axis=1)
         return Agreement(mean_kl_divergence(ours, theirs), float(same.mean()), len(same))
+
+
+def _window(base: ModelFile) -> int:
+    """Tokens that a layer with a window sees; as many as the text has where there is none."""
+    entry = ARCHITECTURES[base.arch]
+    if not entry.window_period:
+        return N_TOKENS
+    return base.optional(f"{base.arch}.attention.sliding_window", entry.window) or N_TOKENS

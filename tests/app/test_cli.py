@@ -25,7 +25,7 @@ from ggml_diffusion.training import run as convert
 
 TEXT = "the old mill ground corn for the whole village and the miller told his children of it. " * 40
 COMMANDS = (
-    *("convert", "estimate", "evaluate", "generate", "inspect", "demo"),
+    *("convert", "estimate", "evaluate", "generate", "inspect", "demo", "verify"),
     *("export adapter", "export standalone", "export peft"),
 )
 
@@ -248,6 +248,32 @@ def test_export_peft_writes_a_folder(base, finished_run, tmp_path, capsys):
         *("adapter_config.json", "adapter_model.safetensors", "embeddings.safetensors"),
         *("diffusion_config.json", "denoise.py", "README.md"),
     }
+
+
+def test_verify_shows_every_export_and_exits_with_1_if_one_differs(tiny_model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    base = tiny_model(L=1, C=32, H=2, G=1, F=32, tied=True)
+    assert run(*convert_arguments(base, tmp_path)) == 0
+    folder = tmp_path / "run"
+    assert run("export", "standalone", base, folder, folder / "standalone.gguf") == 0
+    capsys.readouterr()
+    assert run("verify", base, folder) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"adapter\.gguf .* llama-cpp-python .* ok .* KL \S+, likeliest token", out)
+    assert re.search(r"standalone\.gguf .* llama-cpp-python .* ok", out)
+    assert re.search(r"standalone\.gguf .* llama-diffusion-cli .* skipped", out)
+    other = DiffusionCheckpoint.load(folder / "adapter.safetensors")
+    for name in other.tensors:
+        other.tensors[name] += np.float32(0.1)
+    other.save(folder / "adapter.safetensors")
+    assert run("verify", base, folder) == 1
+    assert re.search(r"adapter\.gguf .* failed", capsys.readouterr().out)
+
+
+def test_verify_of_no_run_is_one_line(base, tmp_path, capsys):
+    assert "is no folder" in refused(capsys, "verify", base, tmp_path / "nowhere")
+    assert "holds neither" in refused(capsys, "verify", base, tmp_path)
 
 
 def test_export_standalone_of_another_base_or_to_another_kind_of_file_is_one_line(

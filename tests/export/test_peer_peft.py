@@ -16,6 +16,7 @@ from conversions import MASK_TOKEN, conversion
 from ggml_diffusion.engine.cpu.q4_model import Q4Model
 from ggml_diffusion.engine.interface import Batch
 from ggml_diffusion.export.peft import export_peft
+from ggml_diffusion.export.verify import Runtimes, verify_run
 from ggml_diffusion.formats.model_check import read_model
 from ggml_diffusion.generation.reading import ReadingRule
 from ggml_diffusion.training.identity import mean_kl_divergence
@@ -74,3 +75,29 @@ def test_base_and_folder_predict_what_base_and_adapter_predict(
     found = Denoiser(tmp_path / "folder", base.path).logits(torch.from_numpy(tokens).long(), 0.37).numpy()
     assert mean_kl_divergence(expected, found) < 1e-6
     assert mean_kl_divergence(expected, plain) > 0.1  # so that a wrong folder cannot hide
+
+
+def test_verify_runs_the_folder_in_a_process_of_its_own(tmp_path: Path, tiny_model: Callable[..., Path]):
+    for package in ("torch", "transformers", "peft"):
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    base = read_model(tiny_model(arch="qwen2"))
+    checkpoint = conversion(base, scale=0.15)
+    export_peft(tmp_path / "right", checkpoint, base)
+    export_peft(tmp_path / "wrong", conversion(base, scale=0.15, seed=1), base)
+    with Q4Model.from_gguf(base.path, 1, compute="f32") as engine:
+        found = {one.export: one for one in verify_run(tmp_path, engine, checkpoint, Runtimes())}
+    assert {name: one.status for name, one in found.items()} == {"right": "ok", "wrong": "failed"}
+
+
+def test_a_base_that_transformers_reads_otherwise_is_not_compared(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+):
+    for package in ("torch", "transformers", "peft"):
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    base = read_model(tiny_model(arch="gemma3"))  # whose scale of scores is taken for granted
+    checkpoint = conversion(base, scale=0.15)
+    export_peft(tmp_path / "peft", checkpoint, base)
+    with Q4Model.from_gguf(base.path, 1, compute="f32") as engine:
+        (check,) = verify_run(tmp_path, engine, checkpoint, Runtimes())
+    assert check.status == "skipped"
+    assert "transformers reads another model" in check.found

@@ -1,7 +1,8 @@
 """Entry point: the commands, and what their errors become.
 
-Exit codes: 0 done; 2 something the user can correct, in one line on stderr; 130 or 143 stopped by SIGINT or
-SIGTERM with everything saved. Deliberately not here: any work, and the commands themselves.
+Exit codes: 0 done; 1 `verify` found an export that differs; 2 something the user can correct, in one line on
+stderr; 130 or 143 stopped by SIGINT or SIGTERM with everything saved. Deliberately not here: any work, and
+the commands themselves.
 """
 
 import contextlib
@@ -36,6 +37,10 @@ _COMMANDS = {
         "evaluate model.gguf run --output run/evaluation",
     ),
     "export": ("Write a conversion in the form that another program takes.", ""),
+    "verify": (
+        "Compare what a run exported with the engine, in the programs that will load it.",
+        "verify model.gguf run --diffusion-cli build/bin/llama-diffusion-cli",
+    ),
     "inspect": (
         "Show what a file holds: sizes, types, settings, and whether it can be converted.",
         "inspect model.gguf",
