@@ -143,6 +143,9 @@ class _Verifier:
 
     def _adapter(self, path: Path) -> Check:
         load_adapter(path, self._engine.file.arch).check(self._engine.file)  # llama.cpp aborts on a bad one
+        if (ratio := self._checkpoint.metadata.final_causal_ratio) > 0:
+            found = f"the conversion is at causal ratio {ratio:g}, which llama.cpp cannot compute"
+            return Check(path.name, "llama-cpp-python", "skipped", found)
         logits = bidirectional_logits(
             self._engine.file.path,
             self._reference.llama_embeddings,

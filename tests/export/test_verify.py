@@ -109,6 +109,16 @@ def test_a_standalone_file_of_a_wrong_time_fails(tmp_path: Path, tiny_model: Tin
     assert checked(tmp_path, checkpoint, base)["s.gguf", "llama-cpp-python"].status == "failed"
 
 
+def test_a_conversion_that_is_not_bidirectional_yet_is_not_compared_in_llama_cpp(
+    tmp_path: Path, tiny_model: TinyModel
+):
+    base = read_model(tiny_model())
+    conversion(base).save_gguf(tmp_path / "adapter.gguf", base)
+    (check,) = checked(tmp_path, conversion(base), base).values()
+    assert check.status == "skipped"
+    assert "causal ratio 0.1" in check.found
+
+
 def test_what_cannot_be_loaded_is_failed_in_a_line(tmp_path: Path, tiny_model: TinyModel):
     base = read_model(tiny_model())
     checkpoint = bidirectional(base)
