@@ -17,6 +17,7 @@ PACKAGE = ROOT / "ggml_diffusion"
 
 WINGS = (
     "app",
+    "export",
     "training",
     "config",
     "evaluation",

@@ -16,8 +16,8 @@ HEAD = """# Command line
 
 <!-- written by tools/make_cli_docs.py: change the help texts in ggml_diffusion/ and run it again -->
 
-Exit codes: 0 done; 2 something to put right, in one line on stderr; 130 or 143 stopped by SIGINT or SIGTERM,
-with everything saved.
+Exit codes: 0 done; 1 `verify` found an export that differs; 2 something to put right, in one line on stderr;
+130 or 143 stopped by SIGINT or SIGTERM, with everything saved.
 """
 
 
@@ -31,6 +31,8 @@ def cli_docs() -> str:
 
 
 def _command_docs(name: str, command: Any) -> str:
+    if hasattr(command, "commands"):  # a group
+        return "\n".join(_command_docs(f"{name} {one}", command.commands[one]) for one in command.commands)
     arguments = [one for one in command.params if one.param_type_name == "argument"]
     options = [one for one in command.params if one.param_type_name == "option"]
     usage = " ".join(f"[{one.metavar}]" if not one.required else str(one.metavar) for one in arguments)

@@ -212,6 +212,11 @@ class QLoraConversionConfig(Settings):
     train_mask_embedding: bool = Field(
         default=True, description="Whether the mask token gets a trained embedding, on top of the base's own."
     )
+    start_from: str | None = Field(
+        default=None,
+        min_length=1,
+        description="A PEFT folder or GGUF adapter whose LoRA pairs the run starts from; left out, none.",
+    )
     mask_annealing: MaskAnnealingConfig = Field(default_factory=MaskAnnealingConfig)
     time_embedding: TimeEmbeddingConfig = Field(default_factory=TimeEmbeddingConfig)
 

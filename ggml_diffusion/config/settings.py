@@ -217,10 +217,11 @@ SETTINGS: Mapping[str, Setting] = {
     )
 }
 
-# Settings that may change when a run is resumed: they change no number of it. (Base and data are compared by
-# their content.)
+# Settings that may change when a run is resumed: they change no number of it. (Base, data and
+# the pairs that a run starts from are compared by their content.)
 _FREE_SETTINGS = {
     "model.base_model",
+    "model.start_from",
     "training.data",
     "training.include",
     "training.strict",

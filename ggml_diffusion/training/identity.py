@@ -118,8 +118,16 @@ class _Logits:
         raise ValueError("there is nothing to ask")
 
 
-def open_llama(path: str | bytes, n_tokens: int, n_threads: int) -> tuple[Any, Any, Any]:
+def open_llama(
+    path: str | bytes, n_tokens: int, n_threads: int, *, exact: bool = False
+) -> tuple[Any, Any, Any]:
     """llama.cpp's C API, a model and a context for that many tokens, on the CPU; for a child process.
+
+    Args:
+        path: of the GGUF.
+        n_tokens: of the longest text.
+        n_threads: that compute.
+        exact: keys and values in float32, as they are rounded nowhere but in the weights' products.
 
     Raises:
         RuntimeError: llama.cpp loads no model from the file, or has no context of that size.
@@ -137,6 +145,9 @@ def open_llama(path: str | bytes, n_tokens: int, n_threads: int) -> tuple[Any, A
     params = api.llama_context_default_params()
     params.n_ctx = params.n_batch = params.n_ubatch = max(n_tokens, 32)
     params.n_threads = params.n_threads_batch = n_threads
+    if exact:
+        params.type_k = params.type_v = 0  # F32
+        params.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_DISABLED
     context = api.llama_init_from_model(model, params)
     if not context:
         raise RuntimeError("has no context of that size")

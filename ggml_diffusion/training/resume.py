@@ -104,6 +104,9 @@ def _differences(state: TrainingState, trainer: ConversionTrainer) -> list[str]:
             f"{trainer.data_fingerprint[:12]} here)"
         )
     found += settings_that_differ(state.config, trainer.config)
+    if (began := state.extra.get("start_sha256", "")) != trainer.start.sha256:
+        there, here = (f"sha256 {one[:12]}" if one else "none" for one in (str(began), trainer.start.sha256))
+        found.append(f"model.start_from ({there} there, {here} here)")
     if state.extra.get("mask_token_id") != trainer.mask_token_id:
         found.append(f"mask token ({state.extra.get('mask_token_id')} there, {trainer.mask_token_id} here)")
     if not found and state.parameters.shape != trainer.parameters.flat.shape:

@@ -38,7 +38,6 @@ from ggml_diffusion.formats.lora import (
     LoraAdapter,
     ModelDims,
     ParameterStore,
-    init_lora,
     lora_shapes,
 )
 from ggml_diffusion.formats.tensor_names import (
@@ -61,6 +60,7 @@ from ggml_diffusion.text.special_tokens import choose_mask_token, special_ids
 from ggml_diffusion.training.checkpoint import TrainingState
 from ggml_diffusion.training.metrics import TrainMetrics
 from ggml_diffusion.training.noisy_batch import NoisyBatch, block_size_of_step, draw_noise
+from ggml_diffusion.training.start_values import StartValues
 
 MAX_BAD_IN_A_ROW = 3
 # Cross-entropy beyond which a step has exploded, as a multiple of that of a blind guess, ln V, and of the
@@ -99,6 +99,7 @@ class ConversionTrainer:
         learning_rate: after the warm-up; the config's, until a run that diverged halves it (resume.py).
         rate_changes: (step, learning rate from there on), the first of them (0, the config's).
         rollbacks: how often the run has gone back to a checkpoint since the user last chose the rate.
+        start: what that was before the first step.
         parameters: everything that is trained; its views are what the engine and the exports read.
         adapter: the LoRA pairs and the mask embedding, as views of `parameters`.
 
@@ -140,7 +141,8 @@ class ConversionTrainer:
             )
         self.parameters = ParameterStore(shapes)
         self._gradients = ParameterStore(shapes)
-        init_lora(self.parameters.views, generator_of(config.seed, 0, Stream.START_VALUES))
+        self.start = StartValues(config, model.file)
+        self.start.fill(self.parameters)
         self.adapter = LoraAdapter(
             alpha=qlora.alpha,
             tensors=_lora_views(self.parameters),
@@ -184,8 +186,7 @@ class ConversionTrainer:
 
     def restart(self) -> None:
         """Forget all steps: what is trained is as it was at the start, whatever the learning rate is now."""
-        self.parameters.flat[...] = 0.0
-        init_lora(self.parameters.views, generator_of(self.config.seed, 0, Stream.START_VALUES))
+        self.start.fill(self.parameters)
         self.optimizer.first_moment[...] = 0.0
         self.optimizer.second_moment[...] = 0.0
         self.optimizer.step_count = self.step_count = self.annealer.current_step = self.tokens_seen = 0
@@ -539,6 +540,7 @@ class ConversionTrainer:
                 "mask_token_id": self.mask_token_id,
                 "has_prompts": self._has_prompts,
                 "int8": self.int8,
+                "start_sha256": self.start.sha256,
             },
         )
 

@@ -24,7 +24,10 @@ from ggml_diffusion.generation.diffusion_model import DiffusionModel
 from ggml_diffusion.training import run as convert
 
 TEXT = "the old mill ground corn for the whole village and the miller told his children of it. " * 40
-COMMANDS = ("convert", "estimate", "evaluate", "generate", "export", "inspect", "demo")
+COMMANDS = (
+    *("convert", "estimate", "evaluate", "generate", "inspect", "demo", "verify"),
+    *("export adapter", "export standalone", "export peft"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -236,7 +239,7 @@ def test_the_same_seed_writes_the_same_text(base, finished_run, capsys):
 @pytest.mark.parametrize("target", ["copy.safetensors", "copy.gguf"])
 @pytest.mark.parametrize("source", ["", "adapter.safetensors", "adapter.gguf"])
 def test_export_writes_the_conversion_elsewhere(finished_run, tmp_path, source, target):
-    assert run("export", finished_run / source, tmp_path / target) == 0
+    assert run("export", "adapter", finished_run / source, tmp_path / target) == 0
     original = DiffusionCheckpoint.load(finished_run / "adapter.safetensors")
     copy = DiffusionCheckpoint.load(tmp_path / target)
     assert copy.metadata == original.metadata
@@ -244,12 +247,68 @@ def test_export_writes_the_conversion_elsewhere(finished_run, tmp_path, source, 
         assert (copy.tensors[name] == array).all()
 
 
+def test_export_standalone_writes_a_model_and_measures_what_it_cost(base, finished_run, tmp_path, capsys):
+    assert run("export", "standalone", base, finished_run, tmp_path / "out.gguf", "--type", "f16") == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert re.search(r"written: .*out\.gguf \(llada, .* KiB, time 0\.\d+ folded in\)", out)
+    kl = re.search(r"KL from base \+ adapter: (\S+) nats in llama\.cpp, mean over 60 tokens", out)
+    assert float(kl[1]) < 1e-3
+    assert run("inspect", tmp_path / "out.gguf") == 0
+    assert "llada" in capsys.readouterr().out
+
+
+def test_export_peft_writes_a_folder(base, finished_run, tmp_path, capsys):
+    assert run("export", "peft", base, finished_run, tmp_path / "out") == 0
+    assert f"written: {tmp_path / 'out'}" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        *("adapter_config.json", "adapter_model.safetensors", "embeddings.safetensors"),
+        *("diffusion_config.json", "denoise.py", "README.md"),
+    }
+
+
+def test_verify_shows_every_export_and_exits_with_1_if_one_differs(tiny_model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    base = tiny_model(L=1, C=32, H=2, G=1, F=32, tied=True)
+    assert run(*convert_arguments(base, tmp_path)) == 0
+    folder = tmp_path / "run"
+    assert run("export", "standalone", base, folder, folder / "standalone.gguf") == 0
+    capsys.readouterr()
+    assert run("verify", base, folder) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"adapter\.gguf .* llama-cpp-python .* ok .* KL \S+, likeliest token", out)
+    assert re.search(r"standalone\.gguf .* llama-cpp-python .* ok", out)
+    assert re.search(r"standalone\.gguf .* llama-diffusion-cli .* skipped", out)
+    other = DiffusionCheckpoint.load(folder / "adapter.safetensors")
+    for name in other.tensors:
+        other.tensors[name] += np.float32(0.1)
+    other.save(folder / "adapter.safetensors")
+    assert run("verify", base, folder) == 1
+    assert re.search(r"adapter\.gguf .* failed", capsys.readouterr().out)
+
+
+def test_verify_of_no_run_is_one_line(base, tmp_path, capsys):
+    assert "is no folder" in refused(capsys, "verify", base, tmp_path / "nowhere")
+    assert "holds neither" in refused(capsys, "verify", base, tmp_path)
+
+
+def test_export_standalone_of_another_base_or_to_another_kind_of_file_is_one_line(
+    tiny_model, base, finished_run, tmp_path, capsys
+):
+    other = tiny_model(L=1, C=32, H=2, G=1, F=32, type="Q4_0", seed=5)
+    command = ("export", "standalone")
+    assert "another base model" in refused(capsys, *command, other, finished_run, tmp_path / "o.gguf")
+    assert "must end in .gguf" in refused(capsys, *command, base, finished_run, tmp_path / "o.bin")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_export_of_an_unfinished_run_gives_its_last_checkpoint(base, finished_run, tmp_path):
     unfinished = tmp_path / "unfinished"
     unfinished.mkdir()
     (finished_run / "checkpoints").rename(unfinished / "checkpoints")
     try:
-        assert run("export", unfinished, tmp_path / "last.safetensors") == 0
+        assert run("export", "adapter", unfinished, tmp_path / "last.safetensors") == 0
         assert DiffusionCheckpoint.load(tmp_path / "last.safetensors").metadata.conversion_steps == 3
     finally:
         (unfinished / "checkpoints").rename(finished_run / "checkpoints")
@@ -404,15 +463,16 @@ def test_an_interrupted_run_is_read_from_its_last_checkpoint(base, finished_run,
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_an_example(command, capsys):
-    assert run(command, "--help") == 0
+    assert run(*command.split(), "--help") == 0
     assert f"ggml-diffusion {command}" in " ".join(capsys.readouterr().out.split())
 
 
 def test_every_flag_has_a_help_text_and_settings_have_the_settings_own():
     commands = cli.click_group().commands
     for name, command in commands.items():
-        for parameter in command.params:
-            assert getattr(parameter, "help", None), f"{name} {parameter.name}"
+        for one in [command, *getattr(command, "commands", {}).values()]:
+            for parameter in one.params:
+                assert getattr(parameter, "help", None), f"{name} {parameter.name}"
     by_flag = {flag: parameter for parameter in commands["generate"].params for flag in parameter.opts}
     for field, flag in (("steps", "--steps"), ("top_p", "--top-p"), ("remasking", "--remasking")):
         assert by_flag[flag].help.startswith(GenerationConfig.model_fields[field].description)
@@ -552,7 +612,7 @@ def test_an_adapter_of_another_base_is_refused_unless_allowed(tiny_model, finish
     assert run(*arguments, "--allow-other-base") == 0
     capsys.readouterr()
     assert "another base model" in refused(
-        capsys, "export", finished_run, finished_run.parent / "other.gguf", "--base", other
+        capsys, "export", "adapter", finished_run, finished_run.parent / "other.gguf", "--base", other
     )
 
 
@@ -593,10 +653,10 @@ def test_a_bad_setting_of_evaluate_is_one_line(base, finished_run, more, words, 
         ("evaluate", "BASE", "/nowhere/adapter.safetensors"),
         ("generate", "/nowhere/model.gguf", "RUN"),
         ("generate", "BASE", "BASE"),
-        ("export", "/nowhere", "x.gguf"),
-        ("export", "RUN", "x.bin"),
-        ("export", "RUN", "/nowhere/at/all/x.gguf"),
-        ("export", "EMPTY", "x.gguf"),
+        ("export", "adapter", "/nowhere", "x.gguf"),
+        ("export", "adapter", "RUN", "x.bin"),
+        ("export", "adapter", "RUN", "/nowhere/at/all/x.gguf"),
+        ("export", "adapter", "EMPTY", "x.gguf"),
         ("inspect", "/nowhere/model.gguf"),
         ("inspect", "EMPTY"),
         ("convert",),

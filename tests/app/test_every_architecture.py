@@ -72,7 +72,7 @@ def test_the_whole_way(
     assert capsys.readouterr().out == by_gguf
     assert by_gguf.startswith("the mill ") and by_gguf.endswith(" of corn\n")
 
-    assert run("export", folder, tmp_path / "copy.gguf", "--base", base) == 0
+    assert run("export", "adapter", folder, tmp_path / "copy.gguf", "--base", base) == 0
     exported, trained = (
         load_adapter(path).tensors for path in (tmp_path / "copy.gguf", folder / "adapter.safetensors")
     )

@@ -222,7 +222,11 @@ def test_every_key_has_a_type_and_a_range_in_safetensors(
     base: Path, tmp_path: Path, key: str, value: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = changed_safetensors(base, tmp_path / "adapter.safetensors", "metadata", {key: value})
-    for command in (("inspect", path), ("generate", base, path), ("export", path, tmp_path / "other.gguf")):
+    for command in (
+        ("inspect", path),
+        ("generate", base, path),
+        ("export", "adapter", path, tmp_path / "other.gguf"),
+    ):
         assert f"{path}: metadata key '{key}'" in refused(capsys, *command)
 
 
@@ -243,7 +247,7 @@ def test_every_key_has_the_same_type_and_range_in_gguf(
     for command in (
         ("inspect", path),
         ("generate", base, path),
-        ("export", path, tmp_path / "o.safetensors"),
+        ("export", "adapter", path, tmp_path / "o.safetensors"),
     ):
         assert f"{path}: metadata key '{key}'" in refused(capsys, *command)
 
@@ -288,7 +292,7 @@ def test_settings_that_are_used_again_have_types_in_both_formats(
         for command in (
             ("inspect", adapter),
             ("generate", base, adapter),
-            ("export", adapter, tmp_path / "o.gguf"),
+            ("export", "adapter", adapter, tmp_path / "o.gguf"),
         ):
             message = refused(capsys, *command)
             assert message.startswith(f"{adapter}: ") and fault in message
@@ -349,7 +353,7 @@ def test_a_pipe_a_socket_a_device_or_a_folder_is_refused_at_once_wherever_a_file
             ("inspect", path),
             ("convert", base, "--data", path, "--output", tmp_path / "run", *TINY),
             ("generate", base, path),
-            ("export", path, tmp_path / "o.gguf"),
+            ("export", "adapter", path, tmp_path / "o.gguf"),
             ("evaluate", base, path),
         ]
     for command in commands:

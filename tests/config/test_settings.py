@@ -28,6 +28,7 @@ OTHER_VALUES = {
     "model.prediction": "aligned",
     "model.mask_token_id": 7,
     "model.train_mask_embedding": False,
+    "model.start_from": "a/folder",
     "training.data": ["a.txt", "b"],
     "training.include": ["*.py"],
     "training.strict": True,

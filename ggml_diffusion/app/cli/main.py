@@ -1,7 +1,8 @@
 """Entry point: the commands, and what their errors become.
 
-Exit codes: 0 done; 2 something the user can correct, in one line on stderr; 130 or 143 stopped by SIGINT or
-SIGTERM with everything saved. Deliberately not here: any work, and the commands themselves.
+Exit codes: 0 done; 1 `verify` found an export that differs; 2 something the user can correct, in one line on
+stderr; 130 or 143 stopped by SIGINT or SIGTERM with everything saved. Deliberately not here: any work, and
+the commands themselves.
 """
 
 import contextlib
@@ -16,7 +17,8 @@ import typer
 
 from ggml_diffusion.errors import UserError
 
-# Name, what the list of commands says of it (the first sentence of its own help), and an example.
+# Name, what the list of commands says of it (the first sentence of its own help), and an example; a group's
+# commands have examples of their own.
 _COMMANDS = {
     "convert": (
         "Convert a GGUF model: train its adapter on text and export it.",
@@ -34,7 +36,11 @@ _COMMANDS = {
         "Measure a conversion on held-out text, beside the base and the base before the first step.",
         "evaluate model.gguf run --output run/evaluation",
     ),
-    "export": ("Write a conversion as another file.", "export run my-adapter.gguf"),
+    "export": ("Write a conversion in the form that another program takes.", ""),
+    "verify": (
+        "Compare what a run exported with the engine, in the programs that will load it.",
+        "verify model.gguf run --diffusion-cli build/bin/llama-diffusion-cli",
+    ),
     "inspect": (
         "Show what a file holds: sizes, types, settings, and whether it can be converted.",
         "inspect model.gguf",
@@ -61,13 +67,19 @@ def _app(wanted: Collection[str]) -> typer.Typer:
     )
     for name, (summary, example) in _COMMANDS.items():
         command = _imported(name) if name in wanted else _listed
+        if isinstance(command, typer.Typer):
+            app.add_typer(command, name=name, help=summary)
+            continue
         help_text = None if name in wanted else summary
         app.command(name, help=help_text, epilog=f"Example: ggml-diffusion {example}")(command)
     return app
 
 
-def _imported(name: str) -> Callable[..., None]:
-    command: Callable[..., None] = getattr(import_module(f"ggml_diffusion.app.cli.{name}"), name)
+def _imported(name: str) -> Callable[..., None] | typer.Typer:
+    """A command, or a group of them."""
+    command: Callable[..., None] | typer.Typer = getattr(
+        import_module(f"ggml_diffusion.app.cli.{name}"), name
+    )
     return command
 
 

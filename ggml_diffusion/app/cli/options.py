@@ -52,7 +52,9 @@ RUN_FLAGS = {
     "sequence_length": "training.sequence_length",
     "learning_rate": "training.learning_rate",
     "rank": "model.qlora_rank",
+    "alpha": "model.qlora_alpha",
     "target_modules": "model.target_modules",
+    "start_from": "model.start_from",
     "prediction": "model.prediction",
     "context": "model.context",
     "holes": "holes.share",
@@ -81,6 +83,8 @@ Accumulation = Annotated[int | None, setting("training.gradient_accumulation", "
 SequenceLength = Annotated[int | None, setting("training.sequence_length", "--sequence-length")]
 LearningRate = Annotated[float | None, setting("training.learning_rate", "--learning-rate")]
 Rank = Annotated[int | None, setting("model.qlora_rank", "--rank")]
+Alpha = Annotated[float | None, setting("model.qlora_alpha", "--alpha")]
+StartFrom = Annotated[str | None, setting("model.start_from", "--start-from")]
 TargetModules = Annotated[str | None, setting("model.target_modules", "--target-modules")]
 Prediction = Annotated[str | None, setting("model.prediction", "--prediction")]
 ContextKind = Annotated[str | None, setting("model.context", "--context")]

@@ -1,4 +1,4 @@
-"""ggml's C API as far as the engine uses it: the only declarations of it in the package, and the libraries.
+"""ggml's C API as far as the engine uses it, and the libraries. What packs tensors is in formats/packing.py.
 
 The libraries are those inside llama-cpp-python, whose version is checked when the core is loaded (a process
 holds one ggml). cffi in ABI mode: nothing is compiled, so an installation with other backends needs no build.
