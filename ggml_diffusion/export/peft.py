@@ -32,9 +32,10 @@ def export_peft(folder: Path, checkpoint: DiffusionCheckpoint, base: ModelFile) 
     """Write the folder, which is made; each file is whole or not there.
 
     Raises:
-        UserError: the conversion does not fit the base, or writing failed.
+        UserError: the conversion does not fit the base, has a frozen context, or writing failed.
 
     """
+    checkpoint.check_merges()
     checkpoint.check_shapes(base)
     try:
         folder.mkdir(exist_ok=True)

@@ -89,6 +89,7 @@ def plan_standalone(
         UserError: the conversion does not fit, or llama.cpp would compute something else.
 
     """
+    checkpoint.check_merges()
     checkpoint.check_shapes(base)
     rule = ReadingRule.of_checkpoint(checkpoint)
     if rule.causal_ratio > 0:

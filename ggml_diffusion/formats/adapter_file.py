@@ -178,6 +178,19 @@ class DiffusionCheckpoint:
                 f"adapter: tensor '{TIME_WEIGHT}' has shape {shape}, but the model needs ({dims.C}, dim)"
             )
 
+    def check_merges(self) -> None:
+        """Refuse an export that lets the adapter act on all tokens.
+
+        Raises:
+            UserError: a frozen context.
+
+        """
+        if self.metadata.context == "frozen":
+            raise UserError(
+                "the conversion has a frozen context: its adapter acts on masks alone and cannot be merged; "
+                "use generate, or convert with --context adapted"
+            )
+
     def save(self, path: str | Path) -> None:
         """Write `adapter.safetensors`; the file is whole or not there.
 

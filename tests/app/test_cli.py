@@ -93,7 +93,7 @@ def test_a_conversion_with_a_frozen_context_is_trained_measured_inspected_and_wr
     assert run("generate", base, tmp_path / "run", "--prompt", "the ", "--suffix", " mill", *settings) == 0
     out = capsys.readouterr().out
     assert out.startswith("the ") and out.endswith(" mill\n")
-    few = "--sequences 2 --seeds 1 --one-by-one 2 --samples 1 --length 8 --candidates 1".split()
+    few = ("--sequences", 2, "--seeds", 1, "--one-by-one", 2, "--samples", 1, "--candidates", 1)
     assert run("evaluate", base, tmp_path / "run", *few, "--output", tmp_path / "measured") == 0
     figures = json.loads((tmp_path / "measured" / "evaluation.json").read_text())
     assert figures["masked"][0]["arms"]["converted"]["cross_entropy"]["value"] > 0

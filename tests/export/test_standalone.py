@@ -16,6 +16,7 @@ from make_tiny_gguf import quantise
 from ggml_diffusion.engine.cpu.q4_model import Q4Model
 from ggml_diffusion.engine.interface import Batch
 from ggml_diffusion.export import standalone
+from ggml_diffusion.export.peft import export_peft
 from ggml_diffusion.export.standalone import plan_standalone, write_standalone
 from ggml_diffusion.formats.adapter_file import DiffusionCheckpoint
 from ggml_diffusion.formats.architectures import ARCHITECTURES, Gate
@@ -246,6 +247,14 @@ def test_what_the_target_would_compute_wrongly_is_refused_with_the_alternative(
 def test_a_conversion_that_is_not_bidirectional_yet_is_refused(tiny_model: TinyModel):
     base = read_model(tiny_model())
     assert "causal ratio 0.1" in refusal(lambda: plan_standalone(base, conversion(base)))
+
+
+def test_a_frozen_context_is_refused_with_what_does_go(tiny_model: TinyModel):
+    base = read_model(tiny_model(type="F32"))
+    checkpoint = bidirectional(base)
+    checkpoint.metadata = checkpoint.metadata.model_copy(update={"context": "frozen"})
+    assert "--context adapted" in refusal(lambda: plan_standalone(base, checkpoint))
+    assert "--context adapted" in refusal(lambda: export_peft(Path("unused"), checkpoint, base))
 
 
 def test_a_time_without_a_time_embedding_is_refused(tiny_model: TinyModel):
