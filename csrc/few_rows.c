@@ -49,8 +49,13 @@ static void start_sums(const few_job *job, size_t column, uint8_t *scratch, few_
         return;
     }
     float *unpacked = (float *)scratch;
-    void *panel = scratch + GGD_UNPACKED_FLOATS * sizeof *unpacked;
-    ggd_pack_panel(job->compute, GGD_TIMES_WT, &g->w2, column, g->scale2, unpacked, panel);
+    size_t bytes_panel = ggd_panel_bytes(job->compute->element, g->w2.n_cols);
+    const uint8_t *panel = scratch + GGD_UNPACKED_FLOATS * sizeof *unpacked;
+    if (g->panels2 != NULL) {
+        panel = g->panels2 + column / GGD_PANEL_COLUMNS * bytes_panel;
+    } else {
+        ggd_pack_panel(job->compute, GGD_TIMES_WT, &g->w2, column, g->scale2, unpacked, (void *)panel);
+    }
     ggd_tile tile = {.a1 = g->a2.data,
                      .ld_a1 = g->a2.ld,
                      .k1 = ggd_panel_k(job->compute->element, g->w2.n_cols),

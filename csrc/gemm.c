@@ -245,8 +245,13 @@ static void gemm_item(void *context, size_t item, size_t thread) {
     size_t first_panel = item / job->n_chunks * job->group, first_row = item % job->n_chunks * job->rows_chunk;
     size_t n_panels = ggd_min(job->n_panels - first_panel, job->group);
     size_t rows = ggd_min(job->gemm->m - first_row, job->rows_chunk);
-    uint8_t *panels = ggd_scratch(job->compute, thread) + GGD_UNPACKED_FLOATS * sizeof(float);
-    pack_group(job, first_panel, n_panels, panels, (float *)ggd_scratch(job->compute, thread));
+    uint8_t *scratch = ggd_scratch(job->compute, thread) + GGD_UNPACKED_FLOATS * sizeof(float);
+    const uint8_t *panels = scratch;
+    if (job->gemm->panels != NULL) {
+        panels = job->gemm->panels + first_panel * job->bytes_panel;
+    } else {
+        pack_group(job, first_panel, n_panels, scratch, (float *)ggd_scratch(job->compute, thread));
+    }
     for (size_t p = 0; p < n_panels; p++) {
         size_t column = (first_panel + p) * GGD_PANEL_COLUMNS;
         if (job->gemm->a.int8 != NULL) {

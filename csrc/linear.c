@@ -21,6 +21,7 @@ void ggd_linear_forward_lora(const ggd_compute *compute, const ggd_linear *linea
                       .m = m,
                       .a = {.x = x},
                       .w = lora_a(linear),
+                      .panels = linear->panels != NULL ? linear->panels->a : NULL,
                       .scale = 1.0f,
                       .c = ggd_place_of(compute, linear->p)};
         ggd_gemm_run(compute, &p);
@@ -43,8 +44,33 @@ void ggd_linear_forward(const ggd_compute *compute, const ggd_linear *linear, si
         product.a2 = linear->p;
         product.w2 = lora_b(linear);
         product.scale2 = linear->lora->scale;
+        product.panels2 = linear->panels != NULL ? linear->panels->b : NULL;
     }
     ggd_gemm_run(compute, &product);
+}
+
+static size_t panels_bytes(const ggd_compute *compute, const ggd_matrix *w) {
+    return ggd_ceil_div(w->n_rows, GGD_PANEL_COLUMNS) * ggd_panel_bytes(compute->element, w->n_cols);
+}
+
+static uint8_t *pack_all(const ggd_compute *compute, const ggd_matrix *w, float scale, float *unpacked, uint8_t *panel) {
+    for (size_t column = 0; column < w->n_rows; column += GGD_PANEL_COLUMNS) {
+        ggd_pack_panel(compute, GGD_TIMES_WT, w, column, scale, unpacked, panel);
+        panel += ggd_panel_bytes(compute->element, w->n_cols);
+    }
+    return panel;
+}
+
+size_t ggd_lora_panels_bytes(const ggd_compute *compute, const ggd_linear *linear) {
+    ggd_matrix a = lora_a(linear), b = lora_b(linear);
+    return panels_bytes(compute, &a) + panels_bytes(compute, &b);
+}
+
+ggd_lora_panels ggd_lora_pack(const ggd_compute *compute, const ggd_linear *linear, float *unpacked, uint8_t *memory) {
+    ggd_matrix a = lora_a(linear), b = lora_b(linear);
+    uint8_t *second = pack_all(compute, &a, 1.0f, unpacked, memory);
+    pack_all(compute, &b, linear->lora->scale, unpacked, second);
+    return (ggd_lora_panels){memory, second};
 }
 
 typedef struct {

@@ -5,11 +5,21 @@
 #include "gemm.h"
 #include "include/ggd.h"
 
+// A pair that does not change for a while, as panels of the forward's products; B with the pair's scale.
 typedef struct {
-    const ggd_matrix *weight;   // (out, in)
-    const ggd_lora_pair *lora;  // NULL: none
-    ggd_activation p;           // (M, R): A x, written by the forward and read by the backward
+    const uint8_t *a, *b;
+} ggd_lora_panels;
+
+typedef struct {
+    const ggd_matrix *weight;       // (out, in)
+    const ggd_lora_pair *lora;      // NULL: none
+    const ggd_lora_panels *panels;  // of the pair; NULL: packed on the way
+    ggd_activation p;               // (M, R): A x, written by the forward and read by the backward
 } ggd_linear;
+
+size_t ggd_lora_panels_bytes(const ggd_compute *compute, const ggd_linear *linear);
+// `unpacked` holds GGD_UNPACKED_FLOATS floats, `memory` the panels, aligned to 64.
+ggd_lora_panels ggd_lora_pack(const ggd_compute *compute, const ggd_linear *linear, float *unpacked, uint8_t *memory);
 
 // Scratch of the backward, shared by all layers.
 typedef struct {

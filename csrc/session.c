@@ -363,6 +363,7 @@ void ggd_session_free(ggd_session *session) {
     if (session == NULL) {
         return;
     }
+    ggd_session_hold(session, NULL);
     ggd_threads_free(session->compute.threads);
     free(session->arena);
     free(session);

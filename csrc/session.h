@@ -48,6 +48,13 @@ typedef struct {
     uint8_t *thread_scratch;
 } ggd_buffers;
 
+// An adapter whose arrays do not change, packed once for all calls.
+typedef struct {
+    const ggd_lora_pair *pairs;  // whose; NULL: none
+    ggd_lora_panels *panels;     // (L, GGD_N_TARGETS)
+    uint8_t *memory;
+} ggd_held_adapter;
+
 struct ggd_session {
     const ggd_model *model;
     ggd_session_options options;
@@ -56,6 +63,8 @@ struct ggd_session {
     ggd_compute compute;
     ggd_heads heads;                                        // without what differs from layer to layer: window and RoPE
     size_t ld_hidden, ld_queries, ld_keys, ld_qkv, ld_ffn;  // row strides in elements
+    ggd_held_adapter held;
+    const ggd_lora_panels *bound_panels;                    // of the adapter that is bound, or NULL
     ggd_context *extended;                                  // where the forward keeps keys and values, or NULL
     ggd_capacity capacity;
     ggd_buffers buffers;

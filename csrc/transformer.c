@@ -19,6 +19,7 @@ static ggd_linear linear_of(const ggd_session *s, size_t layer, int target) {
     return (ggd_linear){
         .weight = &s->model->layers[layer].linear[target].w,
         .lora = s->buffers.pairs[layer * GGD_N_TARGETS + (size_t)target],
+        .panels = s->bound_panels != NULL ? &s->bound_panels[layer * GGD_N_TARGETS + (size_t)target] : NULL,
         .p = s->buffers.layers[layer].p[target],
     };
 }
@@ -289,6 +290,7 @@ void ggd_transformer_backward(ggd_session *s, const ggd_batch *batch, const ggd_
 }
 
 void ggd_bind_adapter(ggd_session *s, const ggd_adapter *adapter) {
+    s->bound_panels = adapter != NULL && adapter->n_pairs > 0 && adapter->pairs == s->held.pairs ? s->held.panels : NULL;
     memset(s->buffers.pairs, 0, (size_t)s->model->shape.n_layers * GGD_N_TARGETS * sizeof *s->buffers.pairs);
     for (int32_t i = 0; adapter != NULL && i < adapter->n_pairs; i++) {
         const ggd_lora_pair *pair = &adapter->pairs[i];

@@ -37,7 +37,7 @@ PYTHON_LAYERS = (
 APART = ("objective", "engine", "text")
 C_LAYERS = (
     {"api", "tests/test_kernels", "tests/test_int8", "tests/checks"},
-    {"session", "transformer", "peak"},
+    {"session", "transformer", "peak", "held"},
     {"linear", "attention", "ops", "loss"},
     {"load", "context"},
     {"rope"},

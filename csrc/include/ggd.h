@@ -207,6 +207,11 @@ int ggd_session_plan(const ggd_session *session, const ggd_call_size *size, int3
                      size_t *bytes);
 // Policy of the calls that follow; the arena is laid out anew when it changes.
 void ggd_session_set_keep(ggd_session *session, int32_t keep);
+// Packs an adapter's pairs once for all forward passes that name them until another one is held or NULL; their arrays do not change
+// meanwhile. Bytes beside the arrays: about half of theirs in bfloat16.
+int ggd_session_hold(ggd_session *session, const ggd_adapter *adapter);
+// Holds this adapter no longer, if it is the one.
+void ggd_session_release(ggd_session *session, const ggd_adapter *adapter);
 // Seconds that the session's calls spent in a part of the work since it was created or reset; NULL past the last part. The rest of a
 // call's time is not parallel.
 const char *ggd_session_part(const ggd_session *session, int32_t index, double *time_s);

@@ -363,11 +363,15 @@ class Engine(Protocol):
 
         """
 
-    def context(self, n_rows: int, *, keys: ContextType | None = None) -> Context:
+    def context(
+        self, n_rows: int, *, keys: ContextType | None = None, adapter: LoraAdapter | None = None
+    ) -> Context:
         """Room for `n_rows` tokens that stand.
 
         Args:
             n_rows: most that it will hold; positions are below that, too.
+            adapter: one that `logits` will get, and whose arrays do not change meanwhile: it is made ready
+                once.
             keys: type of the keys and values that are kept, "f32", "bf16" or "q8_0"; None = that of the
                 products.
 

@@ -296,7 +296,7 @@ class DiffusionModel:
         holes = np.flatnonzero(tokens == self.mask_token_id)
         stands = np.flatnonzero(tokens != self.mask_token_id)
         inner = holes[holes < stands[-1]] if len(stands) else holes[:0]
-        text = StandingText(self.engine, len(tokens), self.mask_token_id, self.rule.prediction)
+        text = StandingText(self.engine, len(tokens), self.adapter, self.mask_token_id, self.rule.prediction)
 
         def predict(
             seen: NDArray[np.int32], positions: NDArray[np.int64], block: NDArray[np.int64]
@@ -306,7 +306,7 @@ class DiffusionModel:
             t = self.rule.noise_schedule.time_at(share_masked)
             offset = self.rule.embedding_offset(np.array([t], dtype=np.float32))
             ratio = self.rule.causal_ratio
-            logits = text.logits(seen, group, positions, self.adapter, ratio, offset, self.int8)
+            logits = text.logits(seen, group, positions, ratio, offset, self.int8)
             logits[:, self.mask_token_id] = -np.inf
             return logits
 

@@ -55,14 +55,17 @@ class StandingText:
     Every call says anew what stands; what begins as before is not computed again.
     """
 
-    def __init__(self, engine: Engine, n_tokens: int, mask_token_id: int, prediction: Prediction) -> None:
-        """Make room for a text of `n_tokens`.
+    def __init__(
+        self, engine: Engine, n_tokens: int, adapter: LoraAdapter, mask_token_id: int, prediction: Prediction
+    ) -> None:
+        """Make room for a text of `n_tokens`; the adapter of the noisy rows does not change meanwhile.
 
         Raises:
             UserError: not enough memory, or an engine without contexts.
 
         """
-        self._context: Context = engine.context(n_tokens)
+        self._context: Context = engine.context(n_tokens, adapter=adapter)
+        self._adapter = adapter
         self._tokens = np.zeros(0, dtype=np.int32)  # that the context holds
         self._mask_token_id = mask_token_id
         self._prediction: Prediction = prediction
@@ -72,7 +75,6 @@ class StandingText:
         tokens: NDArray[np.int32],
         group: NDArray[np.int64],
         positions: NDArray[np.int64],
-        adapter: LoraAdapter,
         causal_ratio: float,
         embedding_offset: NDArray[np.float32] | None,
         int8: Int8,
@@ -83,9 +85,8 @@ class StandingText:
             tokens: (T,) with masks.
             group: places that are denoised together; all masks are among them.
             positions: (N,) rising, the masks to predict.
-            adapter: of the noisy rows, with the embedding offset (1, C) and the causal ratio.
-            causal_ratio: see there.
-            embedding_offset: see there.
+            causal_ratio: of the attention mask.
+            embedding_offset: (1, C), of the noisy rows; None = nothing.
             int8: products of the frozen weights.
 
         Returns:
@@ -98,7 +99,7 @@ class StandingText:
         rows = lay_out_rows(tokens[None], tokens[None], masked, groups, None, None, self._prediction)
         self._stand(rows.standing.tokens[0, : rows.standing.lengths[0]], rows.standing.positions[0], int8)
         noisy = Batch(rows.tokens, causal_ratio, embedding_offset=embedding_offset, positions=rows.positions)
-        return self._context.logits(noisy, adapter, select=np.isin(rows.targets, positions), int8=int8)
+        return self._context.logits(noisy, self._adapter, select=np.isin(rows.targets, positions), int8=int8)
 
     def close(self) -> None:
         """Free the memory."""

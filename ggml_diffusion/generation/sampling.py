@@ -147,8 +147,12 @@ def _nucleus(values: NDArray[np.float64], top_p: float) -> NDArray[np.int64]:
     """The smallest set of likeliest tokens (V,) that holds `top_p` of the probability; at least one token."""
     probabilities = np.exp(values - values.max())
     probabilities /= probabilities.sum()
-    # Tokens below this hold less than 1 - top_p together, so the set is among the others: few need sorting.
-    among = np.flatnonzero(probabilities >= (1.0 - top_p) / len(values))
+    # Few tokens need sorting: the set is among those above a floor if these hold `top_p`, and what is below the
+    # last floor holds less than the rest.
+    for floor in (1e-3, 1e-5, (1.0 - top_p) / len(values)):
+        among = np.flatnonzero(probabilities >= floor)
+        if probabilities[among].sum() > top_p + 1e-9:  # more than sums in another order may differ by
+            break
     descending = among[np.argsort(-probabilities[among], kind="stable")]
     ranked = probabilities[descending]
     mass_before = np.cumsum(ranked) - ranked

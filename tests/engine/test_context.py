@@ -421,6 +421,35 @@ def test_cached_calls_have_the_same_bits_on_any_number_of_threads(
     np.testing.assert_array_equal(found[0], found[2])
 
 
+@pytest.mark.parametrize("type_name", ["F32", "Q4_0"])
+def test_an_adapter_that_is_made_ready_gives_the_same_bits(tiny_model: TinyModel, type_name: str) -> None:
+    """In calls of few rows and of many, and its context's end or another's changes nothing."""
+    path = tiny_model(type=type_name)
+    reference = oracle.load_model(path)
+    adapter, other = (lora_adapter(random_adapter(reference, rank=3, B=1, seed=seed)) for seed in (0, 1))
+    tokens = text_of(reference.V, 60)
+    with Q4Model.from_gguf(path, 2) as model:
+        int8: Int8 = "both" if model.has_int8 else "none"
+        for n_rows in (3, 40):
+            places = np.arange(60, 60 + n_rows, dtype=np.int32)[None]
+            rows, everything = Batch(tokens[None, :n_rows], 0.3, positions=places), np.ones((1, n_rows), bool)
+            plain = model.context(128)
+            plain.extend(tokens)
+            expected = [plain.logits(rows, one, select=everything, int8=int8) for one in (adapter, other)]
+            ready, second = model.context(128, adapter=adapter), model.context(128, adapter=other)
+            for context in (ready, second):
+                context.extend(tokens)
+            for _ in range(2):
+                found = [
+                    context.logits(rows, one, select=everything, int8=int8)
+                    for context, one in ((ready, adapter), (second, other))
+                ]
+                np.testing.assert_array_equal(found, expected)
+            second.close()
+            found = [ready.logits(rows, one, select=everything, int8=int8) for one in (adapter, other)]
+            np.testing.assert_array_equal(found, expected)
+
+
 def test_before_training_the_first_row_of_a_hole_is_the_base(tiny_model: TinyModel) -> None:
     """At causal ratio 1 and with a zero adapter: the same sums, in another order."""
     path = tiny_model(type="F32")

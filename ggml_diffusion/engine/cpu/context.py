@@ -4,7 +4,7 @@ Deliberately not here: what the calls mean (interface.py), and how rows see each
 Letters: B sequences, T tokens a sequence, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Protocol
@@ -45,16 +45,23 @@ class CpuModel(Protocol):
         """The core's `ggd_model *`."""
 
     @property
+    def is_open(self) -> bool:
+        """Whether it has not been closed."""
+
+    @property
     def session(self) -> Any:
         """The core's `ggd_session *`."""
 
-    def prepare(
-        self, rows: Rows, adapter: LoraAdapter | None, int8: Int8, *, n_logits: int = 0
+    def native_adapter(
+        self, adapter: LoraAdapter | None, gradients: Mapping[str, NDArray[np.float32]] | None
     ) -> NativeAdapter:
+        """An adapter as the core's struct."""
+
+    def prepare(self, rows: Rows, adapter: NativeAdapter, int8: Int8, *, n_logits: int = 0) -> None:
         """Get ready for a call of the core without gradients."""
 
     def logits_of(
-        self, rows: Rows, adapter: LoraAdapter | None, select: ArrayLike | None, int8: Int8
+        self, rows: Rows, native: NativeAdapter, select: ArrayLike | None, int8: Int8
     ) -> NDArray[np.float32]:
         """Logits (n_selected, V) of chosen rows."""
 
@@ -62,9 +69,16 @@ class CpuModel(Protocol):
 class Q4Context:
     """See `Context`; it is of one model, and lives no longer than that."""
 
-    def __init__(self, model: CpuModel, n_rows: int, keys: ContextType | None = None) -> None:
-        """Take the memory for `n_rows` tokens; see `Engine.context`."""
+    def __init__(
+        self,
+        model: CpuModel,
+        n_rows: int,
+        keys: ContextType | None = None,
+        adapter: NativeAdapter | None = None,
+    ) -> None:
+        """Take the memory for `n_rows` tokens, and make an adapter ready; see `Engine.context`."""
         self._model = model
+        self._held = adapter
         self.capacity = n_rows
         self.keys: ContextType = keys or ("bf16" if model.element == "bfloat16" else "f32")
         self._positions = np.zeros(n_rows, dtype=np.int32)
@@ -80,6 +94,8 @@ class Q4Context:
         made = ffi.new("ggd_context **")
         check(lib.ggd_context_create(model.handle, _TYPES[self.keys], n_rows, made))
         self.struct = made[0]
+        if adapter is not None:
+            check(lib.ggd_session_hold(model.session, adapter.struct))
 
     @staticmethod
     def memory_bytes(model: CpuModel, n_rows: int, keys: ContextType) -> int:
@@ -94,7 +110,10 @@ class Q4Context:
 
     def close(self) -> None:
         """See `Context`."""
-        lib.ggd_context_free(getattr(self, "struct", ffi.NULL))
+        if getattr(self, "struct", ffi.NULL) != ffi.NULL:
+            lib.ggd_context_free(self.struct)
+            if self._held is not None and self._model.is_open:
+                lib.ggd_session_release(self._model.session, self._held.struct)
         self.struct = ffi.NULL
 
     @property
@@ -129,7 +148,7 @@ class Q4Context:
 
     def append(self, rows: Rows, chosen: NDArray[np.int32], int8: Int8) -> NDArray[np.float32]:
         """Compute rows of any sequences and keep them behind the others; logits of the chosen ones."""
-        self._model.prepare(rows, None, int8, n_logits=len(chosen))
+        self._model.prepare(rows, self._model.native_adapter(None, None), int8, n_logits=len(chosen))
         logits = np.empty((len(chosen), self._model.file.V), dtype=np.float32)
         chosen_pointer, logits_pointer = pointer("const int32_t *", chosen), pointer("float *", logits)
         check(
@@ -149,7 +168,8 @@ class Q4Context:
         """See `Context`."""
         groups = replace(groups, n_positions=self.capacity)
         rows = Rows(groups, self._model.file.C, self._open(), self.n_rows)
-        return self._model.logits_of(rows, adapter, select, int8)
+        held = self._held if self._held is not None and self._held.is_of(adapter) else None
+        return self._model.logits_of(rows, held or self._model.native_adapter(adapter, None), select, int8)
 
     def _open(self) -> Any:
         if self.struct == ffi.NULL:

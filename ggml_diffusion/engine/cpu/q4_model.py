@@ -85,7 +85,9 @@ class Q4Model:
         self._model: Any = ffi.NULL
         self._session: Any = ffi.NULL
         self._standing = StandingRows(self)
-        self._adapter = NativeAdapter(None, None)  # of the last call without gradients
+        self._nothing = self._adapter = NativeAdapter(
+            None, None
+        )  # and that of the last call without gradients
         model = ffi.new("ggd_model **")
         paths = [ffi.new("char[]", os.fsencode(part)) for part in file.parts]
         try:
@@ -336,31 +338,30 @@ class Q4Model:
     ) -> NDArray[np.float32]:
         """See `Engine`."""
         with self._standing.of(batch, int8) as context:
-            logits = self.logits_of(Rows(batch, self._file.C, context), adapter, select, int8)
+            rows = Rows(batch, self._file.C, context)
+            logits = self.logits_of(rows, self.native_adapter(adapter, None), select, int8)
         return Rows(batch, self._file.C).spread(logits) if select is None else logits
 
-    def context(self, n_rows: int, *, keys: ContextType | None = None) -> Q4Context:
+    def context(
+        self, n_rows: int, *, keys: ContextType | None = None, adapter: LoraAdapter | None = None
+    ) -> Q4Context:
         """See `Engine`."""
-        return Q4Context(self, n_rows, keys)
+        return Q4Context(self, n_rows, keys, None if adapter is None else self.native_adapter(adapter, None))
 
-    def prepare(
-        self, rows: Rows, adapter: LoraAdapter | None, int8: Int8, *, n_logits: int = 0
-    ) -> NativeAdapter:
-        """Get ready for a call of the core without gradients: arithmetic, adapter and memory."""
+    def prepare(self, rows: Rows, adapter: NativeAdapter, int8: Int8, *, n_logits: int = 0) -> None:
+        """Get ready for a call of the core without gradients: arithmetic and memory."""
         self._use_int8(int8)
-        native = self._native_adapter(adapter, None)
         self._check_memory(
-            len(rows.tokens), rows.longest, native.rank, n_logits=n_logits, most_keys=rows.most_keys
+            len(rows.tokens), rows.longest, adapter.rank, n_logits=n_logits, most_keys=rows.most_keys
         )
-        return native
 
     def logits_of(
-        self, rows: Rows, adapter: LoraAdapter | None, select: ArrayLike | None, int8: Int8
+        self, rows: Rows, native: NativeAdapter, select: ArrayLike | None, int8: Int8
     ) -> NDArray[np.float32]:
         """Logits (n_selected, V) of chosen rows, None = of all."""
         wanted = rows.batch.valid if select is None else np.asarray(select, dtype=bool)
         chosen = np.flatnonzero(rows.take(wanted, np.bool_, "select")).astype(np.int32)
-        native = self.prepare(rows, adapter, int8, n_logits=len(chosen))
+        self.prepare(rows, native, int8, n_logits=len(chosen))
         logits = np.empty((len(chosen), self._file.V), dtype=np.float32)
         row_pointer, logits_pointer = pointer("const int32_t *", chosen), pointer("float *", logits)
         check(
@@ -369,7 +370,7 @@ class Q4Model:
             )
         )
         # Row by row: a copy of all logits, even as truth values, may be large.
-        self._require_finite(all(np.isfinite(row).all() for row in logits), adapter)
+        self._require_finite(all(np.isfinite(row).all() for row in logits), native)
         return logits
 
     def loss(
@@ -385,10 +386,11 @@ class Q4Model:
         with self._standing.of(batch, int8) as context:
             rows = Rows(batch, self._file.C, context)
             objective = Objective(rows, targets, weights)
-            native = self.prepare(rows, adapter, int8)
+            native = self.native_adapter(adapter, None)
+            self.prepare(rows, native, int8)
             check(lib.ggd_loss(self._session, rows.struct, native.struct, objective.struct))
         result = objective.result(None)
-        self._require_finite(np.isfinite(result.row_loss).all(), adapter)
+        self._require_finite(np.isfinite(result.row_loss).all(), native)
         return result
 
     def loss_and_gradients(
@@ -402,7 +404,7 @@ class Q4Model:
         int8: Int8 = "none",
     ) -> LossResult:
         """See `Engine`. The batch goes in parts of whole sequences where the memory budget asks for it."""
-        native = self._native_adapter(adapter, gradients)
+        native = self.native_adapter(adapter, gradients)
         targets = batch.check_by_row(targets, "targets")
         weights = batch.check_by_row(weights, "weights")
         n_sequences, n_tokens = batch.tokens.shape
@@ -432,6 +434,11 @@ class Q4Model:
         return LossResult.joined(results)
 
     @property
+    def is_open(self) -> bool:
+        """Whether `close` has not been called."""
+        return bool(self._session != ffi.NULL)
+
+    @property
     def handle(self) -> Any:
         """The core's `ggd_model *`."""
         self._open()
@@ -456,22 +463,21 @@ class Q4Model:
         """
         check(lib.ggd_session_set_int8(self._open(), _INT8[products]))
 
-    def _require_finite(self, holds: object, adapter: LoraAdapter | None) -> None:
+    def _require_finite(self, holds: object, adapter: NativeAdapter) -> None:
         """Refuse what only damaged numbers give: no text and no figure can be made of it."""
         if not holds:
-            at_fault = (
-                "its weights are damaged" if adapter is None else "the adapter or its weights are damaged"
-            )
+            at_fault = "the adapter or its weights are damaged" if adapter.rank else "its weights are damaged"
             self._file.fail(f"the model computes NaN or infinite logits: {at_fault}")
 
-    def _native_adapter(
+    def native_adapter(
         self, adapter: LoraAdapter | None, gradients: Mapping[str, NDArray[np.float32]] | None
     ) -> NativeAdapter:
         """An adapter as a struct, kept by calls without gradients: its checks take as long as a few rows."""
+        if adapter is None:
+            return self._nothing
         if gradients is None and self._adapter.is_of(adapter):
             return self._adapter
-        if adapter is not None:
-            adapter.check(self._file)
+        adapter.check(self._file)
         native = NativeAdapter(adapter, gradients)
         if gradients is None:
             self._adapter = native

@@ -281,7 +281,9 @@ class GraphModel:
                 f"the model, and {in_bytes(memory_available())} of {in_bytes(memory_limit())} are available"
             )
 
-    def context(self, n_rows: int, *, keys: ContextType | None = None) -> Context:
+    def context(
+        self, n_rows: int, *, keys: ContextType | None = None, adapter: LoraAdapter | None = None
+    ) -> Context:
         """See `Engine`; there are none here yet."""
         raise UserError(NO_CONTEXTS)
 
