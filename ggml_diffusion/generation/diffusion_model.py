@@ -21,6 +21,7 @@ from ggml_diffusion.formats.model_check import read_model
 from ggml_diffusion.generation.denoise import DEFAULT_BLOCK_LENGTH, DenoisingStep, GenerationConfig, denoise
 from ggml_diffusion.generation.frozen_context import StandingText, rows_batch
 from ggml_diffusion.generation.reading import ReadingRule
+from ggml_diffusion.generation.verified import VerifiedText, VerifiedWriter
 from ggml_diffusion.objective.output_rows import rows_of_positions
 from ggml_diffusion.objective.standing_rows import NOTHING, lay_out_rows
 from ggml_diffusion.text.chat import Chat
@@ -192,6 +193,48 @@ class DiffusionModel:
             written = written[: int(np.argmax(is_end))]
         continued = len(before) > 0 and self.tokenizer.is_text(int(before[-1]))
         return self.tokenizer.decode(written, continued=continued)
+
+    def write_verified(
+        self,
+        prompt: str,
+        config: GenerationConfig | None = None,
+        on_tokens: Callable[[NDArray[np.int32]], None] | None = None,
+        *,
+        chat: bool = False,
+    ) -> tuple[str, VerifiedText]:
+        """Write what the base itself writes with this seed, drafted by the conversion (verified.py).
+
+        Args:
+            prompt: the text before.
+            config: `length`, `temperature`, `top_k`, `top_p` and `seed` count, and as `block_length` the
+                tokens of a draft.
+            on_tokens: told all tokens that are written so far.
+            chat: see `generate`.
+
+        Returns:
+            The text, up to the first end-of-text, and how it was written.
+
+        Raises:
+            UserError: an adapted context, or as `generate`.
+
+        """
+        if self.rule.context != "frozen":
+            raise UserError(
+                "only a conversion with a frozen context can be verified: with an adapted one the base's own "
+                "prediction is another pass; convert with --context frozen"
+            )
+        config = config or GenerationConfig()
+        before = self._chat_tokens(prompt) if chat else self._start_tokens(prompt)
+        if len(before) == 0:
+            raise UserError("give a prompt: the base has to begin with something")
+        self._check_length(len(before) + config.length)
+        ends = set() if self.tokenizer.eos_id is None else {self.tokenizer.eos_id}
+        if chat:
+            ends |= self.tokenizer.end_ids
+        writer = VerifiedWriter(self.engine, self.adapter, self.rule, config, self.int8)
+        written = writer.write(before, ends, on_tokens)
+        tokens = written.tokens[:-1] if len(written.tokens) and written.tokens[-1] in ends else written.tokens
+        return self.tokenizer.decode(tokens, continued=self.tokenizer.is_text(int(before[-1]))), written
 
     def fill(
         self,

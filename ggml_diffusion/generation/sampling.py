@@ -119,27 +119,34 @@ def draw(
     """One token for each row (N, V): tempered, cut to top k, then to top p, drawn by the Gumbel trick."""
     if temperature == 0.0:
         return np.asarray(log_probabilities.argmax(axis=-1))
+    drawn = []
+    for row in log_probabilities:
+        kept, values = keep_likely(row, temperature=temperature, top_k=top_k, top_p=top_p)
+        drawn.append(kept[(values + generator.gumbel(size=len(kept))).argmax()])
+    return np.array(drawn, dtype=np.int64)
+
+
+def keep_likely(
+    log_probabilities: NDArray[np.float64], *, temperature: float, top_k: int, top_p: float
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Of one row (V,) the tokens that are drawn from, and their tempered log-probabilities, not normalised.
+
+    The temperature is above 0; for the rest see `propose`.
+    """
     with np.errstate(over="ignore"):
         tempered = log_probabilities / temperature
-        if not np.isfinite(tempered.max(axis=-1)).all():
-            # A temperature so low that only the likeliest is left.
-            tempered = (log_probabilities - log_probabilities.max(axis=-1, keepdims=True)) / temperature
+        if not np.isfinite(tempered.max()):  # so low that only the likeliest is left
+            tempered = (log_probabilities - log_probabilities.max()) / temperature
     tempered = _keep_top_k(tempered, top_k)
-    return np.array([_draw_one(row, generator, top_p) for row in tempered], dtype=np.int64)
-
-
-def _draw_one(values: NDArray[np.float64], generator: np.random.Generator, top_p: float) -> int:
-    """A token (V,) out of those that top p keeps."""
-    kept = _nucleus(values, top_p) if top_p < 1.0 else np.arange(len(values))
-    return int(kept[(values[kept] + generator.gumbel(size=len(kept))).argmax()])
+    kept = _nucleus(tempered, top_p) if top_p < 1.0 else np.arange(len(tempered))
+    return kept, tempered[kept]
 
 
 def _keep_top_k(values: NDArray[np.float64], top_k: int) -> NDArray[np.float64]:
-    """Set all but the k largest of each row to -inf; ties with the k-th are kept."""
-    vocabulary = values.shape[-1]
-    if top_k <= 0 or top_k >= vocabulary:
+    """Set all but the k largest (V,) to -inf; ties with the k-th are kept."""
+    if top_k <= 0 or top_k >= len(values):
         return values
-    kth_largest = np.partition(values, vocabulary - top_k, axis=-1)[:, vocabulary - top_k, None]
+    kth_largest = np.partition(values, len(values) - top_k)[len(values) - top_k]
     return np.where(values >= kth_largest, values, -np.inf)
 
 
@@ -147,7 +154,7 @@ def _nucleus(values: NDArray[np.float64], top_p: float) -> NDArray[np.int64]:
     """The smallest set of likeliest tokens (V,) that holds `top_p` of the probability; at least one token."""
     probabilities = np.exp(values - values.max())
     probabilities /= probabilities.sum()
-    # Few tokens need sorting: the set is among those above a floor if these hold `top_p`, and what is below the
+    # Few tokens need sorting: the set is among those above a floor if these hold `top_p`; what is below the
     # last floor holds less than the rest.
     for floor in (1e-3, 1e-5, (1.0 - top_p) / len(values)):
         among = np.flatnonzero(probabilities >= floor)

@@ -93,6 +93,12 @@ def test_a_conversion_with_a_frozen_context_is_trained_measured_inspected_and_wr
     assert run("generate", base, tmp_path / "run", "--prompt", "the ", "--suffix", " mill", *settings) == 0
     out = capsys.readouterr().out
     assert out.startswith("the ") and out.endswith(" mill\n")
+    prompt = ("--prompt", "the ", "--length", 9, "--temperature", 0)
+    assert run("generate", base, tmp_path / "run", *prompt, "--verify") == 0
+    shown = capsys.readouterr()
+    assert shown.out.startswith("the ") and "tokens accepted" in shown.err
+    assert run("generate", base, tmp_path / "run", *prompt, "--verify", "--suffix", "x") == 2
+    assert "leave out --suffix" in capsys.readouterr().err
     few = ("--sequences", 2, "--seeds", 1, "--one-by-one", 2, "--samples", 1, "--candidates", 1)
     assert run("evaluate", base, tmp_path / "run", *few, "--output", tmp_path / "measured") == 0
     figures = json.loads((tmp_path / "measured" / "evaluation.json").read_text())

@@ -1,5 +1,6 @@
 """`generate`: write text by denoising."""
 
+import time
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -16,6 +17,7 @@ from ggml_diffusion.app.cli.options import (
     from_flags,
     note_on_stderr,
 )
+from ggml_diffusion.errors import UserError
 from ggml_diffusion.generation.denoise import GenerationConfig
 
 if TYPE_CHECKING:
@@ -45,6 +47,14 @@ def generate(
     threshold: Annotated[float | None, field_option(GenerationConfig, "threshold")] = None,
     block_length: Annotated[int | None, field_option(GenerationConfig, "block_length")] = None,
     remasking: Annotated[float | None, field_option(GenerationConfig, "remasking")] = None,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify",
+            help="Draft, and keep what the base itself would have written: its text with this seed, sooner; "
+            "for conversions with a frozen context.",
+        ),
+    ] = False,
     device: Device = "cpu",
     threads: Threads = None,
     allow_other_base: AllowOtherBase = False,
@@ -71,7 +81,36 @@ def generate(
     config = from_flags(GenerationConfig, settings)
     weights = exported_weights(adapter, note_on_stderr)
     model = DiffusionModel.load(base, weights, threads, device=device, allow_other_base=allow_other_base)
+    if verify:
+        if suffix or steps is not None or order is not None or remasking is not None:
+            raise UserError(
+                "--verify writes from the left: leave out --suffix, --steps, --order and --remasking"
+            )
+        show_verified(Console(), model, prompt, config, chat=chat)
+        return
     show_generation(Console(), model, prompt, suffix, config, chat=chat)
+
+
+def show_verified(
+    console: Console, model: "DiffusionModel", prompt: str, config: GenerationConfig, *, chat: bool
+) -> None:
+    """Write a text that the base agrees with, and say on standard error what its drafts were worth."""
+    from ggml_diffusion.app.display import printable
+
+    started_s = time.perf_counter()
+    text, written = model.write_verified(prompt, config, chat=chat)
+    time_s, n_tokens = time.perf_counter() - started_s, len(written.tokens)
+    before = f"{prompt}\n" if chat else prompt
+    if console.is_terminal:
+        console.print(Text.assemble(before, (printable(text), "bold")), soft_wrap=True)
+    else:
+        console.file.write(f"{before}{text}\n")
+        console.file.flush()
+    note_on_stderr(
+        f"{n_tokens} tokens, {n_tokens / time_s:.1f} tokens/s: {written.rounds} drafts, "
+        f"{written.accepted} of {written.drafted} tokens accepted, {written.tokens_a_round:.2f} tokens a "
+        f"draft; {written.singles} tokens one by one"
+    )
 
 
 def show_generation(
