@@ -44,9 +44,10 @@ typedef struct {
     size_t m;       // rows of A and C
     ggd_operand a;  // (m, k); in int8 in the blocks of ggd_gemm_int8_format
     ggd_matrix w;
-    ggd_activation a2;    // (m, k2), data NULL for none
-    ggd_matrix w2;        // same shape as w across the result's columns
-    const uint8_t *panels, *panels2;  // of all of op(W) in the element type, and of W2 with its scale for few rows; NULL: packed on the way
+    ggd_activation a2;  // (m, k2), data NULL for none
+    ggd_matrix w2;      // same shape as w across the result's columns
+    const uint8_t *panels,
+        *panels2;         // of all of op(W) in the element type, and of W2 with its scale for few rows; NULL: packed on the way
     float scale, scale2;  // of W and W2; a product in int8 takes W as it is
     ggd_addend init;      // may be C
     ggd_place c;

@@ -64,8 +64,8 @@ struct ggd_session {
     ggd_heads heads;                                        // without what differs from layer to layer: window and RoPE
     size_t ld_hidden, ld_queries, ld_keys, ld_qkv, ld_ffn;  // row strides in elements
     ggd_held_adapter held;
-    const ggd_lora_panels *bound_panels;                    // of the adapter that is bound, or NULL
-    ggd_context *extended;                                  // where the forward keeps keys and values, or NULL
+    const ggd_lora_panels *bound_panels;  // of the adapter that is bound, or NULL
+    ggd_context *extended;                // where the forward keeps keys and values, or NULL
     ggd_capacity capacity;
     ggd_buffers buffers;
     void *arena;
