@@ -8,7 +8,7 @@ import numpy as np
 import oracle
 import pytest
 from cases import relative_errors
-from test_standing_rows import expected_rows
+from rows_by_definition import expected_rows
 from trainers import make_batch, make_trainer, packed_batch
 
 from ggml_diffusion.engine.cpu.q4_model import Q4Model
