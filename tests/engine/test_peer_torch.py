@@ -75,7 +75,8 @@ def adapter(smollm2_path: Path) -> LoraAdapter:
     rng = np.random.default_rng(1)
     with Q4Model.from_gguf(smollm2_path, 1) as model:
         tensors = {
-            name: np.zeros(shape, np.float32) for name, shape in lora_shapes(model, TARGETS, RANK).items()
+            name: np.zeros(shape, np.float32)
+            for name, shape in lora_shapes(model.file, TARGETS, RANK).items()
         }
         init_lora(tensors, rng)
         for name, value in tensors.items():
