@@ -12,6 +12,7 @@ from typing import Any
 
 import bench
 import bench_architectures
+import bench_context
 import bench_few_rows
 import bench_packing
 import bench_sections
@@ -42,6 +43,9 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_sections, "PEAK_TIME_S", 0.01)
     monkeypatch.setattr(bench_sections, "DENOISING_STEPS", (1, 3))
     monkeypatch.setattr(bench_few_rows, "REPEATS", 1)
+    monkeypatch.setattr(bench_context, "TEXT_TOKENS", 40)
+    monkeypatch.setattr(bench_context, "WRITTEN_TOKENS", 9)
+    monkeypatch.setattr(bench_context, "PROMPT_TOKENS", 8)
 
 
 def settings_for(folder: Path, model: Path) -> Settings:
@@ -88,7 +92,7 @@ def test_the_benchmark_of_a_tiny_model_gives_tables_and_json(
 ) -> None:
     model, written = tiny_model(type="Q4_1", V=600), tmp_path / "figures.json"
     options = ["--model", str(model), "--rounds", "1", "--n-threads", "2", "--folder", str(tmp_path)]
-    sections = ["--machine", "--step", "--generation", "--few-rows", "--work", "keep boundaries"]
+    sections = ["--machine", "--step", "--generation", "--few-rows", "--context", "--work", "keep boundaries"]
     assert bench.main([*sections, *options, "--json", str(written)]) == 0
     shown = capsys.readouterr().out
     figures = json.loads(written.read_text())
@@ -108,6 +112,8 @@ def test_the_benchmark_of_a_tiny_model_gives_tables_and_json(
     assert parallel + ours["serial_share"] == pytest.approx(1.0, abs=1e-9)
     assert 0.0 < ours["optimizer_share"] <= ours["serial_share"]
     assert [row["steps"] for row in figures["generation"]] == [1, 3]
+    assert [arm["context"] for arm in figures["context"]["arms"]] == ["frozen", "adapted"]
+    assert all(figures["context"]["ratio"][name]["median"] > 0 for name in ("step", "writing"))
     assert [row["n_rows"] for row in figures["few-rows"]] == [1, 4, 8, 16, 32]
     assert all(
         row["time_s"]["median"] > 0 and row["peer_time_s"]["median"] > 0 for row in figures["few-rows"]

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the makers of mo
 import bench_sections as sections
 from bench_architectures import architectures
 from bench_arms import ArmFailed
+from bench_context import context
 from bench_device import device_steps
 from bench_few_rows import few_rows
 from bench_packing import packing
@@ -44,6 +45,7 @@ SECTIONS: Mapping[str, tuple[Callable[[Settings], Any], str]] = {
     "threads": (sections.threads, "one thread against all, and the projection to 7B on 16 cores"),
     "generation": (sections.generation, "denoising at several numbers of steps"),
     "few-rows": (few_rows, "a pass of 1 to 32 rows, beside llama.cpp"),
+    "context": (context, "a step of a hole, and writing, over text that stands"),
     "kernels": (sections.kernels, "training steps with kernels switched off, against PyTorch float32"),
     "large": (sections.large, "one step of a whole 7B model: takes minutes and 4 GB of disk"),
     "device": (device_steps, "training steps on a device beside the processor"),

@@ -227,6 +227,25 @@ def generation_tables(result: Sequence[Row]) -> list[Table]:
     return [table_of(title, ["steps", "tokens/s", "s a step"], rows)]
 
 
+def context_tables(result: Row) -> list[Table]:
+    """Filling and writing over text that stands."""
+    rows = [
+        [
+            arm["context"],
+            *(_milliseconds(arm[name]) for name in ("first_step_s", "step_s")),
+            figure(arm["tokens_per_s"], ".1f"),
+        ]
+        for arm in result["arms"]
+    ]
+    times = [figure(result["ratio"][name], ".1f") for name in ("step", "writing")]
+    rows.append(["of it, times", "", *times])
+    hole = f"a hole of {result['hole_tokens']} in {result['text_tokens']:,} tokens"
+    title = (
+        f"{result['kernels']}: {hole}, ms; {result['written_tokens']} written after {result['prompt_tokens']}"
+    )
+    return [table_of(title, ["context", "first step", "a step", "tokens/s"], rows)]
+
+
 def few_rows_tables(result: Sequence[Row]) -> list[Table]:
     """A pass of a few rows beside llama.cpp's."""
     rows = [
@@ -255,6 +274,7 @@ TABLES: Mapping[str, Callable[[Any], list[Table]]] = {
     "kernels": lambda result: step_tables("Kernels switched off, float32", result),
     "generation": generation_tables,
     "few-rows": few_rows_tables,
+    "context": context_tables,
     "device": device_tables,
     "large": lambda result: step_tables("A whole 7B model", result),
 }

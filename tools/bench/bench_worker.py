@@ -246,21 +246,48 @@ class Worker:
 
     def generate(self, prompt_length: int, length: int, steps: int) -> Reply:
         """Denoise `length` tokens after a prompt in `steps` steps."""
-        assert self.trainer is not None
-        model = DiffusionModel.from_checkpoint(self.model, self.tokenizer, self.trainer.checkpoint())
-        model.int8 = "both" if self.model.has_int8 else "none"  # as `DiffusionModel.load` does
+        model = self._model_of("adapted")
         tokens = np.full(prompt_length + length, model.mask_token_id, dtype=np.int32)
         tokens[:prompt_length] = self._tokens(prompt_length)
         started_s = time.perf_counter()
         model.fill(tokens, GenerationConfig(steps=steps, block_length=0))
         return {"time_s": time.perf_counter() - started_s}
 
+    def fill_hole(self, n_tokens: int, n_hole: int, context: str) -> Reply:
+        """Fill a hole in the middle of a text, a token a step: seconds of the first and of other steps."""
+        model = self._model_of(context)
+        tokens, start = self._tokens(n_tokens), (n_tokens - n_hole) // 2
+        tokens[start : start + n_hole] = model.mask_token_id
+        times_s = [time.perf_counter()]
+        config = GenerationConfig(steps=n_hole, block_length=0, temperature=0.0)
+        model.fill(tokens, config, lambda _: times_s.append(time.perf_counter()))
+        steps_s = np.diff(times_s)
+        return {"first_s": float(steps_s[0]), "step_s": float(np.median(steps_s[1:]))}
+
+    def write(self, n_prompt: int, n_written: int, context: str) -> Reply:
+        """Write behind a prompt as `generate` does."""
+        model = self._model_of(context)
+        tokens = np.full(n_prompt + n_written, model.mask_token_id, dtype=np.int32)
+        tokens[:n_prompt] = self._tokens(n_prompt)
+        started_s = time.perf_counter()
+        model.fill(tokens, GenerationConfig())
+        return {"time_s": time.perf_counter() - started_s}
+
+    def _model_of(self, context: str) -> DiffusionModel:
+        """The untrained conversion, to be read with one kind of context or the other."""
+        assert self.trainer is not None
+        checkpoint = self.trainer.checkpoint()
+        checkpoint.metadata = checkpoint.metadata.model_copy(update={"context": context})
+        model = DiffusionModel.from_checkpoint(self.model, self.tokenizer, checkpoint)
+        model.int8 = "both" if self.model.has_int8 else "none"  # as `DiffusionModel.load` does
+        return model
+
 
 def start(job: Reply) -> dict[str, Action]:
     """The actions of a job by name."""
     worker = Worker(job)
     names = ("describe", "peak", "packing", "memory", "step", "products", "pass_of", "generate")
-    return {name: getattr(worker, name) for name in names}
+    return {name: getattr(worker, name) for name in (*names, "fill_hole", "write")}
 
 
 if __name__ == "__main__":
