@@ -84,11 +84,20 @@ class GenerationConfig(BaseModel):
 
 @dataclass(frozen=True)
 class DenoisingStep:
-    """What a step left behind. `tokens` (T,) is a copy; masks that are left still hold the mask token."""
+    """What a step left behind.
+
+    Attributes:
+        step, n_steps: this one, from 1, and how many there are at most.
+        tokens: (T,), a copy; masks that are left still hold the mask token.
+        scores: (T,) how sure each written token was when it was written, in the measure of the order; with
+            "confidence" and "threshold" its probability. 0 where nothing was written.
+
+    """
 
     step: int
     n_steps: int
     tokens: NDArray[np.int32]
+    scores: NDArray[np.float64]
 
 
 def denoise(
@@ -135,9 +144,9 @@ def denoise(
     blocks = [holes[start : start + block_length] for start in range(0, len(holes), block_length)]
     steps_of_blocks = block_steps([len(block) for block in blocks], config.steps or len(holes))
     step = 0
+    # Of each token that was written, as it was when it was written.
+    confidence = np.zeros(len(tokens))
     for block, n_steps in zip(blocks, steps_of_blocks, strict=True):
-        # Of each token written in this block, as it was when it was written.
-        confidence = np.zeros(len(tokens))
         for index, count in enumerate(reveal_counts(len(block), n_steps, mask_probability)):
             is_last = index == n_steps - 1
             n_again = (
@@ -152,7 +161,7 @@ def denoise(
             _reveal(tokens[:end], masks, block, confidence, n_least, predict, config, generator)
             step += 1
             if on_step is not None:
-                on_step(DenoisingStep(step, sum(steps_of_blocks), tokens.copy()))
+                on_step(DenoisingStep(step, sum(steps_of_blocks), tokens.copy(), confidence.copy()))
             end = _end_of_sight(tokens, block, was_hole, stop_token, hide_later_blocks)
             is_done = len(_masks_before(end, tokens, block, mask_token_id)) == 0
             if config.order is RevealOrder.THRESHOLD and is_done:
@@ -197,6 +206,7 @@ def _mask_again(
     written = block[tokens[block] != mask_token_id]
     least_confident = written[highest(-confidence[written], int(share * len(written)))]
     tokens[least_confident] = mask_token_id
+    confidence[least_confident] = 0.0
     return len(least_confident)
 
 

@@ -5,7 +5,7 @@ Deliberately not here: the denoising loop (denoise.py), the choice of tokens (sa
 Letters: B sequences, T tokens, C hidden size, V vocabulary, N positions.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +18,13 @@ from ggml_diffusion.errors import UserError, quoted
 from ggml_diffusion.formats.adapter_file import DiffusionCheckpoint
 from ggml_diffusion.formats.lora import LoraAdapter
 from ggml_diffusion.formats.model_check import read_model
-from ggml_diffusion.generation.denoise import DEFAULT_BLOCK_LENGTH, DenoisingStep, GenerationConfig, denoise
+from ggml_diffusion.generation.denoise import (
+    DEFAULT_BLOCK_LENGTH,
+    DenoisingStep,
+    GenerationConfig,
+    Predictor,
+    denoise,
+)
 from ggml_diffusion.generation.frozen_context import StandingText, rows_batch
 from ggml_diffusion.generation.reading import ReadingRule
 from ggml_diffusion.generation.verified import VerifiedText, VerifiedWriter
@@ -175,7 +181,7 @@ class DiffusionModel:
 
         """
         config = config or GenerationConfig()
-        before = self._chat_tokens(prompt) if chat else self._start_tokens(prompt)
+        before = self._chat_tokens(prompt) if chat else self.start_tokens(self.tokenizer.encode(prompt))
         after = self.tokenizer.encode(suffix, continued=True)
         if self.mask_token_id in before or self.mask_token_id in after:
             name = quoted(self.tokenizer.token_text(self.mask_token_id))
@@ -224,7 +230,7 @@ class DiffusionModel:
                 "prediction is another pass; convert with --context frozen"
             )
         config = config or GenerationConfig()
-        before = self._chat_tokens(prompt) if chat else self._start_tokens(prompt)
+        before = self._chat_tokens(prompt) if chat else self.start_tokens(self.tokenizer.encode(prompt))
         if len(before) == 0:
             raise UserError("give a prompt: the base has to begin with something")
         self._check_length(len(before) + config.length)
@@ -241,8 +247,18 @@ class DiffusionModel:
         tokens: NDArray[np.int32] | Sequence[int],
         config: GenerationConfig | None = None,
         on_step: Callable[[DenoisingStep], None] | None = None,
+        *,
+        never: Mapping[int, NDArray[np.bool_]] | None = None,
+        standing: StandingText | None = None,
     ) -> NDArray[np.int32]:
         """Replace every mask token of a sequence (T,), wherever it is; `config.length` is not used.
+
+        Args:
+            tokens: with masks.
+            config: None = the defaults.
+            on_step: called after every step.
+            never: tokens (V,) that are not written in a place; not all of them.
+            standing: from `open_standing`, for several calls with texts that begin alike.
 
         Raises:
             UserError: longer than the model's context, a token outside of the vocabulary, or, with a shifted
@@ -250,8 +266,24 @@ class DiffusionModel:
 
         """
         return self._denoise(
-            np.asarray(tokens, dtype=np.int32), config or GenerationConfig(), on_step, stop_token=None
+            np.asarray(tokens, dtype=np.int32),
+            config or GenerationConfig(),
+            on_step,
+            stop_token=None,
+            never=never,
+            standing=standing,
         )
+
+    def open_standing(self, n_tokens: int) -> StandingText | None:
+        """What `fill` keeps of texts of up to `n_tokens`, to be closed; None with an adapted context.
+
+        Raises:
+            UserError: not enough memory, or an engine without contexts.
+
+        """
+        if self.rule.context != "frozen":
+            return None
+        return StandingText(self.engine, n_tokens, self.adapter, self.mask_token_id, self.rule.prediction)
 
     def _chat_tokens(self, prompt: str) -> NDArray[np.int32]:
         """A user's message and what opens the answer, as the model's chat template writes them."""
@@ -261,12 +293,16 @@ class DiffusionModel:
         with Chat(template, self.tokenizer) as chat:
             return chat.opening([{"role": "user", "content": prompt}])
 
-    def _start_tokens(self, prompt: str) -> NDArray[np.int32]:
-        """The prompt's tokens, behind the token that the base wants there.
+    def start_tokens(self, prompt: NDArray[np.int32]) -> NDArray[np.int32]:
+        """A prompt's tokens (n,), behind the token that the base wants there.
 
         An empty prompt gets the token that a shifted prediction needs to start from.
+
+        Raises:
+            UserError: there is no such token.
+
         """
-        tokens = with_start(self.tokenizer.encode(prompt), self.tokenizer)
+        tokens = with_start(prompt, self.tokenizer)
         if len(tokens) or self.rule.prediction == "aligned":
             return tokens
         start = self.tokenizer.bos_id if self.tokenizer.bos_id is not None else self.tokenizer.eos_id
@@ -289,6 +325,8 @@ class DiffusionModel:
         config: GenerationConfig,
         on_step: Callable[[DenoisingStep], None] | None,
         stop_token: int | None,
+        never: Mapping[int, NDArray[np.bool_]] | None = None,
+        standing: StandingText | None = None,
     ) -> NDArray[np.int32]:
         self._check_length(len(tokens))
         if self.rule.prediction == "shifted" and len(tokens) and tokens[0] == self.mask_token_id:
@@ -302,10 +340,7 @@ class DiffusionModel:
         if self.rule.prompts:
             n_not_masked = int((tokens != self.mask_token_id).sum())
 
-        if self.rule.context == "frozen":
-            return self._denoise_over_context(tokens, config, on_step, stop_token)
-
-        def predict(
+        def predict_whole(
             seen: NDArray[np.int32], positions: NDArray[np.int64], block: NDArray[np.int64]
         ) -> NDArray[np.float32]:
             # What was masked in training, and may be here: a block, or the text.
@@ -313,25 +348,29 @@ class DiffusionModel:
             is_mask = (seen if self.rule.block_size is None else seen[block]) == self.mask_token_id
             return self._predict(seen, positions, float(is_mask.sum()) / n_maskable)
 
-        return denoise(
-            tokens,
-            self.mask_token_id,
-            predict,
-            self.rule.noise_schedule.mask_probability,
-            config,
-            stop_token=stop_token,
-            hide_later_blocks=self.rule.block_size is not None,
-            on_step=on_step,
-        )
+        text: StandingText | None = None
+        predict: Predictor = predict_whole
+        if self.rule.context == "frozen":
+            text = standing or self.open_standing(len(tokens))
+            assert text is not None
+            predict = self._predictor_over(text, tokens)
+        try:
+            return denoise(
+                tokens,
+                self.mask_token_id,
+                _without(predict, never or {}),
+                self.rule.noise_schedule.mask_probability,
+                config,
+                stop_token=stop_token,
+                hide_later_blocks=text is not None or self.rule.block_size is not None,
+                on_step=on_step,
+            )
+        finally:
+            if text is not None and text is not standing:
+                text.close()
 
-    def _denoise_over_context(
-        self,
-        tokens: NDArray[np.int32],
-        config: GenerationConfig,
-        on_step: Callable[[DenoisingStep], None] | None,
-        stop_token: int | None,
-    ) -> NDArray[np.int32]:
-        """Denoise with a frozen context, which is computed once.
+    def _predictor_over(self, text: StandingText, tokens: NDArray[np.int32]) -> Predictor:
+        """Predictions with a frozen context, which is computed once.
 
         Holes with text behind them are denoised together, and see it. What is written at the end goes block
         by block: a finished one stands.
@@ -339,7 +378,6 @@ class DiffusionModel:
         holes = np.flatnonzero(tokens == self.mask_token_id)
         stands = np.flatnonzero(tokens != self.mask_token_id)
         inner = holes[holes < stands[-1]] if len(stands) else holes[:0]
-        text = StandingText(self.engine, len(tokens), self.adapter, self.mask_token_id, self.rule.prediction)
 
         def predict(
             seen: NDArray[np.int32], positions: NDArray[np.int64], block: NDArray[np.int64]
@@ -353,19 +391,7 @@ class DiffusionModel:
             logits[:, self.mask_token_id] = -np.inf
             return logits
 
-        try:
-            return denoise(
-                tokens,
-                self.mask_token_id,
-                predict,
-                self.rule.noise_schedule.mask_probability,
-                config,
-                stop_token=stop_token,
-                hide_later_blocks=True,
-                on_step=on_step,
-            )
-        finally:
-            text.close()
+        return predict
 
     def _predict(
         self, tokens: NDArray[np.int32], positions: NDArray[np.int64], share_masked: float
@@ -379,3 +405,20 @@ class DiffusionModel:
         logits = self.engine.logits(batch, self.adapter, select=select, int8=self.int8)
         logits[:, self.mask_token_id] = -np.inf
         return logits
+
+
+def _without(predict: Predictor, never: Mapping[int, NDArray[np.bool_]]) -> Predictor:
+    """Predictions that leave out tokens (V,) in some places."""
+    if not never:
+        return predict
+
+    def restricted(
+        seen: NDArray[np.int32], positions: NDArray[np.int64], block: NDArray[np.int64]
+    ) -> NDArray[np.float32]:
+        logits = predict(seen, positions, block)
+        for row, position in zip(logits, positions, strict=True):
+            if int(position) in never:
+                row[never[int(position)]] = -np.inf
+        return logits
+
+    return restricted

@@ -307,11 +307,11 @@ class Tokenizer:
     def _piece(self, token: int) -> bytes:
         """The bytes of a token."""
         self._attributes(token)  # refuses what is outside of the vocabulary
-        return self._pieces[token]
+        return self.pieces[token]
 
     @cached_property
-    def _pieces(self) -> list[bytes]:
-        """The bytes of every token: all at once, since each question takes as long as many tokens."""
+    def pieces(self) -> Sequence[bytes]:
+        """The bytes of every token, (V,): all at once, since each question takes as long as many tokens."""
         return self._vocabulary.pieces(range(self.vocab_size))
 
 

@@ -133,8 +133,8 @@ def test_the_live_view_shows_each_step():
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=60, color_system=None)
     with DenoisingDisplay(console, Letters(), 99) as display:
-        display.step(DenoisingStep(1, 2, np.array([0, 99, 99], dtype=np.int32)))
-        display.step(DenoisingStep(2, 2, np.array([0, 1, 2], dtype=np.int32)))
+        display.step(DenoisingStep(1, 2, np.array([0, 99, 99], dtype=np.int32), np.zeros(3)))
+        display.step(DenoisingStep(2, 2, np.array([0, 1, 2], dtype=np.int32), np.zeros(3)))
     assert "A░░" in out.getvalue()
     assert "ABC" in out.getvalue()
     assert "step 2/2" in out.getvalue()

@@ -32,6 +32,10 @@ _COMMANDS = {
         "Write text by denoising.",
         'generate model.gguf run --prompt "Once upon a time" --length 32',
     ),
+    "infill": (
+        "Fill the marked holes of a text, and leave every other byte as it is.",
+        "infill model.gguf run notes.md --diff",
+    ),
     "evaluate": (
         "Measure a conversion on held-out text, beside the base and the base before the first step.",
         "evaluate model.gguf run --output run/evaluation",
