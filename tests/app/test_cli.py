@@ -25,7 +25,7 @@ from ggml_diffusion.training import run as convert
 
 TEXT = "the old mill ground corn for the whole village and the miller told his children of it. " * 40
 COMMANDS = (
-    *("convert", "estimate", "evaluate", "generate", "inspect", "demo", "verify"),
+    *("convert", "estimate", "evaluate", "generate", "infill", "inspect", "demo", "verify"),
     *("export adapter", "export standalone", "export peft"),
 )
 

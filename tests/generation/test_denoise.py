@@ -512,7 +512,10 @@ def test_an_answer_ends_where_its_turn_ends_but_other_text_does_not(tiny_model):
         words = [*model.tokenizer.encode("on"), turn_end, *model.tokenizer.encode("in")]
         chat_length = len(model._chat_tokens("the"))
         texts = {}
-        for chat, n_before in ((True, chat_length), (False, len(model.start_tokens(model.tokenizer.encode("the"))))):
+        for chat, n_before in (
+            (True, chat_length),
+            (False, len(model.start_tokens(model.tokenizer.encode("the")))),
+        ):
             model.script = [0] * n_before + words
             texts[chat] = model.generate("the", GenerationConfig(length=len(words)), chat=chat)
     assert texts == {True: "on", False: "onin"}
