@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ggml_diffusion.formats.lora import LoraAdapter, TargetModule
     from ggml_diffusion.generation.denoise import GenerationConfig
     from ggml_diffusion.generation.diffusion_model import DiffusionModel
+    from ggml_diffusion.generation.infill import FilledHole, InfillConfig, infill
     from ggml_diffusion.objective.annealing import AnnealingSchedule, AttentionMaskAnnealer
     from ggml_diffusion.objective.corruption import NoiseSchedule
     from ggml_diffusion.objective.time_embedding import TimeEmbedding
@@ -39,7 +40,9 @@ _HOMES = {
     "DiffusionCheckpoint": "formats.adapter_file",
     "DiffusionModel": "generation.diffusion_model",
     "Engine": "engine.interface",
+    "FilledHole": "generation.infill",
     "GenerationConfig": "generation.denoise",
+    "InfillConfig": "generation.infill",
     "LoraAdapter": "formats.lora",
     "LossResult": "engine.interface",
     "MaskAnnealingConfig": "config.groups",
@@ -57,6 +60,7 @@ _HOMES = {
     "Tokenizer": "text.tokenizer",
     "TrainMetrics": "training.metrics",
     "UserError": "errors",
+    "infill": "generation.infill",
     "load_adapter": "formats.adapter_file",
     "resume_run": "training.resume",
     "save_run": "training.resume",

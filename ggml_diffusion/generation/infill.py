@@ -36,8 +36,9 @@ from ggml_diffusion.generation.sampling import log_softmax
 _LEFT, _RIGHT = 256, 48
 _LEFT_ADAPTED = 96
 _JUDGED = 24  # tokens behind a hole that say how well it fits
-# What a token of a text costs the base, about (docs/results/frozen_context.md).
-_NATS_A_TOKEN = 1.0
+# How much a candidate's own likelihood counts beside that of what follows, and what a token of a text costs
+# the base on average, so that it counts neither for nor against longer ones (docs/results/frozen_context.md).
+_OWN_SHARE, _NATS_A_TOKEN = 0.3, 2.5
 _PATIENCE = 4  # so many longer ones than the best are tried, and no more
 
 # A cut of a text so long that no window reaches across.
@@ -313,12 +314,8 @@ class _Infilling:
 
 
 class _Judge:
-    """Says how well texts fit between two others, in nats: the base's log-probability of the text and of what
-    follows it.
-
-    Each token of a text costs something, so that a longer one is worth less by itself; `_NATS_A_TOKEN` gives
-    that back.
-    """
+    """Says how well texts fit between two others, in nats: the base's log-probability of what follows, and by
+    a smaller share of the text itself, less what as many tokens cost on average."""
 
     def __init__(
         self, model: DiffusionModel, left: NDArray[np.int32], right: NDArray[np.int32], longest: int
@@ -350,7 +347,8 @@ class _Judge:
             select = np.ones(rows.shape, dtype=bool)
             logits = self._context.logits(Batch(rows, positions=positions), select=select, int8=int8)
         said = log_softmax(logits)[np.arange(len(logits)), text[start + 1 :]]
-        return float(said.sum()) + _NATS_A_TOKEN * len(tokens)
+        own, following = said[: len(tokens)], said[len(tokens) :]
+        return float(following.sum() + _OWN_SHARE * (own + _NATS_A_TOKEN).sum())
 
 
 def _ends_with_blank(text: str) -> bool:

@@ -82,7 +82,8 @@ def test_the_length_found_is_the_best_of_those_tried(model, monkeypatch):
         text = np.concatenate([left, given.tokens, right])
         logits = model.engine.logits(Batch(text[None].astype(np.int32)))[0, len(left) - 1 : -1]
         said = log_softmax(logits)[np.arange(len(logits)), text[len(left) :]]
-        expected = said.sum() + infill_module._NATS_A_TOKEN * length
+        own, following = said[:length], said[length:]
+        expected = following.sum() + 0.3 * (own.sum() + 2.5 * length)
         assert nats == pytest.approx(expected, abs=2e-2)  # keys of the context are in bfloat16
 
 
