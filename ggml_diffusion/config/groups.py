@@ -164,6 +164,13 @@ class HolesConfig(Settings):
     most: int = Field(
         default=4, ge=1, description="Holes of a sequence: from 1 to so many, each number as often."
     )
+    draws: int = Field(
+        default=1,
+        ge=1,
+        le=64,
+        description="Sets of masks that a sequence with holes gets in a step; with a frozen context its "
+        "text is computed once for all.",
+    )
 
 
 class QLoraConversionConfig(Settings):

@@ -50,6 +50,8 @@ class ContextRows:
     """Rows that stand beside those of a batch: the base alone computes them, each from itself and from those
     before it in its document, and they get no gradients.
 
+    Sequences next to each other with the same rows share them: they are computed once.
+
     Letters: S rows of a sequence, at most.
 
     Attributes:
@@ -68,9 +70,25 @@ class ContextRows:
     seen: NDArray[np.int32]
     document_ids: NDArray[np.int32] | None = None
 
+    @cached_property
+    def counts(self) -> NDArray[np.int64]:
+        """Rows to compute for each sequence, (B,): 0 where they are those of the sequence before."""
+        rows = [self.tokens, self.positions] + ([] if self.document_ids is None else [self.document_ids])
+        is_row = np.arange(self.tokens.shape[1]) < self.lengths[1:, None]
+        same = np.all([(row[1:] == row[:-1]) | ~is_row for row in rows], axis=(0, 2))
+        repeated = np.append(False, same & (self.lengths[1:] == self.lengths[:-1]))
+        return np.where(repeated, 0, self.lengths).astype(np.int64)
+
+    @cached_property
+    def first_rows(self) -> NDArray[np.int64]:
+        """The first row of each sequence, (B,), among all that are computed."""
+        starts = np.cumsum(self.counts) - self.counts
+        owner = np.maximum.accumulate(np.where(self.counts > 0, np.arange(len(starts)), 0))
+        return np.asarray(starts[owner])
+
     def batch(self, n_positions: int | None = None) -> "Batch | None":
-        """The rows as a batch of their own, without the sequences that have none; None = there is no row."""
-        has_rows = self.lengths > 0
+        """What is to be computed, as a batch; None = there is no row."""
+        has_rows = self.counts > 0
         if not has_rows.any():
             return None
         documents = None if self.document_ids is None else self.document_ids[has_rows]
@@ -171,9 +189,8 @@ class Batch:
         documents = document_array(self.tokens.shape, self.document_ids)
         segments = find_segments(self.valid, documents, self.positions, self.n_positions)
         if self.context is not None:
-            first_rows = np.cumsum(self.context.lengths) - self.context.lengths
             seen = self.context.seen[self.valid][segments[:, 0]]
-            segments[:, 5] = first_rows[segments[:, 2]] + seen[:, 0]
+            segments[:, 5] = self.context.first_rows[segments[:, 2]] + seen[:, 0]
             segments[:, 6] = seen[:, 1] - seen[:, 0]
             self._lengthen(segments, self.context)
         return segments
@@ -181,7 +198,7 @@ class Batch:
     def _lengthen(self, segments: NDArray[np.int32], context: ContextRows) -> None:
         """Let each segment's text reach to the last row that it sees."""
         for segment in segments if self.n_positions is None else []:
-            end = segment[5] + segment[6] - (np.cumsum(context.lengths) - context.lengths)[segment[2]]
+            end = segment[5] + segment[6] - context.first_rows[segment[2]]
             if segment[6] > 0:
                 segment[4] = max(segment[4], context.positions[segment[2], end - 1] + 1)
 

@@ -46,6 +46,7 @@ class NoisyBatch:
         bernoulli_seed: of the attention mask, None = soft mask.
         groups: (B, T) int32 with a frozen context: what is denoised together (standing_rows.py).
         in_blocks: (B,) bool, whether a sequence's groups are blocks of it.
+        repeats: (B,) bool, whether a sequence is the one before it with other masks.
 
     """
 
@@ -59,11 +60,13 @@ class NoisyBatch:
     bernoulli_seed: int | None
     groups: NDArray[np.int32] | None = None
     in_blocks: NDArray[np.bool_] | None = None
+    repeats: NDArray[np.bool_] | None = None
 
     @property
     def n_tokens(self) -> int:
-        """Tokens that go through the network, padding not."""
-        return self.clean.size if self.lengths is None else int(self.lengths.sum())
+        """Tokens of the text, padding and repeats not."""
+        lengths = np.full(len(self.clean), self.clean.shape[1]) if self.lengths is None else self.lengths
+        return int(lengths.sum() if self.repeats is None else lengths[~self.repeats].sum())
 
     def part(self, rows: slice) -> "NoisyBatch":
         """Some of the sequences; weights stay normalised over all."""
@@ -78,6 +81,7 @@ class NoisyBatch:
             self.bernoulli_seed,
             None if self.groups is None else self.groups[rows],
             None if self.in_blocks is None else self.in_blocks[rows],
+            None if self.repeats is None else self.repeats[rows],
         )
 
 
@@ -129,6 +133,14 @@ def draw_noise(
         holes = config.holes
         may_mask, has_holes = keep_holes(may_mask, holes.share, holes.longest, holes.most, generator)
     clean, document_ids, lengths = batch.tokens, batch.document_ids, batch.lengths
+    repeats = np.zeros(len(batch), dtype=bool)
+    if config.holes.draws > 1 and has_holes.any():
+        source = np.repeat(np.arange(len(batch)), np.where(has_holes, config.holes.draws, 1))
+        clean, document_ids, lengths = clean[source], document_ids[source], lengths[source]
+        may_mask, has_holes = may_mask[source], has_holes[source]
+        repeats = np.diff(source, prepend=-1) == 0
+        noise = config.noise_schedule
+        t = stratified_times(len(source), generator, noise.num_timesteps, noise.min_time)
     ends = np.full(len(clean), clean.shape[1], dtype=np.int32)
     block_size = block_size_of_step(config, step)
     is_frozen = config.qlora.context == "frozen"
@@ -139,9 +151,9 @@ def draw_noise(
         lengths = np.minimum(lengths, ends)
     sides = _draw_masks(clean, may_mask, t, config, schedule, generator, mask_token_id)
     masked = np.concatenate([side.masked for side in sides])
-    clean, may_mask, document_ids, lengths, ends, has_holes = (
+    clean, may_mask, document_ids, lengths, ends, has_holes, repeats = (
         np.concatenate([array] * len(sides))
-        for array in (clean, may_mask, document_ids, lengths, ends, has_holes)
+        for array in (clean, may_mask, document_ids, lengths, ends, has_holes, repeats)
     )
     noisy = with_masks(clean, masked, mask_token_id)
     groups, in_blocks = None, None
@@ -169,6 +181,7 @@ def draw_noise(
         mask_seed if config.qlora.mask_annealing.mask == "bernoulli" else None,
         groups,
         in_blocks,
+        repeats,
     )
 
 

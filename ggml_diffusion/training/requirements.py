@@ -259,4 +259,5 @@ def _state_bytes(base: ModelFile, config: ConversionTrainingConfig) -> int:
 def _batch_bytes(config: ConversionTrainingConfig) -> int:
     sequences = config.batch_size * config.gradient_accumulation
     copies = 2 if config.noise_schedule.complementary else 1
+    copies *= config.holes.draws if config.holes.share > 0.0 else 1
     return sequences * copies * config.sequence_length * _BATCH_BYTES_A_TOKEN

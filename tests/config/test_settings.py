@@ -67,6 +67,7 @@ OTHER_VALUES = {
     "holes.share": 0.5,
     "holes.longest": 8,
     "holes.most": 2,
+    "holes.draws": 3,
     "block_diffusion.enabled": True,
     "block_diffusion.initial_size": 8,
     "block_diffusion.final_size": 32,

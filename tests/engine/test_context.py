@@ -224,6 +224,45 @@ SHAPES: dict[str, dict[str, Any]] = {
 KINDS = ("half", "one", "all noisy", "blocks")
 
 
+def repeated(rows: Rows, times: list[int]) -> Rows:
+    """Sequences several times in a row, with other noisy tokens each time."""
+    source = np.repeat(np.arange(len(times)), times)
+    context = rows.context
+    documents = None if context.document_ids is None else context.document_ids[source]
+    again = ContextRows(
+        context.tokens[source],
+        context.positions[source],
+        context.lengths[source],
+        context.seen[source],
+        documents,
+    )
+    rng = np.random.default_rng(5)
+    tokens = rows.tokens[source]
+    tokens = np.where(rng.random(tokens.shape) < 0.3, MASK, tokens).astype(np.int32)
+    fields = (rows.positions, rows.groups, rows.lengths)
+    return Rows(
+        tokens, *(field[source] for field in fields), again, rows.targets[source], rows.weights[source]
+    )
+
+
+def test_rows_that_differ_in_anything_are_not_shared() -> None:
+    tokens = np.array([[1, 2, 3]] * 5, np.int32)
+    positions = np.array([[0, 1, 2]] * 5, np.int32)
+    documents = np.zeros((5, 3), np.int32)
+    tokens[1, 1], positions[2, 2], documents[3, 2] = 9, 3, 1
+    lengths = np.array([3, 3, 3, 3, 2], np.int32)
+    rows = ContextRows(tokens, positions, lengths, np.zeros((5, 1, 2), np.int32), documents)
+    assert rows.counts.tolist() == [3, 3, 3, 3, 2]
+    lengths = np.full(5, 2, np.int32)
+    same = ContextRows(
+        np.array([[1, 2, n] for n in range(5)]),
+        np.array([[0, 1, 9 - n] for n in range(5)]),
+        lengths,
+        rows.seen,
+    )
+    assert same.counts.tolist() == [2, 0, 0, 0, 0] and same.first_rows.tolist() == [0] * 5
+
+
 @pytest.mark.parametrize("ratio", [1.0, 0.7, 0.0])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("compute", TOLERANCE)
@@ -252,6 +291,23 @@ def test_every_architecture_has_two_kinds_of_rows(tiny_model: TinyModel, arch: s
     expected, expected_gradients = oracle_result(reference, adapter, rows, 0.7)
     with Q4Model.from_gguf(path, 2, compute="f32") as model:
         row_loss, gradients = engine_result(model, adapter, rows, 0.7)
+    np.testing.assert_allclose(row_loss, expected, atol=20 * LOSS_TOLERANCE["f32"])
+    errors = relative_errors(gradients, expected_gradients)
+    assert not {name: error for name, error in errors.items() if not error < TOLERANCE["f32"]}
+
+
+@pytest.mark.parametrize("kind", ["half", "blocks", "all noisy"])
+def test_sequences_with_the_same_standing_rows_share_them(tiny_model: TinyModel, kind: str) -> None:
+    path = tiny_model(type="F32")
+    reference = oracle.load_model(path)
+    rows = repeated(random_rows(reference.V, kind), [3, 1, 2])
+    lengths = rows.context.lengths.tolist()
+    if kind != "all noisy":
+        assert rows.context.counts.tolist() == [lengths[0], 0, 0, lengths[3], lengths[4], 0]
+    adapter = random_adapter(reference, rank=3, B=6)
+    expected, expected_gradients = oracle_result(reference, adapter, rows, 0.3)
+    with Q4Model.from_gguf(path, 2, compute="f32") as model:
+        row_loss, gradients = engine_result(model, adapter, rows, 0.3)
     np.testing.assert_allclose(row_loss, expected, atol=20 * LOSS_TOLERANCE["f32"])
     errors = relative_errors(gradients, expected_gradients)
     assert not {name: error for name, error in errors.items() if not error < TOLERANCE["f32"]}

@@ -380,6 +380,28 @@ def test_holes_are_groups_with_what_is_written_in_them(model):
     assert n_written > 0
 
 
+def test_several_draws_of_a_sequence_with_holes_have_its_holes_and_other_masks(model):
+    more = {"holes__share": 0.5, "holes__longest": 6, "holes__draws": 3, **FROZEN}
+    trainer, batch = make_trainer(model, **more), make_batch(n=40)
+    noisy = trainer.corrupt(batch)
+    n_holes = int(noisy.repeats.sum()) // 2
+    assert 5 < n_holes < 35 and len(noisy.clean) == 40 + 2 * n_holes
+    assert (noisy.clean[~noisy.repeats] == batch.tokens).all()
+    assert noisy.n_tokens == batch.tokens.size
+    once = make_trainer(model, **{**more, "holes__draws": 1}).corrupt(batch)
+    for again in np.flatnonzero(noisy.repeats):
+        assert (noisy.clean[again] == noisy.clean[again - 1]).all()
+        assert (noisy.groups[again] == noisy.groups[again - 1]).all()
+        assert noisy.t[again] != noisy.t[again - 1]
+    masked = noisy.noisy != noisy.clean
+    assert any((masked[again] != masked[again - 1]).any() for again in np.flatnonzero(noisy.repeats))
+    assert noisy.weights.sum() == pytest.approx(1.0)
+    starts = np.flatnonzero(~noisy.repeats)
+    is_hole = np.append(noisy.repeats[1:], False)[starts]
+    assert (noisy.groups[starts][is_hole] == once.groups[is_hole]).all()  # the same holes as with one draw
+    assert once.repeats.sum() == 0 and len(once.clean) == 40
+
+
 def test_holes_with_an_adapted_context_are_masks_in_a_row(model):
     trainer = make_trainer(
         model, holes__share=1.0, holes__longest=3, holes__most=1, noise_schedule__min_time=0.999

@@ -194,15 +194,15 @@ class StandingRows:
         if batch.context is None:
             yield ffi.NULL
             return
-        context = self._room_for(int(batch.context.lengths.sum()))
-        most = max(int(batch.valid.sum()), int(batch.context.lengths.max()))
-        n_sequences, start = len(batch.tokens), 0
-        while start < n_sequences:
-            ends = np.cumsum(batch.context.lengths[start:])
+        standing = batch.context.batch(batch.n_positions)
+        context = self._room_for(int(batch.context.counts.sum()))
+        most = max(int(batch.valid.sum()), int(batch.context.counts.max()))
+        n_sequences, start = 0 if standing is None else len(standing.tokens), 0
+        while standing is not None and start < n_sequences:
+            ends = np.cumsum(np.asarray(standing.lengths)[start:])
             count = max(1, int(np.searchsorted(ends, most, side="right")))
-            rows = batch.context.part(slice(start, start + count)).batch(batch.n_positions)
-            if rows is not None:
-                context.append(Rows(rows, self._model.file.C), np.zeros(0, dtype=np.int32), int8)
+            rows = standing.part(slice(start, start + count))
+            context.append(Rows(rows, self._model.file.C), np.zeros(0, dtype=np.int32), int8)
             start += count
         yield context.struct
 
