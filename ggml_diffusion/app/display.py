@@ -15,7 +15,7 @@ from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console, Group
+from rich.console import Console
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -140,25 +140,25 @@ class TrainingDisplay:
             ("loss", f"{metrics.loss:.4f}"),
             ("masked accuracy", f"{metrics.masked_accuracy:.3f}"),
             ("causal ratio", f"{metrics.causal_ratio:.3f}"),
-            ("elapsed", duration(now_s - self._started_s)),
-            ("remaining", duration(remaining_s)),
             ("learning rate", f"{metrics.learning_rate:.2e}"),
             ("tokens/s", f"{tokens_per_second:.0f}"),
+            ("elapsed", duration(now_s - self._started_s)),
+            ("remaining", duration(remaining_s)),
         ]
 
     def _line(self, metrics: TrainMetrics, now_s: float) -> str:
         return "  ".join(f"{name} {value}" for name, value in self._fields(metrics, now_s))
 
-    def _panel(self, metrics: TrainMetrics, now_s: float) -> Group:
-        table = Table.grid(padding=(0, 2))  # 80 columns are enough for a run of days
+    def _panel(self, metrics: TrainMetrics, now_s: float) -> Table:
+        table = Table.grid(padding=(0, 2))  # 80 columns are enough for a run of months
         fields = self._fields(metrics, now_s)
-        for row in (fields[:4], fields[4:]):
+        for row in (fields[:3], fields[3:6], fields[6:]):
             table.add_row(*(Text.assemble((f"{name} ", "dim"), (value, "bold")) for name, value in row))
-        return Group(
-            ProgressBar(total=self._total_steps, completed=metrics.step, width=SPARK_WIDTH),
-            table,
-            Text.assemble(("loss ", "dim"), (sparkline(self._losses), "cyan")),
-        )
+        panel = Table.grid()  # a bar alone would not end its line
+        panel.add_row(ProgressBar(total=self._total_steps, completed=metrics.step, width=SPARK_WIDTH))
+        panel.add_row(table)
+        panel.add_row(Text.assemble(("loss ", "dim"), (sparkline(self._losses), "cyan")))
+        return panel
 
 
 def show_evidence(console: Console, evidence: Evidence) -> None:

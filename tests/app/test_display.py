@@ -1,6 +1,8 @@
 """What people see: sparkline, times, plain lines, masks."""
 
+import dataclasses
 import io
+import re
 
 import numpy as np
 import pytest
@@ -76,6 +78,21 @@ def test_on_a_terminal_the_panel_shows_all_fields_and_the_sparkline():
     out = show(terminal=True, n_steps=4, seconds_a_step=2.0)
     for part in ("step 4/4", "loss 2.5000", "remaining 0:00", "▁▁▁▁"):
         assert part in out
+
+
+def test_the_panel_of_a_run_of_months_fits_80_columns():
+    out, clock = io.StringIO(), Clock()
+    console = Console(file=out, force_terminal=True, width=80, color_system=None)
+    display = TrainingDisplay(console, clock)
+    display.start(49_990, 49_990 * 100, 100_000)
+    clock.now_s += 10_000_000
+    display.step(dataclasses.replace(metrics(99_999, 10.1234), learning_rate=1.25e-4))
+    display.stop()
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.getvalue())
+    for part in ("step 99999/100000", "loss 10.1234", "masked accuracy 0.", "causal ratio ", "tokens/s 0",
+                 "learning rate 1.25e-04", "elapsed 2777:46:40", "remaining 3:20"):  # fmt: skip
+        assert part in shown
+    assert "…" not in shown and max(map(len, shown.splitlines())) <= 80
 
 
 @pytest.mark.parametrize("terminal", [False, True])
