@@ -89,7 +89,7 @@ def test_the_panel_of_a_run_of_months_fits_80_columns():
     display.step(dataclasses.replace(metrics(99_999, 10.1234), learning_rate=1.25e-4))
     display.stop()
     shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.getvalue())
-    for part in ("step 99999/100000", "loss 10.1234", "masked accuracy 0.", "causal ratio ", "tokens/s 0",
+    for part in ("step 99999/100000", "loss 10.1234", "masked accuracy 0.", "causal ratio ", "tokens/s 1",
                  "learning rate 1.25e-04", "elapsed 2777:46:40", "remaining 3:20"):  # fmt: skip
         assert part in shown
     assert "…" not in shown and max(map(len, shown.splitlines())) <= 80
