@@ -5,6 +5,7 @@ Deliberately not here: the run (training/run.py), its settings (the preset "demo
 flags (app/cli/).
 """
 
+import heapq
 import importlib.util
 import pydoc_data.topics
 from pathlib import Path
@@ -17,6 +18,9 @@ TEXT_FILE = "pydoc_topics.txt"
 EVALUATE_ON = 64
 PROMPT = "The for statement is used to"
 GENERATION = GenerationConfig(length=48, temperature=0.8)
+# A page that the text of the training does not have, and a word of it with text that tells it on both sides.
+PAGE: str = heapq.__about__
+WORD_BEFORE, WORD, WORD_BEHIND = 'find the "next" ', "winner", " is to move some loser"
 
 
 def demo_model() -> Path:
@@ -50,3 +54,9 @@ def write_demo_text(folder: Path) -> Path:
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from None
     return path
+
+
+def page_around_the_hole() -> tuple[str, str]:
+    """The page before and behind the word that is cut out."""
+    start = PAGE.index(WORD_BEFORE + WORD + WORD_BEHIND) + len(WORD_BEFORE)
+    return PAGE[:start], PAGE[start + len(WORD) :]

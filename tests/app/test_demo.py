@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 
 import pytest
 from rich.console import Console
@@ -55,6 +56,8 @@ def test_the_demo_shows_figures_exports_and_a_sample_and_always_starts_afresh(ti
         assert "future-context gain" in out
         assert f"written: {tmp_path / 'run' / 'adapter.gguf'}" in out
         assert demo.PROMPT in out
+        assert 'find the "next" ' in out and "is to move some loser" in out
+        assert re.search(r"written: .*; the page has 'winner'; [0-9.]+ s", out)
         assert "step 3/3" in out
         steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").open()]
         assert steps == [1, 2, 3]
