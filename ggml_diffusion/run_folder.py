@@ -7,9 +7,10 @@ from pathlib import Path
 
 CHECKPOINTS, TOKENS = "checkpoints", "tokens"
 METRICS, CONFIG, EVALUATION, BASE = "metrics.jsonl", "config.toml", "evaluation.json", "base.json"
+CARD = "README.md"
 EXPORTS = ("adapter.safetensors", "adapter.gguf")
 LOCK, PID = ".lock", ".pid"
-OWN_NAMES = frozenset([CHECKPOINTS, TOKENS, METRICS, CONFIG, EVALUATION, BASE, *EXPORTS, LOCK, PID])
+OWN_NAMES = frozenset([CHECKPOINTS, TOKENS, METRICS, CONFIG, EVALUATION, BASE, CARD, *EXPORTS, LOCK, PID])
 
 
 def is_run_folder(folder: Path) -> bool:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from ggml_diffusion.durable import fsync_path
 from ggml_diffusion.errors import UserError
-from ggml_diffusion.run_folder import BASE, CHECKPOINTS, CONFIG, EVALUATION, EXPORTS, METRICS
+from ggml_diffusion.run_folder import BASE, CARD, CHECKPOINTS, CONFIG, EVALUATION, EXPORTS, METRICS
+from ggml_diffusion.training.model_card import is_card
 
 _DELETED = ".deleted"
 
@@ -18,7 +19,8 @@ _DELETED = ".deleted"
 def _run_files(output: Path) -> list[Path]:
     """All that runs write into their folder, but for the lock."""
     names = (CHECKPOINTS, _DELETED, *EXPORTS, METRICS, CONFIG, EVALUATION, BASE)
-    return [output / name for name in names if (output / name).exists()]
+    found = [output / name for name in names if (output / name).exists()]
+    return found + ([output / CARD] if is_card(output / CARD) else [])
 
 
 def bytes_of_run(output: Path) -> int:

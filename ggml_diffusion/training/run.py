@@ -42,6 +42,7 @@ from ggml_diffusion.objective.output_rows import Prediction
 from ggml_diffusion.regular_file import open_regular
 from ggml_diffusion.run_folder import (
     BASE,
+    CARD,
     CHECKPOINTS,
     CONFIG,
     EVALUATION,
@@ -57,6 +58,7 @@ from ggml_diffusion.training.earlier_run import bytes_of_run, delete_run, is_hal
 from ggml_diffusion.training.identity import check_identity
 from ggml_diffusion.training.int8_gate import choose_int8
 from ggml_diffusion.training.metrics import MetricsWriter, TrainMetrics
+from ggml_diffusion.training.model_card import figures_table, write_card
 from ggml_diffusion.training.requirements import (
     StepClock,
     check_disk,
@@ -199,6 +201,7 @@ def run_conversion(
                 listener.note(f"measuring on {len(held_out)} held-out sequences after the last step")
                 evidence = _measure_after(trainer, tokenizer, held_out, *before)
                 replace_text(output / EVALUATION, json.dumps(_as_json(evidence), indent=2) + "\n")
+            _write_card(output, trainer, evidence, listener)
             return Conversion(
                 output, trainer.step_count, config.total_steps, None, safetensors, gguf, evidence
             )
@@ -526,6 +529,17 @@ def _measure_after(
     converted = DiffusionModel.from_checkpoint(trainer.model, tokenizer, trainer.checkpoint())
     after = masked_scores(converted, held_out, trainer.config.batch_size)
     return Evidence(len(held_out), base, before, after)
+
+
+def _write_card(
+    output: Path, trainer: ConversionTrainer, evidence: Evidence | None, listener: RunListener
+) -> None:
+    """The model card, with the figures if there are any."""
+    figures = None
+    if evidence is not None:
+        figures = figures_table(evidence.n_sequences, evidence.base, evidence.before, evidence.after)
+    if not write_card(output, trainer.checkpoint(), figures):
+        listener.note(f"{output / CARD} is not a card of ours and stays as it is")
 
 
 def _as_json(evidence: Evidence) -> dict[str, Any]:

@@ -1,0 +1,147 @@
+"""The model card of a run: README.md beside its exports, for whoever gets the folder.
+
+Only what the files themselves say goes into it. Deliberately not here: the cards of other forms (export/).
+Source: the front matter is that of Hugging Face's model cards.
+"""
+
+from pathlib import Path
+
+from ggml_diffusion.durable import replace_text
+from ggml_diffusion.errors import UserError
+from ggml_diffusion.evaluation.held_out import MaskedScore, Score
+from ggml_diffusion.formats.adapter_file import DiffusionCheckpoint
+from ggml_diffusion.regular_file import open_regular
+from ggml_diffusion.run_folder import CARD
+
+# In the front of every card of ours: a README.md without it is somebody else's, and stays.
+MARK = "<!-- model card by ggml-diffusion -->"
+_FRONT_BYTES = 1 << 16
+
+
+def write_card(folder: Path, checkpoint: DiffusionCheckpoint, figures: str | None) -> bool:
+    """Write the card, unless there is a README.md that is not ours; returns whether it was.
+
+    Args:
+        folder: of the run.
+        checkpoint: what it exported.
+        figures: from `figures_table`; None = nothing was measured.
+
+    Raises:
+        UserError: it cannot be written.
+
+    """
+    path = folder / CARD
+    if path.exists() and not is_card(path):
+        return False
+    replace_text(path, card(checkpoint, figures))
+    return True
+
+
+def is_card(path: Path) -> bool:
+    """Whether a file is a card of ours."""
+    try:
+        with open_regular(path) as file:
+            return MARK.encode() in file.read(_FRONT_BYTES)
+    except UserError:
+        return False
+
+
+def figures_table(n_sequences: int, base: Score, before: list[MaskedScore], after: list[MaskedScore]) -> str:
+    """Held-out figures as a table; arguments as in `Evidence`."""
+    lines = [
+        f"On {n_sequences} held-out sequences, the same masks in both columns:",
+        "",
+        "| | before | after |",
+        "|---|---|---|",
+    ]
+    for one, other in zip(before, after, strict=True):
+        ce, accuracy = one.visible.cross_entropy, one.visible.accuracy
+        lines += [
+            f"| cross-entropy of masked tokens, {one.share:.0%} masked, nats | {ce:.3f} | "
+            f"{other.visible.cross_entropy:.3f} |",
+            f"| accuracy, {one.share:.0%} masked | {accuracy:.3f} | {other.visible.accuracy:.3f} |",
+        ]
+    lines += [
+        "",
+        f"The base itself predicts the next token of clean text with {base.cross_entropy:.3f} nats.",
+    ]
+    return "\n".join(lines)
+
+
+def card(checkpoint: DiffusionCheckpoint, figures: str | None) -> str:
+    """The text of a card."""
+    metadata, settings = checkpoint.metadata, checkpoint.settings
+    is_frozen = metadata.context == "frozen"
+    # Where the text lay on somebody's disk is nobody's business.
+    data = ", ".join(f"`{_code(Path(name).name)}`" for name in settings.data or ["unknown"])
+    model = _code(Path(settings.base_model or metadata.base_model).name)
+    context = (
+        "acts on masks alone; text that stands is the base's own, computed once (`--context frozen`)"
+        if is_frozen
+        else "acts on all tokens, each of which sees all others (`--context adapted`)"
+    )
+    return f"""---
+library_name: ggml-diffusion
+tags: [masked-diffusion, infilling, lora, gguf]
+---
+{MARK}
+# A masked-diffusion adapter for {_code(metadata.base_model)}
+
+It makes an autoregressive model fill masked tokens from both sides. The adapter
+{context}.
+
+| | |
+|---|---|
+| base | `{_code(metadata.base_model)}`, not changed and not in here |
+| its GGUF's SHA-256 | `{metadata.base_sha256}` |
+| trained on | {data} |
+| | {metadata.conversion_steps} steps, {metadata.training_tokens:,} tokens |
+| predicts the token at i | from the output at {"i - 1" if metadata.prediction == "shifted" else "i"} |
+| mask token | {metadata.mask_token_id} |
+| causal ratio of the attention | {metadata.final_causal_ratio:g} |
+| made by | ggml-diffusion {_code(metadata.version)}, {_code(metadata.created_at)} |
+
+`adapter.safetensors` is everything that was trained, `adapter.gguf` the same for llama.cpp. `config.toml` has
+every setting; `ggml-diffusion convert --config config.toml` is the command.
+
+## Figures
+
+{figures or "Nothing was measured: `ggml-diffusion evaluate` does, beside the base."}
+
+## Use
+
+```
+ggml-diffusion infill {model} . notes.md --diff        # fills ___ and [[...]] in a text
+ggml-diffusion generate {model} . --prompt "The keys are" --suffix " so nobody can open the door." --length 6
+```
+
+{_other_programs(is_frozen, model)}
+
+## What it is not
+
+- **Not for sampling token after token.** llama-server, koboldcpp and others load `adapter.gguf` and then
+  write causally. That is not diffusion, and the text shows it.
+- **Not a better writer than its base.** What it can do, and the base cannot, is use the text behind a hole.
+- Whatever holds for the base (its license, its languages, what it should not be asked) holds for this.
+"""
+
+
+def _other_programs(is_frozen: bool, model: str) -> str:
+    if is_frozen:
+        return """Other programs apply an adapter to all of a text, so they cannot run this one: it has no
+standalone file and no PEFT folder. A conversion with `--context adapted` has both."""
+    return f"""Other programs take other forms:
+
+- `ggml-diffusion export standalone {model} . standalone.gguf`: one file without adapter, which
+  llama-diffusion-cli runs. Ollama (which refuses `ADAPTER` with a GGUF) and LM Studio (which has no adapters)
+  can only be given that file, and do not denoise.
+- `ggml-diffusion export peft {model} . peft`: a folder for transformers and peft, with its own program.
+- llama-cpp-python loads either GGUF: attention not causal, the whole text in one micro-batch, and the memory
+  cleared before each step."""
+
+
+def _code(text: str) -> str:
+    """A name out of a file, safe in Markdown."""
+    return "".join(
+        letter if letter.isprintable() and letter not in "`|<>[]" else "?" for letter in text[:200]
+    )

@@ -1,0 +1,81 @@
+"""The model card: what a folder says of itself, and whose README.md it may replace."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conversions import conversion
+
+from ggml_diffusion.evaluation.held_out import MaskedScore, Score
+from ggml_diffusion.formats.model_file import ModelFile
+from ggml_diffusion.training.earlier_run import delete_run
+from ggml_diffusion.training.model_card import MARK, card, figures_table, is_card, write_card
+
+
+def test_a_card_says_what_it_is_and_what_it_belongs_to(base: ModelFile) -> None:
+    text = card(conversion(base), None)
+    assert text.startswith("---\nlibrary_name: ggml-diffusion\ntags: [") and "`Tiny é`" in text
+    for part in ("ab" * 32, "12 steps, 1,099,511,627,776 tokens", "the output at i - 1", "| mask token | 9 |",
+                 "causal ratio of the attention | 0.1 |", "Nothing was measured", "export standalone",
+                 "Not for sampling token after token"):  # fmt: skip
+        assert part in text
+
+
+def test_a_frozen_context_is_said_and_offers_no_form_that_it_has_not(base: ModelFile) -> None:
+    made = conversion(base)
+    made.metadata = made.metadata.model_copy(update={"context": "frozen"})
+    text = card(made, None)
+    assert "acts on masks alone" in text and "export standalone" not in text
+    assert "A conversion with `--context adapted` has both" in text
+
+
+def test_names_out_of_files_are_no_markup(base: ModelFile) -> None:
+    made = conversion(base)
+    hostile = "`</td>|[x](http://evil)\n# heading"
+    made.metadata = made.metadata.model_copy(update={"base_model": hostile, "version": hostile})
+    text = card(made, None)
+    body = text.split("---", 2)[2]
+    assert "[x]" not in body and "</td>" not in body and "\n# heading" not in text
+
+
+def test_figures_are_a_table() -> None:
+    def score(ce: float) -> MaskedScore:
+        return MaskedScore(0.15, Score(ce, 0.25, 9), Score(ce + 1.0, 0.1, 9))
+
+    table = figures_table(62, Score(3.1, 0.4, 9), [score(6.0)], [score(2.5)])
+    assert "On 62 held-out sequences" in table
+    assert "| cross-entropy of masked tokens, 15% masked, nats | 6.000 | 2.500 |" in table
+    assert "3.100 nats" in table
+
+
+def test_somebody_elses_readme_stays(base: ModelFile, tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text("mine")
+    assert not write_card(tmp_path, conversion(base), None)
+    delete_run(tmp_path)
+    assert readme.read_text() == "mine"
+    readme.unlink()
+    assert write_card(tmp_path, conversion(base), None) and MARK in readme.read_text()
+    assert write_card(tmp_path, conversion(base), "new figures") and "new figures" in readme.read_text()
+    delete_run(tmp_path)
+    assert not readme.exists()
+
+
+def test_what_is_no_file_is_no_card(tmp_path: Path) -> None:
+    (tmp_path / "README.md").mkdir()
+    assert not is_card(tmp_path / "README.md") and not is_card(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_every_line_of_commands_is_one_that_the_program_has(base: ModelFile, frozen: bool) -> None:
+    from ggml_diffusion.app.cli.main import click_group
+
+    made = conversion(base)
+    if frozen:
+        made.metadata = made.metadata.model_copy(update={"context": "frozen"})
+    commands = click_group().commands
+    lines = [part for part in card(made, None).split("ggml-diffusion ")[1:]]
+    names = {line.split()[0].strip("`") for line in lines}
+    assert {"infill", "generate"} <= names
+    assert names - {"0.1.0,", "-->"} <= set(commands)
