@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ggml_diffusion.formats.lora import LoraAdapter, TargetModule
     from ggml_diffusion.generation.denoise import GenerationConfig
     from ggml_diffusion.generation.diffusion_model import DiffusionModel
+    from ggml_diffusion.generation.draft_model import DiffusionDraftModel
     from ggml_diffusion.generation.infill import FilledHole, InfillConfig, infill
     from ggml_diffusion.objective.annealing import AnnealingSchedule, AttentionMaskAnnealer
     from ggml_diffusion.objective.corruption import NoiseSchedule
@@ -38,6 +39,7 @@ _HOMES = {
     "ConversionTrainer": "training.trainer",
     "ConversionTrainingConfig": "config.settings",
     "DiffusionCheckpoint": "formats.adapter_file",
+    "DiffusionDraftModel": "generation.draft_model",
     "DiffusionModel": "generation.diffusion_model",
     "Engine": "engine.interface",
     "FilledHole": "generation.infill",
@@ -74,6 +76,7 @@ __all__ = [
     "ConversionTrainer",
     "ConversionTrainingConfig",
     "DiffusionCheckpoint",
+    "DiffusionDraftModel",
     "DiffusionModel",
     "Engine",
     "FilledHole",
