@@ -3,8 +3,8 @@
     llama = llama_cpp.Llama("model.gguf", draft_model=DiffusionDraftModel(model))
 
 The text is that of `Llama` alone, as far as llama.cpp computes the same for several tokens as for one: on
-quantised models it rounds differently. A draft costs a pass with a frozen context, and a pass over the whole text
-with an adapted one, which is rarely worth it.
+quantised models it rounds differently. A draft costs a pass with a frozen context, and a pass over all of the
+text with an adapted one, which is rarely worth it.
 
 Deliberately not here: checking the drafts, which llama-cpp-python does.
 Source: llama-cpp-python, llama_cpp/llama_speculative.py. Letters: T tokens so far, K drafted ones.
