@@ -171,15 +171,19 @@ class _Infilling:
         return tokens
 
     def _left_of(self, hole: int) -> NDArray[np.int32]:
-        """What stands before a hole, half a window of it, behind the token that the base wants there."""
+        """What stands before a hole, half a window of it."""
         parts = [self._texts[0]]
         for filled, text in zip(self._done[:hole], self._texts[1:], strict=False):
             parts += [filled.tokens, text]
-        return self._model.start_tokens(_after_gap(np.concatenate(parts))[-(self._window // 2) :])
+        return _after_gap(np.concatenate(parts))[-(self._window // 2) :]
 
     def _right_of(self, hole: int) -> NDArray[np.int32]:
         """What stands behind a hole, up to the next one."""
         return _before_gap(self._texts[hole + 1])
+
+    def _ends_text(self, hole: int) -> bool:
+        """Whether nothing stands behind a hole, and no other one."""
+        return hole == len(self._lengths) - 1 and len(self._texts[-1]) == 0
 
     def _has_room(self, first: int, lengths: list[int]) -> bool:
         """Whether the next hole fits into the window of those from `first` on, with what lies between; the
@@ -200,11 +204,11 @@ class _Infilling:
         right = self._right_of(hole)[:_RIGHT]
         if given is not None:
             return given, ()
-        if len(right) == 0:  # nothing that a length could fit
-            return self._config.at_most, ()
+        if len(right) == 0:  # nothing that a length could fit: to the end of the text, or up to the next hole
+            return self._config.at_most if self._ends_text(hole) else 1, ()
         start = hole - len(before)
         if before:
-            filled = self._fill(start, left, before, [()] * len(before), provisional=True)
+            filled = self._fill(start, left, before, [()] * len(before))
             between = [
                 part
                 for index, one in enumerate(filled)
@@ -212,7 +216,7 @@ class _Infilling:
             ]
             left = np.concatenate([left, *between]).astype(np.int32)
         is_frozen = self._model.rule.context == "frozen"
-        left = left[-(_LEFT if is_frozen else _LEFT_ADAPTED) :]
+        left = self._model.start_tokens(left[-(_LEFT if is_frozen else _LEFT_ADAPTED) :])
         tried = self._try_lengths(hole, left, right)
         return max(tried, key=lambda one: one[1])[0], tuple(tried)
 
@@ -242,8 +246,6 @@ class _Infilling:
         left: NDArray[np.int32],
         lengths: list[int],
         tried: list[tuple[tuple[int, float], ...]],
-        *,
-        provisional: bool = False,
     ) -> list[FilledHole]:
         """Fill the holes of a window together."""
         holes = list(range(first, first + len(lengths)))
@@ -254,7 +256,8 @@ class _Infilling:
                 f"holes of {sum(lengths)} tokens do not fit into a window of {self._window}: shorten them"
             )
         right = self._right_of(holes[-1])[: (self._window - inner) // 2]
-        left = left[-(self._window - inner - len(right)) :]
+        room = self._window - inner - len(right) - 1  # a token in front of the text
+        left = self._model.start_tokens(left[-room:] if room > 0 else left[:0])
         parts = self._denoise([left, *between, right], lengths, holes)
         result = []
         for index, (tokens, probabilities) in zip(holes, parts, strict=True):
@@ -277,7 +280,7 @@ class _Infilling:
             at += length + len(text)
         never: dict[int, NDArray[np.bool_]] = {}
         for start, length, hole in zip(starts, lengths, holes, strict=True):
-            if len(self._texts[hole + 1]):  # else the text may end in it
+            if not self._ends_text(hole):  # else the text may end in it
                 never |= dict.fromkeys(range(start, start + length), self._is_hidden)
             if self._begins_with_blank[hole]:
                 never[start] = self._has_no_blank

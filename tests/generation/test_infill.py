@@ -161,6 +161,23 @@ def test_a_very_long_text_is_read_near_the_hole_alone(model, monkeypatch):
     assert all(-1 not in text and len(text) <= 64 for text in seen)
 
 
+def test_every_window_begins_with_the_token_that_the_base_wants_there(model, monkeypatch):
+    monkeypatch.setattr(model.tokenizer, "start_id", 1)
+    seen = texts_seen(model, monkeypatch)
+    far = " the old mill ground corn for the whole village" * 10
+    infill(model, [far, far, far], [2, None], InfillConfig(window=64, at_most=3))
+    assert len(seen) == 5  # the first, the second at three lengths, and at the best
+    assert all(text[0] == 1 and text.count(1) == 1 and len(text) <= 300 for text in seen)
+    assert len(seen[0]) <= 64 and len(seen[-1]) <= 64
+
+
+def test_holes_side_by_side(model):
+    holes = infill(model, ["the old", "", "corn"], [None, None], InfillConfig(at_most=4))
+    assert [len(hole.tried) > 0 for hole in holes] == [False, True]
+    assert len(holes[0].tokens) == 1
+    assert not np.isin(np.concatenate([hole.tokens for hole in holes]), [model.tokenizer.eos_id]).any()
+
+
 def test_too_many_tokens_for_the_window_are_refused(model):
     with pytest.raises(UserError, match="holes of 70 tokens do not fit into a window of 64"):
         infill(model, ["the", "old"], [70], InfillConfig(window=64))
