@@ -9,9 +9,12 @@ neither prints nor judges.
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
 
-from bench_arms import Arm
+from bench_arms import Arm, ArmFailed
 from bench_sections import Row, Settings, Work, our_arm, spread
 
 N_ROWS = (1, 4, 8, 16, 32)
@@ -27,7 +30,7 @@ def few_rows(settings: Settings) -> list[Row]:
     with ExitStack() as stack:
         work = Work("few rows", 1, 8)
         ours = stack.enter_context(our_arm(settings, "ours", settings.model, work, train=False))
-        peer = stack.enter_context(Arm("llama.cpp", python, "peer_llama.py", job))
+        peer = stack.enter_context(_peer(python, job))
         for round_number in range(settings.n_rounds + 1):
             for n_rows, counted in times_s.items():
                 arms = (ours, peer)
@@ -46,3 +49,14 @@ def few_rows(settings: Settings) -> list[Row]:
         }
         for n_rows, pairs in times_s.items()
     ]
+
+
+def _peer(python: str | Path, job: Mapping[str, Any]) -> Arm:
+    """llama.cpp as it is by default; without its repacked weights where it dies of them.
+
+    Some virtual machines offer AMX and do not let it be used.
+    """
+    try:
+        return Arm("llama.cpp", python, "peer_llama.py", {**job, "repack": True})
+    except ArmFailed:
+        return Arm("llama.cpp", python, "peer_llama.py", {**job, "repack": False})

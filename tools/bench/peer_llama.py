@@ -3,7 +3,7 @@
 The library is the one inside llama-cpp-python, with its defaults: weights are repacked for the processor
 where it has a form for them.
 
-The job (argv[1], JSON): model, n_threads, n_cached.
+The job (argv[1], JSON): model, n_threads, n_cached, repack.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ class Worker:
 
     def __init__(self, job: Reply) -> None:
         api: Any = llama_cpp
-        self.api, self.n_cached = api, job["n_cached"]
+        self.api, self.n_cached, self.repack = api, job["n_cached"], job["repack"]
         params = api.llama_model_default_params()
         params.n_gpu_layers = 0
+        params.use_extra_bufts = job["repack"]
         self.model = api.llama_model_load_from_file(job["model"].encode(), params)
         context_params = api.llama_context_default_params()
         context_params.n_ctx = context_params.n_batch = job["n_cached"] + MOST_TOKENS
@@ -35,7 +36,11 @@ class Worker:
 
     def describe(self) -> Reply:
         """What is being measured."""
-        return {"system": self.api.llama_print_system_info().decode(), "n_cached": self.n_cached}
+        system = self.api.llama_print_system_info().decode()
+        return {
+            "system": system if self.repack else f"{system}without repacked weights",
+            "n_cached": self.n_cached,
+        }
 
     def pass_of(self, n_rows: int, repeats: int) -> Reply:
         """Median seconds of `llama_decode` of so many tokens behind the cached ones, with all logits."""
