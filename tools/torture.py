@@ -39,7 +39,7 @@ from make_tiny_gguf import make_tiny_gguf
 from tool_errors import run_tool
 
 from ggml_diffusion.errors import UserError
-from ggml_diffusion.run_folder import BASE, CHECKPOINTS, CONFIG, EXPORTS, METRICS, TOKENS
+from ggml_diffusion.run_folder import BASE, CARD, CHECKPOINTS, CONFIG, EXPORTS, METRICS, TOKENS
 from ggml_diffusion.training.checkpoint import KEPT, load_latest
 
 KINDS = ("moment", "call", "save", "fresh")
@@ -76,7 +76,7 @@ for line in sys.stdin:
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 # What a run may leave in its folder.
-LEFT = {".lock", ".pid", BASE, CHECKPOINTS, CONFIG, METRICS, TOKENS, *EXPORTS}
+LEFT = {".lock", ".pid", BASE, CARD, CHECKPOINTS, CONFIG, METRICS, TOKENS, *EXPORTS}
 
 
 @dataclass(frozen=True)
