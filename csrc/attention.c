@@ -23,6 +23,7 @@ typedef struct {
     const ggd_compute *compute;
     const ggd_batch *batch;
     const ggd_heads *heads;
+    const ggd_context *kept;  // holds the batch's own keys and values behind its rows, as later calls will see them; or NULL
     ggd_activation qkv, out, dout, dqkv;
     float *lse;
     float scale, future_bias;  // of scores as the softmax takes them (soft-capped ones are scaled already); log(1 - causal_ratio)
@@ -103,6 +104,7 @@ typedef struct {
 static size_t query_position(const unit *u, size_t row) { return ggd_position(u->job->batch, u->segment, row); }
 static size_t key_position(const unit *u, size_t key) { return u->is_merged ? (size_t)u->s.key_positions[key] : key; }
 static size_t own_key(const unit *u, size_t row) { return u->is_merged ? (size_t)u->s.own_keys[row] : row; }
+static size_t own_row(const unit *u, size_t key) { return u->is_merged ? (size_t)u->s.key_rows[key] : key; }
 static int is_own(const unit *u, size_t key) { return !u->is_merged || u->s.key_rows[key] >= 0; }
 
 // Both kinds of rows have rising positions; at equal ones the context's comes first.
@@ -147,17 +149,18 @@ static ggd_matrix keys_or_values(const unit *u, ggd_context_part part) {
     size_t column = part == GGD_CONTEXT_KEYS ? job->heads->k_column : job->heads->v_column;
     size_t first = (size_t)u->segment->first_row, bytes = u->d * ggd_element_bytes(element);
     ggd_activation own = {ggd_activation_at(job->qkv, first, column + u->kv_head * u->d, element), job->qkv.ld};
-    if (u->t == u->rows) {
+    if (u->t == u->rows && job->kept == NULL) {
         return ggd_matrix_of(own, u->t, u->d, element);
     }
     ggd_activation gathered = {u->s.gathered, u->ld_d};
     for (size_t key = 0; key < u->t; key++) {
         void *target = ggd_activation_at(gathered, key, 0, element);
-        if (is_own(u, key)) {
-            memcpy(target, ggd_activation_at(own, (size_t)u->s.key_rows[key], 0, element), bytes);
+        const ggd_context *context = is_own(u, key) ? job->kept : job->batch->context;
+        if (context == NULL) {
+            memcpy(target, ggd_activation_at(own, own_row(u, key), 0, element), bytes);
         } else {
-            ggd_context_load(job->batch->context, job->compute, job->heads->layer, part, (size_t)(-1 - u->s.key_rows[key]),
-                             u->kv_head * u->d, u->d, u->s.unpacked, target);
+            size_t row = is_own(u, key) ? context->n_rows + first + own_row(u, key) : (size_t)(-1 - u->s.key_rows[key]);
+            ggd_context_load(context, job->compute, job->heads->layer, part, row, u->kv_head * u->d, u->d, u->s.unpacked, target);
         }
     }
     return ggd_matrix_of(gathered, u->t, u->d, element);
@@ -299,8 +302,14 @@ static void forward_strip(const unit *u, size_t head, size_t first) {
     strip_scores(u, head, first, rows, keys);
     for (size_t i = 0; i < rows; i++) {
         float *scores = u->s.scores + i * u->ld_t + keys.first;
-        job->lse[(first_row + i) * job->heads->n_heads + head] = compute->kernels->attention_softmax(
-            scores, keys.end - keys.first, own_key(u, first + i) + 1 - keys.first, job->scale, job->future_bias);
+        size_t n = keys.end - keys.first, n_past = own_key(u, first + i) + 1 - keys.first;
+        if (job->batch->causal_ratio >=
+            1.0f) {  // summed as if the row came alone: a text has the same bits in whatever pieces it is read
+            memset(scores + n_past, 0, (n - n_past) * sizeof *scores);
+            n = n_past;
+        }
+        job->lse[(first_row + i) * job->heads->n_heads + head] =
+            compute->kernels->attention_softmax(scores, n, n_past, job->scale, job->future_bias);
     }
     multiply_over_keys(u, rows, strip_activation(u, u->s.scores, rows, keys), keys, u->s.values);
     for (size_t i = 0; i < rows; i++) {
@@ -326,11 +335,12 @@ static float future_bias(const ggd_batch *batch) { return batch->bernoulli ? 0.0
 
 static size_t n_units(const ggd_batch *batch, const ggd_heads *heads) { return (size_t)batch->n_segments * heads->n_kv_heads; }
 
-void ggd_attention_forward(const ggd_compute *compute, const ggd_batch *batch, const ggd_heads *heads, ggd_activation qkv,
-                           ggd_activation out, float *lse) {
+void ggd_attention_forward(const ggd_compute *compute, const ggd_batch *batch, const ggd_heads *heads, const ggd_context *kept,
+                           ggd_activation qkv, ggd_activation out, float *lse) {
     attention_job job = {.compute = compute,
                          .batch = batch,
                          .heads = heads,
+                         .kept = kept,
                          .qkv = qkv,
                          .out = out,
                          .lse = lse,

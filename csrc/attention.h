@@ -5,8 +5,9 @@
 #include "ops.h"
 
 // qkv: (M, [Q | K | V]) after RoPE. out: (M, H * D). lse: (M, H), the log of each softmax's denominator, for the backward.
-void ggd_attention_forward(const ggd_compute *compute, const ggd_batch *batch, const ggd_heads *heads, ggd_activation qkv,
-                           ggd_activation out, float *lse);
+// kept: a context that holds the batch's keys and values behind its rows already; they are read as it has rounded them. NULL = from qkv.
+void ggd_attention_forward(const ggd_compute *compute, const ggd_batch *batch, const ggd_heads *heads, const ggd_context *kept,
+                           ggd_activation qkv, ggd_activation out, float *lse);
 
 // dqkv: (M, [dQ | dK | dV]) before RoPE, but after the norms of Q and K, from dout (M, H * D).
 void ggd_attention_backward(const ggd_compute *compute, const ggd_batch *batch, const ggd_heads *heads, ggd_activation qkv,

@@ -137,7 +137,7 @@ static void attention_block_forward(ggd_session *s, const ggd_batch *batch, size
     ggd_rmsnorm_forward(&s->compute, &norm, m, b->x, s->ld_hidden, normed);
     project_heads(s, batch, l, &heads, normed);
     keep_context(s, m, l);
-    ggd_attention_forward(&s->compute, batch, &heads, act->qkv, act->attn_out, act->lse);
+    ggd_attention_forward(&s->compute, batch, &heads, s->extended, act->qkv, act->attn_out, act->lse);
     add_block(s, m, l, GGD_ATTN_OUTPUT, quantised(s, m, act->attn_out, s->model->shape.n_heads * s->model->shape.head_size));
 }
 

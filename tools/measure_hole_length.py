@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 from rich.progress import track
+from tool_errors import run_tool
 
 from ggml_diffusion.evaluation.infilling import cut_holes
 from ggml_diffusion.evaluation.suite import load_held_out
@@ -67,4 +68,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

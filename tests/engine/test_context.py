@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from test_forward import INT8_SAMPLING, make_reference
 
 from ggml_diffusion.engine.cpu.q4_model import Q4Model
-from ggml_diffusion.engine.interface import Batch, ContextRows, ContextType, Int8
+from ggml_diffusion.engine.interface import Batch, Compute, ContextRows, ContextType, Int8
 from ggml_diffusion.errors import UserError
 
 TOLERANCE = {"f32": 1e-4, "fast": 1e-1}  # as in test_gradients.py
@@ -426,6 +426,45 @@ def test_cached_logits_are_those_of_a_whole_pass(tiny_model: TinyModel, keys: Co
     print(f"{keys}: {error:.1e}")
     assert error <= KV_TOLERANCE[keys]
     assert keys != "f32" or np.abs(logits - expected).max() <= 1e-5
+
+
+IN_PIECES: dict[str, dict[str, Any]] = {
+    "llama": {"C": 128, "H": 2, "G": 1},  # heads of 64, for blocks of 32
+    "gemma3": {  # a window that begins beyond the first panel of keys
+        "arch": "gemma3",
+        **{"C": 64, "H": 2, "G": 1, "F": 64, "V": 300, "L": 2},
+        "keys": {"attention.sliding_window": 40, "attention.sliding_window_pattern": 2},
+    },
+}
+
+
+@pytest.mark.parametrize("keys", KV_TOLERANCE)
+@pytest.mark.parametrize("arch", IN_PIECES)
+@pytest.mark.parametrize(("compute", "int8"), [("f32", "none"), ("fast", "none"), ("fast", "both")])
+def test_a_text_has_the_same_bits_in_whatever_pieces_it_is_read(
+    tiny_model: TinyModel, int8_kernels: str, compute: Compute, int8: Int8, arch: str, keys: ContextType
+) -> None:
+    """What verified writing rests on: a row's logits do not tell whether others came with it."""
+    path = tiny_model(type="Q8_0", **IN_PIECES[arch])
+    rng = np.random.default_rng(3)
+    with Q4Model.from_gguf(path, 2, compute=compute) as model:
+        tokens = text_of(300, 90)
+
+        def read(pieces: list[int]) -> NDArray[np.float32]:
+            context, first, rows = model.context(len(tokens), keys=keys), 0, []
+            for n in pieces:
+                piece = tokens[first : first + n]
+                rows.append(context.extend(piece, select=np.ones(n, bool), int8=int8))
+                first += n
+            context.close()
+            return np.concatenate(rows)
+
+        expected = read([1] * len(tokens))
+        for most in (2, 5, 9, 17):
+            pieces: list[int] = []
+            while (rest := len(tokens) - sum(pieces)) > 0:
+                pieces.append(min(rest, int(rng.integers(1, most + 1))))
+            np.testing.assert_array_equal(read(pieces), expected, err_msg=str(pieces))
 
 
 def test_text_that_is_taken_back_leaves_nothing(tiny_model: TinyModel) -> None:

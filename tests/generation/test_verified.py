@@ -95,6 +95,27 @@ def test_a_conversion_that_says_what_the_base_says_is_believed(engine: Q4Model, 
     assert written.accepted >= written.rounds  # one of two at least
 
 
+@pytest.mark.parametrize("seconds", [[1.0], [5.0, 0.1]])
+def test_a_quantised_base_in_int8_keeps_its_text(
+    tiny_model: TinyModel, int8_kernels: str, seconds: list[float]
+) -> None:
+    """Drafts are checked in passes of several rows, and the base writes in passes of one."""
+    path = tiny_model(type="Q4_0", L=1, C=32, H=2, G=1, F=32)
+    config = SETTINGS["greedy"].model_copy(update={"length": 60})
+    with Q4Model.from_gguf(path, 1) as engine:
+        model = frozen(engine)
+        writer = VerifiedWriter(engine, model.adapter, model.rule, config, "both", clock=clock_of(seconds))
+        written = writer.write(PROMPT)
+        context, tokens, expected = engine.context(len(PROMPT) + config.length), PROMPT, list[int]()
+        while len(expected) < config.length:
+            is_last = np.arange(len(tokens)) == len(tokens) - 1
+            logits = context.extend(tokens, select=is_last, int8="both")[0]
+            logits[MASK] = -np.inf
+            expected.append(int(logits.argmax()))
+            tokens = np.array(expected[-1:], np.int32)
+    assert written.rounds > 0 and written.tokens.tolist() == expected
+
+
 def test_the_slower_way_is_left_and_looked_at_again(engine: Q4Model) -> None:
     model = frozen(engine)
     config = SETTINGS["greedy"].model_copy(update={"length": 100})
