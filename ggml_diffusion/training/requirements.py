@@ -16,6 +16,7 @@ from ggml_diffusion.engine.interface import Engine, StepDescription
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.formats.model_file import ModelFile
 from ggml_diffusion.machine import disk_free, memory_available, memory_limit
+from ggml_diffusion.text.sources import STANDARD_INPUT, find_sources
 from ggml_diffusion.training.checkpoint import KEPT
 from ggml_diffusion.training.trainer import trained_shapes
 from ggml_diffusion.units import duration, in_bytes
@@ -26,6 +27,9 @@ _VECTORS_IN_MEMORY, _VECTORS_IN_STATE = 4 + 3, 3
 # Arrays of a step by token, the loader's and the noise's among them, with int64 and float64 temporaries.
 _BATCH_BYTES_A_TOKEN = 64
 _METRICS_BYTES_A_STEP = 256
+# Of text, which English has four and code three of; of a compressed file's; and below how many entries of a
+# vocabulary a token is kept in two bytes.
+_TEXT_BYTES_A_TOKEN, _COMPRESSION, _SMALL_VOCABULARY = 4, 3, 1 << 16
 # Header, settings and manifest of a file, and its last block; its header names each tensor.
 _FILE_BYTES, _HEADER_BYTES_A_TENSOR = 16 << 10, 128
 TIMED_STEPS = 2
@@ -43,6 +47,7 @@ class Requirements:
         checkpoint: one of those that are kept; a further one is there while it is written.
         exports: both adapters, and the copy that replaces one of them.
         metrics: a line a step.
+        tokens: of the text, kept in the run's folder; a guess from the size of its files.
 
     """
 
@@ -53,6 +58,7 @@ class Requirements:
     checkpoint: int
     exports: int
     metrics: int
+    tokens: int
 
     @property
     def memory(self) -> int:
@@ -62,7 +68,7 @@ class Requirements:
     @property
     def disk(self) -> int:
         """All that is on the disk at once."""
-        return (KEPT + 1) * self.checkpoint + self.exports + self.metrics
+        return (KEPT + 1) * self.checkpoint + self.exports + self.metrics + self.tokens
 
 
 def requirements_of(engine: Engine, config: ConversionTrainingConfig) -> Requirements:
@@ -86,6 +92,7 @@ def requirements_of(engine: Engine, config: ConversionTrainingConfig) -> Require
         checkpoint=4 * _VECTORS_IN_STATE * n_parameters + adapter + 2 * _FILE_BYTES,
         exports=adapter + 2 * gguf,
         metrics=config.total_steps * _METRICS_BYTES_A_STEP,
+        tokens=_token_bytes(base, config),
     )
 
 
@@ -122,7 +129,8 @@ def disk_line(needs: Requirements, output: Path) -> str:
         free = "an unknown number free"
     return (
         f"disk: {in_bytes(needs.disk)} of {free}: {KEPT + 1} checkpoints of {in_bytes(needs.checkpoint)}, "
-        f"exports {in_bytes(needs.exports)}, metrics {in_bytes(needs.metrics)}"
+        f"exports {in_bytes(needs.exports)}, metrics {in_bytes(needs.metrics)}, tokens of the text about "
+        f"{in_bytes(needs.tokens)}"
     )
 
 
@@ -169,8 +177,8 @@ def check_disk(needs: Requirements, output: Path, already: int) -> None:
         raise UserError(
             f"{output}: not enough disk: the run needs {in_bytes(needs.disk)} ({KEPT + 1} checkpoints of "
             f"{in_bytes(needs.checkpoint)}, exports {in_bytes(needs.exports)}, metrics "
-            f"{in_bytes(needs.metrics)}), and {in_bytes(free)} are free: choose another disk, or "
-            + ("fewer steps" if 2 * needs.metrics > needs.disk else "lower the rank")
+            f"{in_bytes(needs.metrics)}, tokens of the text about {in_bytes(needs.tokens)}), and "
+            f"{in_bytes(free)} are free: choose another disk, or {_less_disk(needs)}"
         )
 
 
@@ -240,6 +248,23 @@ def _parts(needs: Requirements) -> str:
         f"model {in_bytes(needs.model)}, LoRA state {in_bytes(needs.state)}, batches "
         f"{in_bytes(needs.batches)}, a step {in_bytes(needs.step.memory_bytes)}"
     )
+
+
+def _less_disk(needs: Requirements) -> str:
+    """What would need less of the disk."""
+    if 2 * needs.metrics > needs.disk:
+        return "fewer steps"
+    return "less text" if 2 * needs.tokens > needs.disk else "lower the rank"
+
+
+def _token_bytes(base: ModelFile, config: ConversionTrainingConfig) -> int:
+    """The tokens of the files that can be told the size of before they are read."""
+    paths = [path for path in config.data if path != STANDARD_INPUT]
+    sources = find_sources(paths, config.include)
+    n_bytes = 0
+    for file in (*sources.files, *sources.held_out):
+        n_bytes += file.path.stat().st_size * (_COMPRESSION if file.is_compressed else 1)
+    return n_bytes // _TEXT_BYTES_A_TOKEN * (2 if base.V <= _SMALL_VOCABULARY else 4)
 
 
 def _trained(base: ModelFile, config: ConversionTrainingConfig) -> tuple[int, int]:

@@ -1,6 +1,8 @@
 """What a run needs, against what it takes; and the refusals where there is less."""
 
+import gzip
 import os
+import random
 from datetime import datetime
 from types import SimpleNamespace
 
@@ -66,6 +68,20 @@ def test_the_size_of_checkpoints_and_exports_is_foretold(path, tmp_path):
     # Too little would be found out in the middle of a run; much more would refuse what there is room for.
     assert checkpoint <= needs.checkpoint <= checkpoint + 64 * 1024
     assert both + larger <= needs.exports <= both + larger + 128 * 1024
+
+
+def test_the_tokens_of_a_large_text_count(path, machine, tmp_path):
+    (tmp_path / "a.txt").write_text("The miller told his children of the mill. " * 50_000)
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(random.Random(0).randbytes(600_000)))
+    config = small().model_copy(update={"data": (str(tmp_path), "-")})
+    needs = needs_of(path, config)
+    assert 1_050_000 <= needs.tokens - 900_000 <= 1_060_000  # two bytes for four of text; three to one by gzip
+    assert needs.disk - needs.tokens == needs_of(path, small()).disk
+    machine.free = needs.disk - 1
+    message = refusal(lambda: check_disk(needs, tmp_path, 0))
+    assert "tokens of the text about 1905 KiB" in message and message.endswith("or less text")
+    machine.free = needs.disk
+    check_disk(needs, tmp_path, 0)
 
 
 @pytest.mark.parametrize(
