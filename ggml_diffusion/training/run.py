@@ -53,6 +53,7 @@ from ggml_diffusion.run_folder import (
 from ggml_diffusion.text.kept_tokens import Reading
 from ggml_diffusion.text.loader import TextDataLoader, TokenBatch
 from ggml_diffusion.text.tokenizer import Tokenizer
+from ggml_diffusion.training.base_watch import BaseWatch
 from ggml_diffusion.training.checkpoint import load_latest
 from ggml_diffusion.training.earlier_run import bytes_of_run, delete_run, is_half_deleted
 from ggml_diffusion.training.identity import check_identity
@@ -159,6 +160,7 @@ def run_conversion(
     base_path, output = _paths(config)
     creation_time()  # what the environment says of it is checked before the first step, not at the first save
     base = read_model(base_path)
+    watch = BaseWatch(base)
     with exclusive(output, listener.warn):
         config, sentence = scaled_to_run(config)
         if sentence is not None:
@@ -171,7 +173,9 @@ def run_conversion(
             describe(model, config, listener)
             for line in (memory_line(needs, config), disk_line(needs, output)):
                 listener.note(line)
-            sha256 = model.sha256  # refuses numbers that are not finite before anything is computed with them
+            watch.sha256 = (
+                model.sha256
+            )  # refuses numbers that are not finite before anything is computed with them
             tokenizer = Tokenizer.from_file(base)
             for warning in tokenizer.warnings:
                 listener.warn(warning)
@@ -187,12 +191,12 @@ def run_conversion(
                 listener.note(str(choose_int8(trainer, data.batch_at(0))))
             data.keep_only_this_text()
             replace_text(output / CONFIG, to_toml(config))
-            _write_verdict(output, base, sha256)
+            _write_verdict(output, base, watch.sha256)
             before = None
             if held_out is not None:
                 listener.note(f"measuring on {len(held_out)} held-out sequences before the first step")
                 before = _measure_before(trainer, tokenizer, held_out)
-            signal_number = _train(trainer, data, output, listener)
+            signal_number = _train(trainer, data, output, listener, watch)
             if signal_number is not None:
                 return Conversion(output, trainer.step_count, config.total_steps, signal_number)
             safetensors, gguf = trainer.export(output)
@@ -433,7 +437,11 @@ def _resume(trainer: ConversionTrainer, output: Path, listener: RunListener) -> 
 
 
 def _train(
-    trainer: ConversionTrainer, data: TextDataLoader, output: Path, listener: RunListener
+    trainer: ConversionTrainer,
+    data: TextDataLoader,
+    output: Path,
+    listener: RunListener,
+    watch: BaseWatch,
 ) -> int | None:
     """Take the steps that are left, and save; returns the signal that cut it short, if one did."""
     total_steps, checkpoint_every = trainer.config.total_steps, trainer.config.checkpoint_every
@@ -463,17 +471,18 @@ def _train(
                     listener.note(time_line(clock.step_s, trainer.step_count, total_steps))
                 is_due = bool(checkpoint_every) and trainer.step_count % checkpoint_every == 0
                 if is_due and not trainer.is_in_doubt:
-                    _save(trainer, output, writer)
+                    _save(trainer, output, writer, watch)
                     saved_step = trainer.step_count
         finally:
             listener.stop()
         if saved_step != trainer.step_count:
-            _save(trainer, output, writer)
+            _save(trainer, output, writer, watch)
         return received[0] if received and trainer.step_count < total_steps else None
 
 
-def _save(trainer: ConversionTrainer, output: Path, writer: MetricsWriter) -> None:
+def _save(trainer: ConversionTrainer, output: Path, writer: MetricsWriter, watch: BaseWatch) -> None:
     """Save a checkpoint, and see to it that the metrics of its steps are on the disk."""
+    watch.check()
     try:
         writer.sync()
     finally:

@@ -317,6 +317,48 @@ def test_another_base_is_refused(settings, tiny_model):
         run({**settings, "model.base_model": str(other)})
 
 
+def test_a_base_that_is_overwritten_while_it_is_used_is_noticed_before_anything_is_saved(settings, tmp_path):
+    base = tmp_path / "base.gguf"
+    shutil.copy(settings["model.base_model"], base)
+    content = base.read_bytes()
+    settings = {**settings, "model.base_model": str(base), "training.checkpoint_every": 2}
+
+    class Overwriting(Recorder):
+        def step(self, metrics):
+            super().step(metrics)
+            if metrics.step == 2:
+                os.utime(base)  # touched, and the same
+            if metrics.step == 3:
+                with base.open("r+b") as file:
+                    file.seek(len(content) - 64)
+                    file.write(bytes(64))
+
+    with pytest.raises(UserError, match="overwritten while the run used it"):
+        run_conversion(load_config(overrides=settings), Overwriting())
+    assert not (tmp_path / "run" / "adapter.gguf").exists()
+    with base.open("r+b") as file:
+        file.write(content)
+    _, recorder = run(settings)
+    assert recorder.started[0] == 2
+
+
+def test_a_base_that_is_replaced_by_another_file_changes_nothing(settings, tmp_path, tiny_model):
+    base = tmp_path / "base.gguf"
+    shutil.copy(settings["model.base_model"], base)
+    undisturbed, _ = run({**settings, "training.output": str(tmp_path / "undisturbed")})
+    settings = {**settings, "model.base_model": str(base)}
+
+    class Replacing(Recorder):
+        def step(self, metrics):
+            super().step(metrics)
+            if metrics.step == 2:
+                shutil.copy(tiny_model(L=1, C=32, H=2, G=1, F=32, type="Q4_0", seed=9), tmp_path / "new")
+                os.replace(tmp_path / "new", base)
+
+    replaced = run_conversion(load_config(overrides=settings), Replacing())
+    assert tensors_of(replaced) == tensors_of(undisturbed)
+
+
 def test_the_same_base_and_data_may_be_found_elsewhere(settings, tmp_path):
     run(settings)
     moved = tmp_path / "moved.gguf"
