@@ -126,9 +126,11 @@ class BatchEncoder:
         tokens: list[NDArray[np.int32]] = [np.empty(0, dtype=np.int32)]
         lengths: list[tuple[int, int]] = []
         reasons: list[str] = []
+        items = list(items)
+        of_pieces = iter(self._of_pieces([item for item in items if isinstance(item, Piece)]))
         for item in items:
             if isinstance(item, Piece):
-                tokens.append(self._of_piece(item))
+                tokens.append(next(of_pieces))
                 lengths.append((TEXT, len(tokens[-1])))
                 continue
             try:
@@ -149,9 +151,15 @@ class BatchEncoder:
             reasons,
         )
 
-    def _of_piece(self, piece: Piece) -> NDArray[np.int32]:
-        encoder = self._words or self._tokenizer
-        tokens = encoder.encode(piece.text, continued=not piece.first)
+    def _of_pieces(self, pieces: list[Piece]) -> list[NDArray[np.int32]]:
+        if self._words is not None:
+            encoded = self._words.encode_each([(piece.text, not piece.first) for piece in pieces])
+        else:
+            encoded = [self._tokenizer.encode(piece.text, continued=not piece.first) for piece in pieces]
+        return [self._framed(*pair) for pair in zip(pieces, encoded, strict=True)]
+
+    def _framed(self, piece: Piece, tokens: NDArray[np.int32]) -> NDArray[np.int32]:
+        """A document with the token that stands in front of it, and its end."""
         if len(tokens) == 0 or not piece.first:
             return tokens
         tokens = with_start(tokens, self._tokenizer)

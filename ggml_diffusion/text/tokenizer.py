@@ -202,16 +202,39 @@ class Tokenizer:
             return np.concatenate(tokens) if tokens else np.empty(0, dtype=np.int32)
         return self._encode_part(text, special, continued)
 
+    def encode_each(self, texts: Sequence[str], *, continued: bool = False) -> list[NDArray[np.int32]]:
+        """The tokens (n,) of each of many plain texts, as `encode` gives them; short ones in one request.
+
+        Raises:
+            UserError: a text holds half of a surrogate pair.
+
+        """
+        if self.pre == "superbpe" or any(len(text) > _MAX_CHARS for text in texts):
+            return [self.encode(text, continued=continued) for text in texts]
+        return self._encode_parts(texts, False, continued)
+
     def _encode_part(self, text: str, special: bool, continued: bool) -> NDArray[np.int32]:
-        if not continued or not self.writes_blanks or not text:
-            return self._encode(text, special)
+        return self._encode_parts([text], special, continued)[0]
+
+    def _encode_parts(self, texts: Sequence[str], special: bool, continued: bool) -> list[NDArray[np.int32]]:
+        if not continued or not self.writes_blanks:
+            return self._encode(texts, special)
+        found: dict[int, NDArray[np.int32]] = {}
         for anchor in _ANCHORS:
             if (anchor, special) not in self._fronts:
-                self._fronts[anchor, special] = self._encode(anchor, special)
-            front, tokens = self._fronts[anchor, special], self._encode(anchor + text, special)
-            if np.array_equal(front, tokens[: len(front)]):
-                return tokens[len(front) :]
-        return self._encode(text, special)
+                (self._fronts[anchor, special],) = self._encode([anchor], special)
+            front = self._fronts[anchor, special]
+            left = [number for number, text in enumerate(texts) if text and number not in found]
+            if not left:
+                break
+            for number, tokens in zip(
+                left, self._encode([anchor + texts[number] for number in left], special), strict=True
+            ):
+                if np.array_equal(front, tokens[: len(front)]):
+                    found[number] = tokens[len(front) :]
+        left = [number for number in range(len(texts)) if number not in found]
+        found.update(zip(left, self._encode([texts[number] for number in left], special), strict=True))
+        return [found[number] for number in range(len(texts))]
 
     def _encode_marked(self, text: str, mark: str, continued: bool) -> NDArray[np.int32]:
         """What llama.cpp does with control tokens in a text, but for the names with a mark inside."""
@@ -230,8 +253,14 @@ class Tokenizer:
             tokens.append(self.encode(part.replace(mark, ""), continued=continued and number == 0))
         return np.concatenate(tokens)
 
-    def _encode(self, text: str, special: bool) -> NDArray[np.int32]:
-        return self._vocabulary.tokenize([_utf8(text)], special=special)[0]
+    def _encode(self, texts: Sequence[str], special: bool) -> list[NDArray[np.int32]]:
+        data = [_utf8(text) for text in texts]
+        if len(data) < 2:
+            return self._vocabulary.tokenize(data, special=special) if data else []
+        try:
+            return self._vocabulary.tokenize(data, special=special)
+        except UserError:  # one by one, so that the message names the one
+            return [self._vocabulary.tokenize([text], special=special)[0] for text in data]
 
     def decode(
         self, ids: Iterable[int] | NDArray[np.int32], *, special: bool = False, continued: bool = False

@@ -13,7 +13,7 @@ and src/unicode.cpp.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -33,6 +33,7 @@ _ACROSS = re.compile(f"[!-~]{_SPM_BLANK}|\n[A-Za-z]")
 _MAX_CHARS = 64  # of a word that is remembered
 _MAX_WORDS, _MAX_HEADS = 1 << 18, 1 << 14  # some 50 MB; then words are learnt anew
 _MAX_NAMES = 256
+_LEARNT_CHARS = 1 << 16  # of words that are encoded as one text
 
 # Values of tokenizer.ggml.pre whose expressions end a word in front of such a blank: they take letters, or
 # digits, or other characters that are no blanks, in a run; what follows is one blank and the letters behind.
@@ -72,43 +73,83 @@ class WordCache:
 
     def encode(self, text: str, *, continued: bool = False) -> NDArray[np.int32]:
         """The tokens (n,) of a text; see `Tokenizer.encode`."""
-        if not self.cuts or (self._kept_whole is not None and self._kept_whole.search(text)):
-            return self._tokenizer.encode(text, continued=continued)
-        head, *words = _CUTS.split(text)
-        new = set(words).difference(self._words)
+        return self.encode_each([(text, continued)])[0]
+
+    def encode_each(self, texts: Sequence[tuple[str, bool]]) -> list[NDArray[np.int32]]:
+        """The tokens (n,) of each text, and whether it is continued: in few requests for many short ones."""
+        cut = [self._cut(text) for text, _ in texts]
+        heads = self._heads_of([(parts[0], goes_on) for parts, (_, goes_on) in zip(cut, texts, strict=True)])
+        words = {word for parts in cut for word in parts[1:]}
+        new = words.difference(self._words)
         if len(self._words) + len(new) > _MAX_WORDS:
             self._words.clear()
-            new = set(words)
-        followed = [word for word in new if _FOLLOWED.search(word)]
-        self._learn(followed)
-        for word in new.difference(followed):  # the last one of a text may end otherwise
-            self._learn([word])
-        parts = [self._head(head, continued), *map(self._words.__getitem__, words)]
+            new = words
+        self._learn_all(new)
+        found = [
+            np.frombuffer(b"".join([head, *map(self._words.__getitem__, parts[1:])]), dtype=np.int32)
+            for head, parts in zip(heads, cut, strict=True)
+        ]
         for word in new:
             if len(word) > _MAX_CHARS:  # hardly comes again
                 del self._words[word]
-        return np.frombuffer(b"".join(parts), dtype=np.int32)
+        return found
 
-    def _head(self, head: str, continued: bool) -> bytes:
-        tokens = self._heads.get((head, continued))
-        if tokens is None:
-            tokens = self._tokenizer.encode(head, continued=continued).tobytes()
-            if len(head) <= _MAX_CHARS and len(self._heads) < _MAX_HEADS:
-                self._heads[head, continued] = tokens
-        return tokens
+    def _cut(self, text: str) -> list[str]:
+        """What stands in front of a text's first word, and its words; or all of it, where it is not cut."""
+        if not self.cuts or (self._kept_whole is not None and self._kept_whole.search(text)):
+            return [text]
+        return _CUTS.split(text)
+
+    def _heads_of(self, heads: Sequence[tuple[str, bool]]) -> list[bytes]:
+        """The tokens of texts that nothing stands in front of, or text that they continue."""
+        found = {head: self._heads[head] for head in heads if head in self._heads}
+        for continued in (False, True):
+            new = list({head for head in heads if head[1] == continued} - found.keys())
+            encoded = self._tokenizer.encode_each([text for text, _ in new], continued=continued)
+            found.update(zip(new, (tokens.tobytes() for tokens in encoded), strict=True))
+        for head, tokens in found.items():
+            if len(head[0]) <= _MAX_CHARS and len(self._heads) < _MAX_HEADS:
+                self._heads[head] = tokens
+        return [found[head] for head in heads]
+
+    def _learn_all(self, words: Collection[str]) -> None:
+        """Encode words in few requests, since each of them takes its time."""
+        followed: list[str] = []
+        n_chars = 0
+        for word in words:
+            if _FOLLOWED.search(word):
+                followed.append(word)
+                n_chars += len(word)
+            if n_chars > _LEARNT_CHARS:
+                self._learn(followed)
+                followed, n_chars = [], 0
+        self._learn(followed)
+        # The last one of a text may end otherwise, and is no text with others.
+        last = [word for word in words if not _FOLLOWED.search(word)]
+        laid_out = [list(_laid_out(word)) for word in last]
+        encoded = self._tokenizer.encode_each(["".join(parts) for parts in laid_out], continued=True)
+        for word, parts, tokens in zip(last, laid_out, encoded, strict=True):
+            if not self._take_apart(parts, tokens):
+                self._words[word] = self._tokenizer.encode(word, continued=True).tobytes()
+
+    def _take_apart(self, laid_out: list[str], tokens: NDArray[np.int32]) -> bool:
+        """Remember each word's part of the tokens of all, if it is clear which that is."""
+        ends = _ends_of_words(laid_out, self._sizes[tokens])
+        if ends is None:
+            return False
+        data = tokens.tobytes()
+        for word, start, end in zip(laid_out, [0, *ends[:-1]], ends, strict=True):
+            self._words[word] = data[4 * start : 4 * end]
+        return True
 
     def _learn(self, words: list[str]) -> None:
-        """Encode words as one text, since each call of llama.cpp takes its time, and cut the tokens apart."""
+        """Encode words that may follow each other as one text."""
         if not words:
             return
         laid_out = [part for word in words for part in _laid_out(word)]
-        tokens = self._tokenizer.encode("".join(laid_out), continued=True)
-        ends = _ends_of_words(laid_out, self._sizes[tokens])
-        if ends is not None:
-            data = tokens.tobytes()
-            for word, start, end in zip(laid_out, [0, *ends[:-1]], ends, strict=True):
-                self._words[word] = data[4 * start : 4 * end]
-        elif len(words) == 1:
+        if self._take_apart(laid_out, self._tokenizer.encode("".join(laid_out), continued=True)):
+            return
+        if len(words) == 1:
             self._words[words[0]] = self._tokenizer.encode(words[0], continued=True).tobytes()
         else:
             self._learn(words[: len(words) // 2])

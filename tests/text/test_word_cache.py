@@ -8,9 +8,11 @@ import pytest
 from gguf_changes import with_vocabulary_keys
 from tiny_vocabularies import FAMILIES
 
+from ggml_diffusion.errors import UserError
 from ggml_diffusion.formats.model_file import read_gguf
 from ggml_diffusion.text import word_cache
 from ggml_diffusion.text.tokenizer import Tokenizer
+from ggml_diffusion.text.vocabulary_child import VocabularyChild
 from ggml_diffusion.text.word_cache import WordCache
 
 # What expressions of pre-tokenizers treat differently, and words that are cut.
@@ -51,10 +53,18 @@ def assert_same_tokens(tokenizer: Tokenizer, n_texts: int) -> None:
     assert cache.cuts
     generator = random.Random(7)
     every_end = "".join(f"{chr(code)} ab {chr(code)}\nQ" for code in range(128))
-    for text in (every_end, *(random_text(generator) for _ in range(n_texts))):
-        for continued in (False, True):
-            expected = tokenizer.encode(text, continued=continued)
-            assert np.array_equal(cache.encode(text, continued=continued), expected), repr(text)
+    texts = [
+        (text, continued)
+        for text in (every_end, "", *(random_text(generator) for _ in range(n_texts)))
+        for continued in (False, True)
+    ]
+    expected = [tokenizer.encode(text, continued=continued) for text, continued in texts]
+    for (text, continued), tokens in zip(texts, expected, strict=True):
+        assert np.array_equal(cache.encode(text, continued=continued), tokens), repr(text)
+    for (text, _), tokens, found in zip(
+        texts, expected, WordCache(tokenizer).encode_each(texts), strict=True
+    ):
+        assert np.array_equal(found, tokens), repr(text)
 
 
 def with_tokens_across_blanks(source: Path, path: Path, pre: str) -> Path:
@@ -106,15 +116,48 @@ def test_a_text_is_learnt_once(tiny_model, monkeypatch):
     first = cache.encode(text)
     assert max(map(len, cache._words)) <= 64
     calls: list[str] = []
-    encode = tokenizer.encode
+    encode = tokenizer._encode
     monkeypatch.setattr(
-        tokenizer, "encode", lambda text, **options: calls.append(text) or encode(text, **options)
+        tokenizer, "_encode", lambda texts, *rest: calls.extend(texts) or encode(texts, *rest)
     )
     assert np.array_equal(cache.encode(text), first)
     assert [call for call in calls if call] == [" sand " + "é" * 100 + " x"]
     monkeypatch.setattr(word_cache, "_MAX_WORDS", 4)
     for _ in range(2):
         assert np.array_equal(cache.encode(text), first)  # forgetting changes nothing
+
+
+def test_many_short_texts_take_few_requests(tiny_model, monkeypatch):
+    tokenizer = Tokenizer.from_gguf(tiny_model(L=1))
+    generator = random.Random(3)
+    texts = [("".join(generator.choices("abcdefgh .\n", k=30)), bool(number % 2)) for number in range(500)]
+    n_requests = 0
+    tokenize = VocabularyChild.tokenize
+
+    def counted(self, texts, **options):
+        nonlocal n_requests
+        n_requests += 1
+        return tokenize(self, texts, **options)
+
+    monkeypatch.setattr(VocabularyChild, "tokenize", counted)
+    found = WordCache(tokenizer).encode_each(texts)
+    assert n_requests < 10
+    expected = [tokenizer.encode(text, continued=continued) for text, continued in texts]
+    assert all(map(np.array_equal, found, expected))
+
+
+def test_a_text_that_llama_cpp_dies_of_is_named_among_others(tiny_model, monkeypatch):
+    tokenizer = Tokenizer.from_gguf(tiny_model(L=1))
+    tokenize = VocabularyChild.tokenize
+
+    def deadly(self, texts, **options):
+        if b"deadly" in b"".join(texts):
+            raise UserError(f"died at {len(texts)}")
+        return tokenize(self, texts, **options)
+
+    monkeypatch.setattr(VocabularyChild, "tokenize", deadly)
+    with pytest.raises(UserError, match=r"died at 1$"):
+        tokenizer.encode_each(["the sand", "deadly", "the sea"])
 
 
 def test_sentencepiece_with_a_token_across_blanks_is_not_cut(tiny_model, tmp_path):
