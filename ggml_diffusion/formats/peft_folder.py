@@ -17,15 +17,13 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, deserialize, safe_open
 from safetensors.numpy import save
 
 from ggml_diffusion.durable import replace_file, replace_text
-from ggml_diffusion.errors import UserError, one_line, quoted
+from ggml_diffusion.errors import UserError, quoted
 from ggml_diffusion.formats.architectures import ARCHITECTURES, Feature, Rope, fused_projections
 from ggml_diffusion.formats.fused_lora import (
     Layout,
@@ -37,7 +35,7 @@ from ggml_diffusion.formats.fused_lora import (
 )
 from ggml_diffusion.formats.lora import LoraAdapter, TargetModule, lora_ranks
 from ggml_diffusion.formats.model_file import ModelFile
-from ggml_diffusion.formats.safetensors_file import parse_object
+from ggml_diffusion.formats.safetensors_file import parse_object, read_unmapped
 from ggml_diffusion.formats.tensor_names import LORA_A_SUFFIX, LORA_B_SUFFIX, layer_tensor
 from ggml_diffusion.regular_file import open_regular
 
@@ -230,24 +228,19 @@ def _read_alpha(folder: Path) -> float:
 
 def _read_tensors(path: Path) -> tuple[dict[str, NDArray[np.float32]], Layout]:
     """All tensors as float32, and what of them is stacked."""
-    with open_regular(path) as file:
-        try:
-            content = file.read()
-            arrays = {name: _as_float32(path, name, one) for name, one in deserialize(content)}  # type: ignore[no-untyped-call]
-            with safe_open(path, framework="numpy") as opened:
-                fused = (opened.metadata() or {}).get(_FUSED_KEY)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: not a valid safetensors file: {one_line(str(error))}") from None
+    metadata, held = read_unmapped(path)
+    arrays = {name: _as_float32(path, name, kind, data) for name, kind, data in held}
+    fused = metadata.get(_FUSED_KEY)
     try:
         return arrays, read_layout(fused) if fused is not None else {}
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
 
-def _as_float32(path: Path, name: str, held: Mapping[str, Any]) -> NDArray[np.float32]:
-    data, shape, kind = held["data"], held["shape"], held["dtype"]
+def _as_float32(path: Path, name: str, kind: str, data: NDArray[np.uint8]) -> NDArray[np.float32]:
+    shape = data.shape[:-1]
     if kind == "BF16":  # which NumPy does not have: the upper half of a float32
-        return (np.frombuffer(data, "<u2").astype("<u4") << 16).view(np.float32).reshape(shape)
+        return (data.view("<u2").astype("<u4") << 16).view(np.float32).reshape(shape)
     if kind not in _FLOATS:
         raise UserError(f"{path}: tensor {quoted(name)} has type {quoted(kind)}, no floating-point type")
-    return np.frombuffer(data, _FLOATS[kind]).reshape(shape).astype(np.float32)
+    return data.view(_FLOATS[kind]).reshape(shape).astype(np.float32)

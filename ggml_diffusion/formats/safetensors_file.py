@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -71,19 +71,72 @@ def read_safetensors(path: Path) -> tuple[dict[str, NDArray[np.float32]], dict[s
             array that is not float32 or holds NaN or infinite values, or a document that is no JSON object.
 
     """
-    _check_header(path)
+    metadata, held = read_unmapped(path, only="F32")
     tensors = {}
-    try:
-        with safe_open(path, framework="numpy") as file:
-            text = (file.metadata() or {}).get(DOCUMENT_KEY, "{}")
-            for name in file.keys():  # noqa: SIM118  it is no mapping
-                tensors[name] = np.ascontiguousarray(file.get_tensor(name))
-    except (SafetensorError, OSError) as error:
-        _fail(path, f"not a valid safetensors file: {one_line(str(error))}")
+    for name, _, data in held:
+        tensors[name] = data.view("<f4")[..., 0] if data.size else np.zeros(data.shape[:-1], np.float32)
     for name, array in tensors.items():
         if not np.isfinite(array).all():
             _fail(path, f"tensor {quoted(name)} holds NaN or infinite values")
-    return tensors, parse_object(path, text, f"metadata key '{DOCUMENT_KEY}'")
+    return tensors, parse_object(path, metadata.get(DOCUMENT_KEY, "{}"), f"metadata key '{DOCUMENT_KEY}'")
+
+
+def read_unmapped(
+    path: Path, *, only: str | None = None
+) -> tuple[dict[str, str], Iterator[tuple[str, str, NDArray[np.uint8]]]]:
+    """A file's metadata, and of each tensor its name, its type, and its bytes (..., bytes of a number).
+
+    The library checks the header. What is behind it is read and not mapped: a file that is truncated
+    meanwhile would end the process. With `only` any other type is refused.
+
+    Raises:
+        UserError: not a readable safetensors file, or a header that is too large or names a tensor twice.
+
+    """
+    with open_regular(path) as file:
+        try:
+            size = file.seek(0, 2)
+            file.seek(0)
+            head = file.read(8)
+            n_header_bytes = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+            if not 2 <= n_header_bytes <= size - 8:
+                _fail(path, f"truncated, or not a safetensors file ({size} bytes)")
+            if n_header_bytes > MAX_HEADER_BYTES:
+                _fail(path, f"its header has {n_header_bytes} bytes; at most {MAX_HEADER_BYTES} are accepted")
+            header = parse_object(path, file.read(n_header_bytes), "its header")
+            metadata = header.pop("__metadata__", None) or {}
+            for name, entry in header.items():
+                dtype = entry.get("dtype") if isinstance(entry, dict) else None
+                if only is not None and dtype != only:
+                    fault = f"has type {quoted(str(dtype))}; only {only} is supported"
+                    _fail(path, f"tensor {quoted(name)} {fault}")
+            with safe_open(path, framework="numpy"):
+                pass
+        except SafetensorError as error:
+            _fail(path, f"not a valid safetensors file: {one_line(str(error))}")
+        except OSError as error:
+            _fail(path, f"cannot be read: {error.strerror}")
+    return metadata, _tensors(path, header, 8 + n_header_bytes)
+
+
+def _tensors(
+    path: Path, entries: Mapping[str, Mapping[str, Any]], first: int
+) -> Iterator[tuple[str, str, NDArray[np.uint8]]]:
+    """The bytes of tensors that a checked header describes; `first` is where the first one begins."""
+    with open_regular(path) as file:
+        for name, entry in entries.items():
+            start, end = entry["data_offsets"]
+            shape = tuple(entry["shape"])
+            data = np.empty((*shape, (end - start) // max(1, math.prod(shape))), np.uint8)
+            try:
+                file.seek(first + start)
+                content = file.read(data.size)
+            except OSError as error:
+                _fail(path, f"cannot be read: {error.strerror}")
+            if len(content) != data.size:
+                _fail(path, "was cut while it was read")
+            data[...] = np.frombuffer(content, np.uint8).reshape(data.shape)
+            yield name, entry["dtype"], data
 
 
 def parse_object(path: Path, text: str | bytes, what: str) -> dict[str, Any]:
@@ -122,29 +175,6 @@ def _json_fault(value: object) -> str | None:
             return None
         layer = below
     return f"is nested more than {MAX_JSON_DEPTH} levels deep"
-
-
-def _check_header(path: Path) -> None:
-    """Everything about the header that the library would let pass."""
-    with open_regular(path) as file:
-        try:
-            size = file.seek(0, 2)
-            file.seek(0)
-            head = file.read(8)
-            n_header_bytes = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
-            if not 2 <= n_header_bytes <= size - 8:
-                _fail(path, f"truncated, or not a safetensors file ({size} bytes)")
-            if n_header_bytes > MAX_HEADER_BYTES:
-                _fail(path, f"its header has {n_header_bytes} bytes; at most {MAX_HEADER_BYTES} are accepted")
-            text = file.read(n_header_bytes)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    for name, entry in parse_object(path, text, "its header").items():
-        if name == "__metadata__":
-            continue
-        dtype = entry.get("dtype") if isinstance(entry, dict) else None
-        if dtype != "F32":
-            _fail(path, f"tensor {quoted(name)} has type {quoted(str(dtype))}; only F32 is supported")
 
 
 def _fail(path: Path, fault: str) -> NoReturn:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -237,7 +238,8 @@ def test_a_file_that_is_no_safetensors_is_one_line(tmp_path: Path, tiny_model: T
     base = read_model(tiny_model())
     written(tmp_path, conversion(base).adapter(), base)
     (tmp_path / "adapter_model.safetensors").write_bytes(content)
-    assert "not a valid safetensors file" in refusal(lambda: read_peft_folder(tmp_path, base))
+    message = refusal(lambda: read_peft_folder(tmp_path, base))
+    assert re.search("not a (valid )?safetensors file", message)
 
 
 def test_mask_and_time_embeddings_are_not_in_the_pairs(tmp_path: Path, tiny_model: TinyModel):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import tracemalloc
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from conversions import raw_safetensors, refusal
 
 from ggml_diffusion.formats.adapter_file import load_adapter
-from ggml_diffusion.formats.safetensors_file import write_safetensors
+from ggml_diffusion.formats.safetensors_file import read_unmapped, write_safetensors
 
 ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 HOSTILE_SAFETENSORS: dict[str, tuple[bytes, str]] = {
@@ -77,6 +78,24 @@ def test_hostile_safetensors_are_refused_in_one_line(tmp_path: Path, name: str):
     assert message.startswith(f"{path}: ")
     assert fault in message
     assert peak_bytes < 20 << 20
+
+
+def test_a_file_that_is_cut_while_it_is_read_is_refused(tmp_path: Path):
+    """Mapped, it would end the process by a signal."""
+    path = tmp_path / "a.safetensors"
+    write_safetensors(path, {name: np.ones(5000, np.float32) for name in "ab"}, {})
+    metadata, tensors = read_unmapped(path)
+    assert metadata == {"ggml_diffusion": "{}"}
+    name, kind, data = next(tensors)
+    assert (name, kind, data.shape) == ("a", "F32", (5000, 4))
+    os.truncate(path, path.stat().st_size - 8192)
+    assert refusal(lambda: next(tensors)) == f"{path}: was cut while it was read"
+
+
+def test_metadata_of_null_are_none(tmp_path: Path):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(raw_safetensors({"__metadata__": None, "a": ENTRY}, bytes(8)))
+    assert read_unmapped(path)[0] == {}
 
 
 def test_a_file_gets_the_mode_that_others_get(tmp_path: Path) -> None:
