@@ -226,6 +226,38 @@ int ggd_context_extend(ggd_session *s, ggd_context *context, const ggd_batch *ba
     return 0;
 }
 
+int ggd_context_refill(ggd_session *s, ggd_context *context, const ggd_batch *batch, const ggd_adapter *adapter, int32_t n_kept,
+                       const int32_t *kept, int32_t n_select, const int32_t *rows, float *logits) {
+    if (context->model != s->model || batch->context != NULL || batch->n_segments != 1) {
+        return ggd_fail("a context of another model, or more than one whole sequence");
+    }
+    if (n_kept < 0 || (size_t)n_kept > context->capacity || n_kept > batch->n_rows) {
+        return ggd_fail("a context for %zu rows, and %d of %d are to be kept", context->capacity, n_kept, batch->n_rows);
+    }
+    for (int32_t i = 0; i < n_kept; i++) {
+        if (kept[i] >= batch->n_rows || kept[i] < 0 || (i > 0 && kept[i] <= kept[i - 1])) {
+            return ggd_fail("row %d cannot be kept: rows of the batch, rising", kept[i]);
+        }
+    }
+    if (check_segments(s, batch)) {
+        return -1;
+    }
+    context->n_rows = 0;
+    s->extended = context;
+    s->kept = kept;
+    s->n_kept = n_kept;
+    int status = run_logits(s, batch, adapter, n_select, rows, logits);
+    s->extended = NULL;
+    s->kept = NULL;
+    if (status != 0) {
+        return -1;
+    }
+    for (int32_t i = 0; i < n_kept; i++) {
+        context->positions[context->n_rows++] = (int32_t)ggd_position(batch, batch->segments, (size_t)kept[i]);
+    }
+    return 0;
+}
+
 int ggd_loss(ggd_session *s, const ggd_batch *batch, const ggd_adapter *adapter, ggd_objective *objective) {
     return run_loss(s, batch, adapter, objective, 0);
 }

@@ -80,6 +80,7 @@ typedef struct {
     const ggd_compute *compute;
     size_t layer;
     ggd_context_part part;
+    const int32_t *rows;
     ggd_activation x;
 } store_job;
 
@@ -89,7 +90,8 @@ static void store_item(void *data, size_t item, size_t thread) {
     const ggd_kernels *kernels = job->compute->kernels;
     float *buffer = (float *)ggd_scratch(job->compute, thread);
     uint8_t *target = row_at(c, job->layer, job->part, c->n_rows + item);
-    const void *source = ggd_activation_at(job->x, item, 0, job->compute->element);
+    size_t row = job->rows != NULL ? (size_t)job->rows[item] : item;
+    const void *source = ggd_activation_at(job->x, row, 0, job->compute->element);
     if (job->compute->element == GGD_ELEMENT_BF16 && c->type == GGD_CONTEXT_BF16) {
         memcpy(target, source, c->bytes_row);
         return;
@@ -108,10 +110,10 @@ static void store_item(void *data, size_t item, size_t thread) {
     }
 }
 
-void ggd_context_store(ggd_context *context, const ggd_compute *compute, size_t layer, ggd_context_part part, size_t m,
-                       ggd_activation x) {
-    store_job job = {context, compute, layer, part, x};
-    ggd_parallel(compute->threads, "context", m, store_item, &job);
+void ggd_context_store(ggd_context *context, const ggd_compute *compute, size_t layer, ggd_context_part part, size_t n,
+                       const int32_t *rows, ggd_activation x) {
+    store_job job = {context, compute, layer, part, rows, x};
+    ggd_parallel(compute->threads, "context", n, store_item, &job);
 }
 
 void ggd_context_load(const ggd_context *context, const ggd_compute *compute, size_t layer, ggd_context_part part, size_t row,

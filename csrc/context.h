@@ -17,9 +17,9 @@ struct ggd_context {
     uint8_t *data;       // (L, keys and values, capacity, bytes_row)
 };
 
-// Keys or values (m, n_columns) of a layer, as the attention reads them, to the rows behind those that count already.
-void ggd_context_store(ggd_context *context, const ggd_compute *compute, size_t layer, ggd_context_part part, size_t m,
-                       ggd_activation x);
+// Keys or values of a layer, as the attention reads them, to the rows behind those that count already: n rows of x, `rows` or the first.
+void ggd_context_store(ggd_context *context, const ggd_compute *compute, size_t layer, ggd_context_part part, size_t n,
+                       const int32_t *rows, ggd_activation x);
 // n columns of a row, from a multiple of 32 on where the type has blocks, in the element type; `buffer` holds n floats.
 void ggd_context_load(const ggd_context *context, const ggd_compute *compute, size_t layer, ggd_context_part part, size_t row,
                       size_t column, size_t n, float *buffer, void *target);

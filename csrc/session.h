@@ -66,6 +66,8 @@ struct ggd_session {
     ggd_held_adapter held;
     const ggd_lora_panels *bound_panels;  // of the adapter that is bound, or NULL
     ggd_context *extended;                // where the forward keeps keys and values, or NULL
+    const int32_t *kept;                  // (n_kept), of these rows; NULL: of all
+    int32_t n_kept;
     ggd_capacity capacity;
     ggd_buffers buffers;
     void *arena;

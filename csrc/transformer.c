@@ -121,8 +121,9 @@ static void project_heads(ggd_session *s, const ggd_batch *batch, size_t l, cons
 static void keep_context(ggd_session *s, size_t m, size_t l) {
     if (s->extended != NULL) {
         ggd_activation qkv = s->buffers.layers[l].qkv;
-        ggd_context_store(s->extended, &s->compute, l, GGD_CONTEXT_KEYS, m, columns_of(s, qkv, GGD_ATTN_K));
-        ggd_context_store(s->extended, &s->compute, l, GGD_CONTEXT_VALUES, m, columns_of(s, qkv, GGD_ATTN_V));
+        size_t n = s->kept != NULL ? (size_t)s->n_kept : m;
+        ggd_context_store(s->extended, &s->compute, l, GGD_CONTEXT_KEYS, n, s->kept, columns_of(s, qkv, GGD_ATTN_K));
+        ggd_context_store(s->extended, &s->compute, l, GGD_CONTEXT_VALUES, n, s->kept, columns_of(s, qkv, GGD_ATTN_V));
     }
 }
 
@@ -137,7 +138,8 @@ static void attention_block_forward(ggd_session *s, const ggd_batch *batch, size
     ggd_rmsnorm_forward(&s->compute, &norm, m, b->x, s->ld_hidden, normed);
     project_heads(s, batch, l, &heads, normed);
     keep_context(s, m, l);
-    ggd_attention_forward(&s->compute, batch, &heads, s->extended, act->qkv, act->attn_out, act->lse);
+    const ggd_context *seen = s->kept == NULL ? s->extended : NULL;  // which then holds all rows
+    ggd_attention_forward(&s->compute, batch, &heads, seen, act->qkv, act->attn_out, act->lse);
     add_block(s, m, l, GGD_ATTN_OUTPUT, quantised(s, m, act->attn_out, s->model->shape.n_heads * s->model->shape.head_size));
 }
 

@@ -237,6 +237,10 @@ void ggd_context_truncate(ggd_context *context, int32_t n_rows);
 // already. Raw logits of chosen rows, (n_select, V).
 int ggd_context_extend(ggd_session *session, ggd_context *context, const ggd_batch *batch, int32_t n_select, const int32_t *rows,
                        float *logits);
+// Computes one whole sequence with an adapter under the batch's own mask, and keeps keys and values of chosen rows (rising) in the place of
+// all that the context held: what rows that are computed again later see of the others, as it was now. Raw logits as above.
+int ggd_context_refill(ggd_session *session, ggd_context *context, const ggd_batch *batch, const ggd_adapter *adapter,
+                       int32_t n_kept, const int32_t *kept, int32_t n_select, const int32_t *rows, float *logits);
 
 // Raw logits of chosen rows, (n_select, V).
 int ggd_logits(ggd_session *session, const ggd_batch *batch, const ggd_adapter *adapter, int32_t n_select, const int32_t *rows,

@@ -304,6 +304,35 @@ class Context(Protocol):
 
         """
 
+    def refill(
+        self,
+        batch: Batch,
+        adapter: LoraAdapter | None = None,
+        *,
+        keep: ArrayLike,
+        select: ArrayLike | None = None,
+        int8: Int8 = "none",
+    ) -> NDArray[np.float32]:
+        """Compute one whole sequence (1, T) as `Engine.logits` does, and hold some of its rows alone.
+
+        Rows that come later see the others as they were in this pass: with an adapter or a mask that looks
+        ahead that is an approximation, since these would change with what is written since.
+
+        Args:
+            batch: without context.
+            adapter: of all rows.
+            keep: (T,) bool, rows to hold in the place of what is there.
+            select: (T,) bool, rows whose logits are wanted; None = none.
+            int8: see `Engine.loss_and_gradients`.
+
+        Returns:
+            (n_selected, V).
+
+        Raises:
+            UserError: a token outside the vocabulary, an adapter that does not fit, or no room.
+
+        """
+
     def truncate(self, n_rows: int) -> None:
         """Forget all but the first `n_rows` tokens."""
 

@@ -80,6 +80,11 @@ class GenerationConfig(BaseModel):
         description="Share of the tokens already written that each step masks again, the least certain "
         "first.",
     )
+    approximate_cache: bool = Field(
+        default=False,
+        description="With an adapted context: compute the text around a block once a block, and not in every "
+        "step. Faster, and the text is another one. A frozen context is computed once anyway, exactly.",
+    )
 
 
 @dataclass(frozen=True)

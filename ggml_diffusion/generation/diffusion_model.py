@@ -18,6 +18,7 @@ from ggml_diffusion.errors import UserError, quoted
 from ggml_diffusion.formats.adapter_file import DiffusionCheckpoint
 from ggml_diffusion.formats.lora import LoraAdapter
 from ggml_diffusion.formats.model_check import read_model
+from ggml_diffusion.generation.approximate_cache import ApproximateText
 from ggml_diffusion.generation.denoise import (
     DEFAULT_BLOCK_LENGTH,
     DenoisingStep,
@@ -346,14 +347,17 @@ class DiffusionModel:
             # What was masked in training, and may be here: a block, or the text.
             n_maskable = len(seen) - n_not_masked if self.rule.block_size is None else len(block)
             is_mask = (seen if self.rule.block_size is None else seen[block]) == self.mask_token_id
-            return self._predict(seen, positions, float(is_mask.sum()) / n_maskable)
+            return self._predict(seen, positions, block, float(is_mask.sum()) / n_maskable, kept)
 
         text: StandingText | None = None
+        kept: ApproximateText | None = None
         predict: Predictor = predict_whole
         if self.rule.context == "frozen":
             text = standing or self.open_standing(len(tokens))
             assert text is not None
             predict = self._predictor_over(text, tokens)
+        elif config.approximate_cache:
+            kept = ApproximateText(self.engine, len(tokens), self.adapter, self.rule.prediction)
         try:
             return denoise(
                 tokens,
@@ -368,6 +372,8 @@ class DiffusionModel:
         finally:
             if text is not None and text is not standing:
                 text.close()
+            if kept is not None:
+                kept.close()
 
     def _predictor_over(self, text: StandingText, tokens: NDArray[np.int32]) -> Predictor:
         """Predictions with a frozen context, which is computed once.
@@ -394,15 +400,24 @@ class DiffusionModel:
         return predict
 
     def _predict(
-        self, tokens: NDArray[np.int32], positions: NDArray[np.int64], share_masked: float
+        self,
+        tokens: NDArray[np.int32],
+        positions: NDArray[np.int64],
+        block: NDArray[np.int64],
+        share_masked: float,
+        kept: ApproximateText | None,
     ) -> NDArray[np.float32]:
-        """Logits (N, V) of the tokens at `positions`, computing the head for no other row."""
+        """Logits (N, V) of the tokens at `positions` of a block, computing the head for no other row."""
         t = self.rule.noise_schedule.time_at(share_masked)
-        select = np.zeros((1, len(tokens)), dtype=bool)
-        select[0, rows_of_positions(positions, self.rule.prediction)] = True
         offset = self.rule.embedding_offset(np.array([t], dtype=np.float32))
-        batch = Batch(tokens[None], self.rule.causal_ratio, embedding_offset=offset)
-        logits = self.engine.logits(batch, self.adapter, select=select, int8=self.int8)
+        ratio = self.rule.causal_ratio
+        if kept is not None:
+            logits = kept.logits(tokens, block, positions, ratio, offset, self.int8)
+        else:
+            select = np.zeros((1, len(tokens)), dtype=bool)
+            select[0, rows_of_positions(positions, self.rule.prediction)] = True
+            batch = Batch(tokens[None], ratio, embedding_offset=offset)
+            logits = self.engine.logits(batch, self.adapter, select=select, int8=self.int8)
         logits[:, self.mask_token_id] = -np.inf
         return logits
 

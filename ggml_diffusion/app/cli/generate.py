@@ -47,6 +47,7 @@ def generate(
     threshold: Annotated[float | None, field_option(GenerationConfig, "threshold")] = None,
     block_length: Annotated[int | None, field_option(GenerationConfig, "block_length")] = None,
     remasking: Annotated[float | None, field_option(GenerationConfig, "remasking")] = None,
+    approximate_cache: Annotated[bool | None, field_option(GenerationConfig, "approximate_cache")] = None,
     verify: Annotated[
         bool,
         typer.Option(
@@ -77,6 +78,7 @@ def generate(
         "threshold": threshold,
         "block_length": block_length,
         "remasking": remasking,
+        "approximate_cache": approximate_cache,
     }
     config = from_flags(GenerationConfig, settings)
     weights = exported_weights(adapter, note_on_stderr)

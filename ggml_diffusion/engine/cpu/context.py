@@ -158,6 +158,43 @@ class Q4Context:
         )
         return logits
 
+    def refill(
+        self,
+        batch: Batch,
+        adapter: LoraAdapter | None = None,
+        *,
+        keep: ArrayLike,
+        select: ArrayLike | None = None,
+        int8: Int8 = "none",
+    ) -> NDArray[np.float32]:
+        """See `Context`."""
+        held = self._held if self._held is not None and self._held.is_of(adapter) else None
+        native = held or self._model.native_adapter(adapter, None)
+        rows = Rows(replace(batch, n_positions=self.capacity), self._model.file.C)
+        n_tokens = np.asarray(batch.tokens).size
+        kept = np.flatnonzero(np.asarray(keep, dtype=bool)).astype(np.int32)
+        wanted = np.zeros(n_tokens, dtype=bool) if select is None else np.asarray(select, dtype=bool)
+        chosen = np.flatnonzero(wanted).astype(np.int32)
+        if len(batch.tokens) != 1 or np.size(keep) != n_tokens or wanted.size != n_tokens:
+            raise ValueError("a context is refilled with one whole sequence, and a flag for each token")
+        self._model.prepare(rows, native, int8, n_logits=len(chosen))
+        logits = np.empty((len(chosen), self._model.file.V), dtype=np.float32)
+        check(
+            lib.ggd_context_refill(
+                self._model.session,
+                self._open(),
+                rows.struct,
+                native.struct,
+                len(kept),
+                pointer("const int32_t *", kept),
+                len(chosen),
+                pointer("const int32_t *", chosen),
+                pointer("float *", logits),
+            )
+        )
+        self._positions[: len(kept)] = kept if batch.positions is None else np.ravel(batch.positions)[kept]
+        return logits
+
     def truncate(self, n_rows: int) -> None:
         """See `Context`."""
         lib.ggd_context_truncate(self._open(), n_rows)
