@@ -28,7 +28,7 @@ WINGS = (
     "formats",
 )
 PYTHON_LAYERS = (
-    {"__init__", "__main__"},
+    {"__init__", "__main__", "llama_cpp"},
     *({wing} for wing in WINGS),
     {"child", "durable", "machine", "randomness", "regular_file", "run_folder", "units"},
     {"errors", "_core"},

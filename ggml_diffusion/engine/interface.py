@@ -410,7 +410,12 @@ class Engine(Protocol):
         """
 
     def context(
-        self, n_rows: int, *, keys: ContextType | None = None, adapter: LoraAdapter | None = None
+        self,
+        n_rows: int,
+        *,
+        keys: ContextType | None = None,
+        adapter: LoraAdapter | None = None,
+        drafts: bool = False,
     ) -> Context:
         """Room for `n_rows` tokens that stand.
 
@@ -418,6 +423,7 @@ class Engine(Protocol):
             n_rows: most that it will hold; positions are below that, too.
             adapter: one that `logits` will get, and whose arrays do not change meanwhile: it is made ready
                 once.
+            drafts: what `logits` gives is checked afterwards, so that an engine may be near instead of exact.
             keys: type of the keys and values that are kept, "f32", "bf16" or "q8_0"; None = that of the
                 products.
 

@@ -8,7 +8,6 @@ Deliberately not here: the runtimes (llama_runtime.py), tolerances (verify.py).
 Letters: T tokens, C hidden size, V vocabulary.
 """
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ggml_diffusion.engine.interface import Batch, Engine
+from ggml_diffusion.engine.llama_engine import llama_embedding_scale
 from ggml_diffusion.formats.adapter_file import DiffusionCheckpoint
 from ggml_diffusion.formats.architectures import ARCHITECTURES
 from ggml_diffusion.formats.model_file import ModelFile
@@ -97,8 +97,8 @@ class Reference:
     @property
     def llama_embeddings(self) -> NDArray[np.float32]:
         """The same as llama.cpp takes it, which scales a Gemma 3's tokens, and nothing given instead."""
-        file = self._engine.file
-        return self.embeddings * np.float32(math.sqrt(file.C) if file.arch == "gemma3" else 1.0)
+        scaled: NDArray[np.float32] = self.embeddings * np.float32(llama_embedding_scale(self._engine.file))
+        return scaled
 
     @cached_property
     def base_logits(self) -> NDArray[np.float32]:

@@ -97,7 +97,7 @@ class VerifiedWriter:
 
         """
         n_tokens = len(prompt) + self._config.length + self._draft_length
-        context = self._engine.context(n_tokens, adapter=self._adapter)
+        context = self._engine.context(n_tokens, adapter=self._adapter, drafts=True)
         try:
             return self._write(context, prompt, ends, on_tokens)
         finally:

@@ -228,6 +228,17 @@ def test_generate_prints_prompt_text_and_suffix_and_nothing_else(base, finished_
     assert err == ""
 
 
+def test_llama_cpp_writes_on_demand(base, finished_run, capsys):
+    arguments = ("generate", base, finished_run, "--prompt", "the mill", "--length", 8, "--threads", 1)
+    assert run(*arguments, "--runtime", "llama.cpp") == 0
+    shown = capsys.readouterr()
+    assert shown.out.startswith("the mill") and shown.err == ""
+    for wrong in (("--runtime", "torch"), ("--gpu-layers", 1), ("--runtime", "llama.cpp", "--device", "cuda")):
+        assert run(*arguments, *wrong) == 2
+        err = capsys.readouterr().err
+        assert "--runtime" in err and len(err.strip().splitlines()) == 1
+
+
 def test_chat_without_a_template_is_one_line(base, finished_run, capsys):
     assert run("generate", base, finished_run, "--prompt", "the", "--chat") == 2
     assert capsys.readouterr().err.strip().splitlines()[-1].endswith("give the prompt as it is")

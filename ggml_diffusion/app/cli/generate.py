@@ -56,6 +56,20 @@ def generate(
             "for conversions with a frozen context.",
         ),
     ] = False,
+    runtime: Annotated[
+        str,
+        typer.Option(
+            "--runtime",
+            help="engine = this package's own; llama.cpp = llama-cpp-python, for builds of it with Metal, "
+            "CUDA or Vulkan.",
+        ),
+    ] = "engine",
+    gpu_layers: Annotated[
+        int,
+        typer.Option(
+            "--gpu-layers", min=-1, help="With --runtime llama.cpp: layers on its device, -1 = all."
+        ),
+    ] = 0,
     device: Device = "cpu",
     threads: Threads = None,
     allow_other_base: AllowOtherBase = False,
@@ -82,7 +96,18 @@ def generate(
     }
     config = from_flags(GenerationConfig, settings)
     weights = exported_weights(adapter, note_on_stderr)
-    model = DiffusionModel.load(base, weights, threads, device=device, allow_other_base=allow_other_base)
+    if runtime == "llama.cpp":
+        if device != "cpu":
+            raise UserError("--device is the engine's: with --runtime llama.cpp give --gpu-layers")
+        from ggml_diffusion.generation.llama_model import load_in_llama_cpp
+
+        model = load_in_llama_cpp(
+            base, weights, threads, n_gpu_layers=gpu_layers, allow_other_base=allow_other_base
+        )
+    elif runtime == "engine" and gpu_layers == 0:
+        model = DiffusionModel.load(base, weights, threads, device=device, allow_other_base=allow_other_base)
+    else:
+        raise UserError("--runtime is engine or llama.cpp, and --gpu-layers is for llama.cpp")
     if verify:
         if suffix or steps is not None or order is not None or remasking is not None:
             raise UserError(

@@ -343,7 +343,12 @@ class Q4Model:
         return Rows(batch, self._file.C).spread(logits) if select is None else logits
 
     def context(
-        self, n_rows: int, *, keys: ContextType | None = None, adapter: LoraAdapter | None = None
+        self,
+        n_rows: int,
+        *,
+        keys: ContextType | None = None,
+        adapter: LoraAdapter | None = None,
+        drafts: bool = False,
     ) -> Q4Context:
         """See `Engine`."""
         return Q4Context(self, n_rows, keys, None if adapter is None else self.native_adapter(adapter, None))

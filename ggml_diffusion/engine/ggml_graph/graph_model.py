@@ -282,7 +282,12 @@ class GraphModel:
             )
 
     def context(
-        self, n_rows: int, *, keys: ContextType | None = None, adapter: LoraAdapter | None = None
+        self,
+        n_rows: int,
+        *,
+        keys: ContextType | None = None,
+        adapter: LoraAdapter | None = None,
+        drafts: bool = False,
     ) -> Context:
         """See `Engine`; there are none here yet."""
         raise UserError(NO_CONTEXTS)
