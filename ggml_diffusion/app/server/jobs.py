@@ -1,8 +1,8 @@
 """What is written for each kind of request, on the writer's thread.
 
 Text at an end is written by the denoising loop, `length` or `max_tokens` tokens at most. Text between others
-goes through `infill`, which finds how long it is to be; `length` fixes it. Of a text that is too long, what is
-nearest to the hole is kept, and the number of tokens that were left out is told.
+goes through `infill`, which finds how long it is to be; `length` fixes it. Of a text that is too long, what
+is nearest to the hole is kept, and the number of tokens that were left out is told.
 
 Deliberately not here: the queue (writer.py), the answers' form (answers.py).
 Letters: T tokens.

@@ -1,8 +1,8 @@
 """What clients send, checked: fields, types and ranges.
 
 Fields that are unknown are ignored, as llama-server does; so are those that only make other servers quicker
-(`cache_prompt`, `t_max_predict_ms`), and llama-server's choice of samplers. A field that would change the form
-or the text of an answer and cannot be honoured is refused by name.
+(`cache_prompt`, `t_max_predict_ms`), and llama-server's choice of samplers. A field that would change the
+form or the text of an answer and cannot be honoured is refused by name.
 
 Deliberately not here: how the text is written (jobs.py), HTTP (routes.py).
 Sources: OpenAI's API reference, "Completions" and "Chat"; tools/server/README.md of llama.cpp.
