@@ -214,7 +214,7 @@ def _write(
 def _wanted(asked: int | None, default: int) -> int:
     """Tokens to write; -1 and None are the default, and 0 is refused where it gets here."""
     if asked == 0:
-        raise RequestError("a text of 0 tokens cannot be written")
+        raise RequestError("max_tokens: a text of 0 tokens cannot be written", field="max_tokens")
     return default if asked is None or asked < 0 else asked
 
 
