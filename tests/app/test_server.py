@@ -332,3 +332,13 @@ def test_chat_with_smollm2(smollm2_path, tmp_path):
     finally:
         server.process.kill()
         server.process.communicate()
+
+
+def test_the_examples_of_the_documentation(server):
+    text = (Path(__file__).parents[2] / "docs" / "server.md").read_text(encoding="utf-8")
+    commands = re.search(r"```bash\n(.*?)```", text, re.DOTALL)[1].splitlines()
+    assert len(commands) == 5
+    for command in commands:
+        path, body = re.fullmatch(r"curl -sN? http://127\.0\.0\.1:8012(\S+) -d '(.*)'", command).groups()
+        status, answer = server.ask(path, body.encode())
+        assert status == 200 and '"error"' not in answer, answer

@@ -150,11 +150,19 @@ def fill_page(model: DiffusionModel, request: PageRequest, tell: Tell) -> dict[s
     settings = {**request.drawing(), "seed": _seed(request), "length": request.length}
     config = InfillConfig(at_most=request.at_most, **settings)
 
+    texts_beside = texts_between(document, holes)
+
+    def tokens_of(step: InfillStep, index: int) -> list[str | None]:
+        tokens = _hole_tokens(model, step, index)
+        if tokens and tokens[0] is not None and texts_beside[index].endswith(" "):
+            tokens[0] = tokens[0].removeprefix(" ")  # as `infill` does: the blank is there already
+        return tokens
+
     def on_step(step: InfillStep) -> None:
-        states = {index: _hole_tokens(model, step, index) for index in step.places}
+        states = {index: tokens_of(step, index) for index in step.places}
         tell({"done": step.n_done, "of": step.n_holes, "holes": states})
 
-    filled = infill(model, texts_between(document, holes), [hole.length for hole in holes], config, on_step)
+    filled = infill(model, texts_beside, [hole.length for hole in holes], config, on_step)
     texts = [one.text for one in filled]
     return {"text": fill_in(document, holes, texts).decode(errors="replace"), "holes": texts}
 

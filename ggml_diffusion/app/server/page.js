@@ -61,7 +61,9 @@ async function refusal(response) {
 async function fill() {
   if (running) return;
   running = new AbortController();
-  byId("fill").disabled = byId("copy").disabled = true;
+  // Not disabled: a button that has the focus would lose it.
+  byId("fill").setAttribute("aria-disabled", "true");
+  byId("copy").disabled = true;
   byId("stop").disabled = false;
   filled = "";
   const text = byId("text").value;
@@ -100,7 +102,8 @@ async function fill() {
     else say(`Not filled: ${error.message}`, true);
   } finally {
     running = null;
-    byId("fill").disabled = false;
+    byId("fill").removeAttribute("aria-disabled");
+    if (document.activeElement === byId("stop")) byId("fill").focus();
     byId("stop").disabled = true;
     byId("copy").disabled = filled === "";
   }
