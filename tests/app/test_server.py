@@ -297,6 +297,16 @@ def test_an_interrupt_ends_it_while_a_text_is_written(base, adapter):
     assert (server.process.returncode, said) == (130, "")
 
 
+def test_an_interrupt_ends_it_while_a_body_is_awaited(base, adapter):
+    server = start(base, adapter)
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as client:
+        client.sendall(b"POST /infill HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{")
+        server.json("/health")
+        server.process.send_signal(signal.SIGINT)
+        _, said = server.process.communicate(timeout=20)
+    assert (server.process.returncode, said) == (130, "")
+
+
 def test_a_port_in_use_is_one_line(server, base, adapter):
     command = [sys.executable, "-m", "ggml_diffusion", "serve", str(base), str(adapter)]
     run = subprocess.run([*command, "--port", str(server.port)], capture_output=True, text=True, timeout=60)

@@ -8,7 +8,7 @@ here: what is asked (requests.py).
 import asyncio
 import hmac
 import json
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -18,6 +18,7 @@ from ggml_diffusion.app.server.requests import RequestError
 
 MAX_BODY_BYTES = 4 << 20
 BODY_LIMIT_S = 30.0
+_LOOK_S = 0.1  # how often it is looked whether the server ends
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -50,17 +51,23 @@ def check_key(request: Request, key: str | None) -> None:
         raise RequestError("the API key is missing or wrong", status=401, code="invalid_api_key")
 
 
-async def read_json(request: Request) -> Any:
+async def read_json(request: Request, is_closing: Callable[[], bool]) -> Any:
     """The body.
 
     Raises:
-        RequestError: too long, too slow, or no JSON.
+        RequestError: too long, too slow, or no JSON; or the server ends before all is there.
 
     """
+    reading = asyncio.ensure_future(_read(request))
+    n_looks = 0
+    while not reading.done():
+        await asyncio.wait([reading], timeout=_LOOK_S)
+        n_looks += 1
+        if not reading.done() and (is_closing() or n_looks * _LOOK_S > BODY_LIMIT_S):
+            reading.cancel()
+            raise RequestError("the body came too slowly", status=408)
     try:
-        body = await asyncio.wait_for(_read(request), BODY_LIMIT_S)
-    except asyncio.TimeoutError:
-        raise RequestError("the body came too slowly", status=408) from None
+        body = reading.result()
     except ClientDisconnect:
         raise RequestError("the client has gone") from None
     try:

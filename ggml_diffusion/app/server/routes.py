@@ -83,14 +83,14 @@ def application(service: Service) -> Starlette:
         return handle
 
     async def completions(request: Request) -> Response:
-        asked = check(CompletionRequest, await read_json(request))
+        asked = check(CompletionRequest, await read_json(request, service.writer.is_closing))
         answer = OpenAiAnswer(service.name, is_chat=False, with_usage=_with_usage(asked))
         return await _answer(
             request, lambda tell: jobs.complete(service.model, asked, tell), answer, asked.stream
         )
 
     async def chat(request: Request) -> Response:
-        asked = check(ChatRequest, await read_json(request))
+        asked = check(ChatRequest, await read_json(request, service.writer.is_closing))
         answer = OpenAiAnswer(service.name, is_chat=True, with_usage=_with_usage(asked))
         if asked.n_predict == 0:
             return JSONResponse(answer.whole(nothing_written()))
@@ -99,7 +99,7 @@ def application(service: Service) -> Starlette:
         )
 
     async def infill(request: Request) -> Response:
-        asked = check(InfillRequest, await read_json(request))
+        asked = check(InfillRequest, await read_json(request, service.writer.is_closing))
         answer = LlamaAnswer(service.name, asked.response_fields)
         if asked.n_predict == 0:
             return JSONResponse(answer.whole(nothing_written()))
@@ -108,7 +108,7 @@ def application(service: Service) -> Starlette:
         )
 
     async def fill(request: Request) -> Response:
-        asked = check(PageRequest, await read_json(request))
+        asked = check(PageRequest, await read_json(request, service.writer.is_closing))
 
         def job(tell: Callable[[Any], None]) -> Any:
             return jobs.fill_page(service.model, asked, tell)

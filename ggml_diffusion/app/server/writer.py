@@ -85,6 +85,10 @@ class Writer:
         finally:
             waiting.cancelled.set()
 
+    def is_closing(self) -> bool:
+        """Whether all requests are given up."""
+        return self._closing.is_set()
+
     def close(self) -> None:
         """Give up all requests, at once."""
         self._closing.set()
