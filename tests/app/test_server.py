@@ -315,6 +315,18 @@ def test_a_port_in_use_is_one_line(server, base, adapter):
     assert run.returncode == 2 and "--api-key" in run.stderr
 
 
+def test_without_the_extra_it_says_what_to_install(base, adapter):
+    program = (
+        "import importlib.util, sys; found = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *a: None if name == 'uvicorn' else found(name, *a)\n"
+        "from ggml_diffusion.app.cli.main import main; main(sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", program, "serve", str(base), str(adapter)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 2
+    assert run.stderr == "error: uvicorn missing: pip install 'ggml-diffusion[server]'\n"
+
+
 def test_the_openai_package(server):
     openai = pytest.importorskip("openai")
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", max_retries=0)

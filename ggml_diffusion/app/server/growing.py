@@ -20,10 +20,10 @@ class GrowingText:
 
     def piece(self, text: str) -> str:
         """What can be given of a text that goes on; it begins with every text given before."""
-        self._find_stop(text)
+        whole = text.rstrip("\ufffd")  # perhaps half of a character
+        self._find_stop(whole)
         if self.is_stopped:
-            return self._up_to(text, len(self.cut(text)))
-        whole = text.rstrip("\ufffd")
+            return self._up_to(whole, len(self.cut(whole)))
         return self._up_to(whole, len(whole) - self._n_held)
 
     def last_piece(self, text: str) -> str:
