@@ -44,7 +44,7 @@ def parts_of(model: DiffusionModel, texts: list[str], lengths: list[int | None])
     """The text in pieces: what stood there, and each token of the holes with its step."""
     found = [len(hole.tokens) for hole in infill(model, texts, lengths)]
     steps: list[DenoisingStep] = []
-    holes = infill(model, texts, list(found), on_step=lambda done, total, step: steps.append(step))
+    holes = infill(model, texts, list(found), on_step=lambda step: steps.append(step.denoising))
     written = [list[int]() for _ in holes]  # the step of each token
     masks = [step.tokens == model.mask_token_id for step in steps]
     is_hole = masks[0] | (steps[0].scores > 0)

@@ -5,9 +5,10 @@ Deliberately not here: the denoising loop (denoise.py), the choice of tokens (sa
 Letters: B sequences, T tokens, C hidden size, V vocabulary, N positions.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -181,9 +182,37 @@ class DiffusionModel:
                 suffix contains the mask token, or the model has no chat template that could be used.
 
         """
-        config = config or GenerationConfig()
         before = self._chat_tokens(prompt) if chat else self.start_tokens(self.tokenizer.encode(prompt))
         after = self.tokenizer.encode(suffix, continued=True)
+        ends = self.tokenizer.end_ids if chat else frozenset[int]()
+        written = self.write_between(before, after, config or GenerationConfig(), on_step, ends=ends)
+        return self.tokenizer.decode(written, continued=self.goes_on(before))
+
+    def write_between(
+        self,
+        before: NDArray[np.int32],
+        after: NDArray[np.int32],
+        config: GenerationConfig,
+        on_step: Callable[[DenoisingStep], None] | None = None,
+        *,
+        ends: Collection[int] = (),
+    ) -> NDArray[np.int32]:
+        """Write `config.length` tokens between others; `generate` for tokens.
+
+        Args:
+            before: (n,), behind the token that the base wants there; see `start_tokens`.
+            after: (n,).
+            config: how.
+            on_step: see `generate`.
+            ends: tokens that end the text beside end-of-text.
+
+        Returns:
+            (n,), those before the first that ends the text.
+
+        Raises:
+            UserError: as `generate`.
+
+        """
         if self.mask_token_id in before or self.mask_token_id in after:
             name = quoted(self.tokenizer.token_text(self.mask_token_id))
             raise UserError(f"the prompt or the suffix contains the mask token, {name}: leave that out")
@@ -192,14 +221,17 @@ class DiffusionModel:
         end_of_text = self.tokenizer.eos_id
         filled = self._denoise(np.concatenate([before, hole, after]), config, on_step, end_of_text)
         written = filled[len(before) : len(before) + config.length]
-        ends = set() if end_of_text is None else {end_of_text}
-        if chat:
-            ends |= self.tokenizer.end_ids
-        is_end = np.isin(written, list(ends))
-        if is_end.any():
-            written = written[: int(np.argmax(is_end))]
-        continued = len(before) > 0 and self.tokenizer.is_text(int(before[-1]))
-        return self.tokenizer.decode(written, continued=continued)
+        return self.up_to_end(written, ends)
+
+    def up_to_end(self, written: NDArray[np.int32], ends: Collection[int] = ()) -> NDArray[np.int32]:
+        """The tokens (n,) before the first end-of-text, or the first of `ends`."""
+        end_of_text = self.tokenizer.eos_id
+        is_end = np.isin(written, [*ends, *([] if end_of_text is None else [end_of_text])])
+        return written[: int(np.argmax(is_end))] if is_end.any() else written
+
+    def goes_on(self, before: NDArray[np.int32]) -> bool:
+        """Whether what is written behind these tokens goes on with their text."""
+        return len(before) > 0 and self.tokenizer.is_text(int(before[-1]))
 
     def write_verified(
         self,
@@ -286,13 +318,22 @@ class DiffusionModel:
             return None
         return StandingText(self.engine, n_tokens, self.adapter, self.mask_token_id, self.rule.prediction)
 
-    def _chat_tokens(self, prompt: str) -> NDArray[np.int32]:
-        """A user's message and what opens the answer, as the model's chat template writes them."""
+    def chat_tokens(self, messages: Sequence[Mapping[str, Any]]) -> NDArray[np.int32]:
+        """Messages with "role" and "content" and what opens the answer, as the model's chat template writes
+        them, (n,).
+
+        Raises:
+            UserError: the model has no chat template, or it refuses the messages.
+
+        """
         template = self.tokenizer.open_chat_template()
         if template is None:
             raise UserError("this model has no chat template: give the prompt as it is")
         with Chat(template, self.tokenizer) as chat:
-            return chat.opening([{"role": "user", "content": prompt}])
+            return chat.opening(messages)
+
+    def _chat_tokens(self, prompt: str) -> NDArray[np.int32]:
+        return self.chat_tokens([{"role": "user", "content": prompt}])
 
     def start_tokens(self, prompt: NDArray[np.int32]) -> NDArray[np.int32]:
         """A prompt's tokens (n,), behind the token that the base wants there.

@@ -64,6 +64,7 @@ class InfillConfig(BaseModel):
     temperature: Temperature = Field(
         default=0.0, description="Temperature of the draw; 0 takes the likeliest token."
     )
+    top_k: int = Field(default=0, ge=0, description="Draw from the k likeliest tokens only; 0 = from all.")
     top_p: Probability = Field(
         default=0.9, description="Draw from the smallest set of tokens that holds this probability."
     )
@@ -88,8 +89,25 @@ class FilledHole:
     tried: tuple[tuple[int, float], ...] = ()
 
 
-# Told how many holes are filled, of how many, and each denoising step.
-OnInfill = Callable[[int, int, DenoisingStep], None]
+@dataclass(frozen=True)
+class InfillStep:
+    """What a denoising step left behind.
+
+    Attributes:
+        n_done, n_holes: how many holes are filled, of how many.
+        denoising: the step, in a window of the text.
+        places: first token in the window, and tokens, of each hole that is denoised in it; the same hole
+            comes at several lengths while these are compared.
+
+    """
+
+    n_done: int
+    n_holes: int
+    denoising: DenoisingStep
+    places: dict[int, tuple[int, int]]
+
+
+OnInfill = Callable[[InfillStep], None]
 
 
 def infill(
@@ -287,15 +305,17 @@ class _Infilling:
         config = GenerationConfig(
             block_length=0,
             temperature=self._config.temperature,
+            top_k=self._config.top_k,
             top_p=self._config.top_p,
             seed=self._config.seed,
         )
         scores = np.zeros(at)
+        places = dict(zip(holes, zip(starts, lengths, strict=True), strict=True))
 
         def on_step(step: DenoisingStep) -> None:
             scores[:] = step.scores
             if self._on_step is not None:
-                self._on_step(len(self._done), len(self._lengths), step)
+                self._on_step(InfillStep(len(self._done), len(self._lengths), step, places))
 
         filled = self._model.fill(np.concatenate(parts), config, on_step, never=never, standing=standing)
         return [

@@ -13,7 +13,7 @@ import pytest
 from make_fill_svg import COLUMNS, Part, drawing, parts_of
 
 from ggml_diffusion.generation.denoise import DenoisingStep
-from ggml_diffusion.generation.infill import FilledHole
+from ggml_diffusion.generation.infill import FilledHole, InfillStep
 
 MASK = 9
 WORDS = {1: "the", 2: " <sand>", 3: " &", 4: " sea", 5: " goes"}
@@ -31,7 +31,8 @@ def fake_infill(
     for number, tokens in enumerate(([1, 9, 9, 1, 4], [1, 9, 3, 1, 4], [1, 2, 3, 1, 4]), 1):
         scores = np.array([0, number == 3, number == 2, 0, number == 1], np.float64)
         if on_step is not None:
-            on_step(0, 2, DenoisingStep(number, 3, np.array(tokens, np.int32), scores))
+            step = DenoisingStep(number, 3, np.array(tokens, np.int32), scores)
+            on_step(InfillStep(0, 2, step, {0: (1, 2), 1: (4, 1)}))
     one = FilledHole("<sand> &", np.array([2, 3], np.int32), np.ones(2))
     return [one, FilledHole(" sea", np.array([4], np.int32), np.ones(1))]
 

@@ -30,8 +30,8 @@ from ggml_diffusion.regular_file import open_regular
 from ggml_diffusion.text.marked_holes import MARKERS, MarkedHole, fill_in, find_holes, texts_between
 
 if TYPE_CHECKING:
-    from ggml_diffusion.generation.denoise import DenoisingStep
     from ggml_diffusion.generation.diffusion_model import DiffusionModel
+    from ggml_diffusion.generation.infill import InfillStep
 
 STANDARD_INPUT = "-"
 MAX_BYTES = 64 << 20
@@ -47,6 +47,7 @@ def infill(
     length: Annotated[int | None, field_option(InfillConfig, "length")] = None,
     at_most: Annotated[int | None, field_option(InfillConfig, "at_most")] = None,
     temperature: Annotated[float | None, field_option(InfillConfig, "temperature")] = None,
+    top_k: Annotated[int | None, field_option(InfillConfig, "top_k")] = None,
     top_p: Annotated[float | None, field_option(InfillConfig, "top_p")] = None,
     seed: Annotated[int | None, field_option(InfillConfig, "seed")] = None,
     window: Annotated[int | None, field_option(InfillConfig, "window")] = None,
@@ -75,6 +76,7 @@ def infill(
         "length": length,
         "at_most": at_most,
         "temperature": temperature,
+        "top_k": top_k,
         "top_p": top_p,
         "seed": seed,
         "window": window,
@@ -139,8 +141,9 @@ def _fill(
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
         task = progress.add_task("", total=len(holes))
 
-        def on_step(n_done: int, n_holes: int, step: "DenoisingStep") -> None:
-            progress.update(task, completed=n_done + step.step / (step.n_steps + 1))
+        def on_step(step: "InfillStep") -> None:
+            share = step.denoising.step / (step.denoising.n_steps + 1)
+            progress.update(task, completed=step.n_done + share)
 
         return fill_holes(model, texts, lengths, config, on_step)
 

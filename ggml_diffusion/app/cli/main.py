@@ -36,6 +36,10 @@ _COMMANDS = {
         "Fill the marked holes of a text, and leave every other byte as it is.",
         "infill model.gguf run notes.md --diff",
     ),
+    "serve": (
+        "Answer completions, chats and infilling over HTTP, with a page to fill holes at /.",
+        "serve model.gguf run",
+    ),
     "evaluate": (
         "Measure a conversion on held-out text, beside the base and the base before the first step.",
         "evaluate model.gguf run --output run/evaluation",
