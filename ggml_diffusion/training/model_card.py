@@ -73,8 +73,8 @@ def card(checkpoint: DiffusionCheckpoint, figures: str | None) -> str:
     metadata, settings = checkpoint.metadata, checkpoint.settings
     is_frozen = metadata.context == "frozen"
     # Where the text lay on somebody's disk is nobody's business.
-    data = ", ".join(f"`{_code(Path(name).name)}`" for name in settings.data or ["unknown"])
-    model = _code(Path(settings.base_model or metadata.base_model).name)
+    data = ", ".join(f"`{markdown_name(Path(name).name)}`" for name in settings.data or ["unknown"])
+    model = markdown_name(Path(settings.base_model or metadata.base_model).name)
     context = (
         "acts on masks alone; text that stands is the base's own, computed once (`--context frozen`)"
         if is_frozen
@@ -85,21 +85,21 @@ library_name: ggml-diffusion
 tags: [masked-diffusion, infilling, lora, gguf]
 ---
 {MARK}
-# A masked-diffusion adapter for {_code(metadata.base_model)}
+# A masked-diffusion adapter for {markdown_name(metadata.base_model)}
 
 It makes an autoregressive model fill masked tokens from both sides. The adapter
 {context}.
 
 | | |
 |---|---|
-| base | `{_code(metadata.base_model)}`, not changed and not in here |
+| base | `{markdown_name(metadata.base_model)}`, not changed and not in here |
 | its GGUF's SHA-256 | `{metadata.base_sha256}` |
 | trained on | {data} |
 | | {metadata.conversion_steps} steps, {metadata.training_tokens:,} tokens |
 | predicts the token at i | from the output at {"i - 1" if metadata.prediction == "shifted" else "i"} |
 | mask token | {metadata.mask_token_id} |
 | causal ratio of the attention | {metadata.final_causal_ratio:g} |
-| made by | ggml-diffusion {_code(metadata.version)}, {_code(metadata.created_at)} |
+| made by | ggml-diffusion {markdown_name(metadata.version)}, {markdown_name(metadata.created_at)} |
 
 `adapter.safetensors` is everything that was trained, `adapter.gguf` the same for llama.cpp. `config.toml` has
 every setting; `ggml-diffusion convert --config config.toml` is the command.
@@ -140,7 +140,7 @@ standalone file and no PEFT folder. A conversion with `--context adapted` has bo
   cleared before each step."""
 
 
-def _code(text: str) -> str:
+def markdown_name(text: str) -> str:
     """A name out of a file, safe in Markdown."""
     return "".join(
         letter if letter.isprintable() and letter not in "`|<>[]" else "?" for letter in text[:200]

@@ -91,6 +91,7 @@ def export_standalone(
     from ggml_diffusion.export.comparison import Reference
     from ggml_diffusion.export.llama_runtime import bidirectional_logits
     from ggml_diffusion.export.standalone import plan_standalone, write_standalone
+    from ggml_diffusion.export.standalone_card import write_standalone_card
     from ggml_diffusion.text.tokenizer import Tokenizer
     from ggml_diffusion.units import in_bytes
 
@@ -107,6 +108,8 @@ def export_standalone(
         f"KL from base + adapter: {found.mean_kl:.1e} nats in llama.cpp, mean over {found.n_tokens} tokens "
         f"of which a third is masked; the likeliest token is the same at {found.top1:.0%}"
     )
+    card = write_standalone_card(target, checkpoint, plan, found)
+    _say(f"written: {card}" if card else f"{target.with_suffix('.md')} is not a card of ours and stays")
     if found.mean_kl > _MUCH_KL:
         _say("that is much: without --type, what merging changes is kept in 8 bits; f16 keeps it all")
 
