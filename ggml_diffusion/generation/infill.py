@@ -69,6 +69,11 @@ class InfillConfig(BaseModel):
         default=0.9, description="Draw from the smallest set of tokens that holds this probability."
     )
     seed: Seed = Field(default=0, description="Seed of the draws; the same seed gives the same text.")
+    approximate_cache: bool = Field(
+        default=False,
+        description="With an adapted context: compute the text around holes once, and not in every step. "
+        "Faster, and the text may be another one.",
+    )
 
 
 @dataclass(frozen=True)
@@ -308,6 +313,7 @@ class _Infilling:
             top_k=self._config.top_k,
             top_p=self._config.top_p,
             seed=self._config.seed,
+            approximate_cache=self._config.approximate_cache,
         )
         scores = np.zeros(at)
         places = dict(zip(holes, zip(starts, lengths, strict=True), strict=True))

@@ -196,3 +196,26 @@ def test_the_same_seed_gives_the_same_text(model):
 
     assert filled(1) == filled(1)
     assert filled(1) != filled(2)
+
+
+def test_the_approximate_cache_fills_alike_where_it_is_exact(
+    engine: Q4Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one layer nothing is approximated (test_approximate_cache.py), and whole passes are few."""
+    model = converted(engine)
+    texts, found, passes = ["the old ", " of the village and ", " sea"], [], []
+    logits, n_passes = Q4Model.logits, 0
+
+    def counted(self: Q4Model, *arguments: Any, **more: Any) -> Any:
+        nonlocal n_passes
+        n_passes += 1
+        return logits(self, *arguments, **more)
+
+    monkeypatch.setattr(Q4Model, "logits", counted)
+    for approximate in (False, True):
+        n_passes = 0
+        holes = infill(model, texts, [None, 3], InfillConfig(at_most=5, approximate_cache=approximate))
+        found.append([hole.text for hole in holes])
+        passes.append(n_passes)
+    assert found[0] == found[1]
+    assert passes[1] < passes[0]  # what is left judges the lengths

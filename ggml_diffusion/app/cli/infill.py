@@ -51,6 +51,7 @@ def infill(
     top_p: Annotated[float | None, field_option(InfillConfig, "top_p")] = None,
     seed: Annotated[int | None, field_option(InfillConfig, "seed")] = None,
     window: Annotated[int | None, field_option(InfillConfig, "window")] = None,
+    approximate_cache: Annotated[bool | None, field_option(InfillConfig, "approximate_cache")] = None,
     output: Annotated[Path | None, typer.Option(help="Write the filled text there.")] = None,
     in_place: Annotated[bool, typer.Option("--in-place", help="Write it into FILE.")] = False,
     diff: Annotated[bool, typer.Option("--diff", help="Print what changes, not the text.")] = False,
@@ -80,6 +81,7 @@ def infill(
         "top_p": top_p,
         "seed": seed,
         "window": window,
+        "approximate_cache": approximate_cache,
     }
     config = from_flags(InfillConfig, flags)
     if in_place and file == STANDARD_INPUT:
