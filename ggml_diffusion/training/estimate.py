@@ -20,6 +20,7 @@ from ggml_diffusion.training.requirements import (
     StepClock,
     check_disk,
     check_memory,
+    context_line,
     disk_line,
     memory_line,
     requirements_of,
@@ -56,7 +57,8 @@ def estimate_run(config: ConversionTrainingConfig, listener: RunListener) -> Non
     with closing(open_base(base, config)) as model:
         describe(model, config, listener)
         needs = requirements_of(model, config)
-        for line in (memory_line(needs, config), disk_line(needs, output)):
+        lines = (memory_line(needs, config), context_line(model, config), disk_line(needs, output))
+        for line in filter(None, lines):
             listener.note(line)
         check_memory(needs, config)
         check_disk(needs, output, bytes_of_run(output) if config.output else 0)

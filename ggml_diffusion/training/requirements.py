@@ -121,6 +121,23 @@ def memory_line(needs: Requirements, config: ConversionTrainingConfig) -> str:
     )
 
 
+def context_line(engine: Engine, config: ConversionTrainingConfig) -> str | None:
+    """What a frozen context saves of a step's memory, None with an adapted one.
+
+    The plan of a step is for a text that is all masked, which comes up; half of it is usual.
+    """
+    if config.qlora.context != "frozen":
+        return None
+    base, T = engine.file, config.sequence_length
+    half = engine.describe_step(config.batch_size, max(1, T // 2), config.qlora.rank)
+    kept = 4 * 2 * base.L * base.G * base.D * half.sequences * (T - T // 2)
+    return (
+        "frozen context: tokens that stand are computed without gradients and keep their keys and values "
+        f"alone, so that a step on a text of which half is masked takes about "
+        f"{in_bytes(half.memory_bytes + kept)}"
+    )
+
+
 def disk_line(needs: Requirements, output: Path) -> str:
     """What of disk is needed for what, beside what is free."""
     try:

@@ -64,6 +64,7 @@ from ggml_diffusion.training.requirements import (
     StepClock,
     check_disk,
     check_memory,
+    context_line,
     disk_line,
     memory_budget,
     memory_line,
@@ -171,7 +172,8 @@ def run_conversion(
             check_memory(needs, config)
             check_disk(needs, output, bytes_of_run(output))
             describe(model, config, listener)
-            for line in (memory_line(needs, config), disk_line(needs, output)):
+            lines = (memory_line(needs, config), context_line(model, config), disk_line(needs, output))
+            for line in filter(None, lines):
                 listener.note(line)
             watch.sha256 = (
                 model.sha256

@@ -18,6 +18,7 @@ from ggml_diffusion.training.requirements import (
     StepClock,
     check_disk,
     check_memory,
+    context_line,
     disk_line,
     memory_budget,
     memory_line,
@@ -25,6 +26,7 @@ from ggml_diffusion.training.requirements import (
     time_line,
 )
 from ggml_diffusion.training.resume import save_run
+from ggml_diffusion.units import in_bytes
 
 MIB = 1 << 20
 
@@ -68,6 +70,18 @@ def test_the_size_of_checkpoints_and_exports_is_foretold(path, tmp_path):
     # Too little would be found out in the middle of a run; much more would refuse what there is room for.
     assert checkpoint <= needs.checkpoint <= checkpoint + 64 * 1024
     assert both + larger <= needs.exports <= both + larger + 128 * 1024
+
+
+def test_a_frozen_context_says_what_a_step_takes_where_half_is_masked(path):
+    config = small(training__sequence_length=64, training__batch_size=4, model__context="frozen")
+    with Q4Model.from_gguf(path, 1) as model:
+        whole = model.describe_step(4, 64, config.qlora.rank).memory_bytes
+        half = model.describe_step(4, 32, config.qlora.rank).memory_bytes
+        line = context_line(model, config)
+        assert context_line(model, small()) is None
+    kept = 4 * 2 * 2 * 2 * 16 * 4 * 32  # float32, keys and values, layers, heads, head size, rows
+    assert half < half + kept < whole
+    assert line.endswith(f"takes about {in_bytes(half + kept)}")
 
 
 def test_the_tokens_of_a_large_text_count(path, machine, tmp_path):
