@@ -161,9 +161,8 @@ class _Infilling:
             for text, blank in zip(texts, [*self._begins_with_blank, False], strict=True)
         ]
         self._texts = [self._encode(text, continued=index > 0) for index, text in enumerate(trimmed)]
-        pieces, n_bytes = model.tokenizer.pieces, model.tokenizer.n_bytes
-        self._is_hidden = np.array([n_bytes(token) == 0 for token in range(len(pieces))])
-        self._has_no_blank = np.array([not piece.startswith(b" ") for piece in pieces]) | self._is_hidden
+        self._is_hidden = model.tokenizer.sizes == 0
+        self._has_no_blank = ~model.tokenizer.begins_with_blank
         self._done: list[FilledHole] = []
 
     def run(self) -> list[FilledHole]:

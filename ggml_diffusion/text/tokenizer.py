@@ -339,6 +339,17 @@ class Tokenizer:
         return self.pieces[token]
 
     @cached_property
+    def sizes(self) -> NDArray[np.int64]:
+        """(V,) `n_bytes` of every token."""
+        sizes = np.array([len(piece) for piece in self.pieces], dtype=np.int64)
+        return np.where(self._table[0] & _NOT_TEXT, 0, sizes)
+
+    @cached_property
+    def begins_with_blank(self) -> NDArray[np.bool_]:
+        """(V,) whether the text that each token stands for begins with a blank."""
+        return np.array([piece.startswith(b" ") for piece in self.pieces]) & (self.sizes > 0)
+
+    @cached_property
     def pieces(self) -> Sequence[bytes]:
         """The bytes of every token, (V,): all at once, since each question takes as long as many tokens."""
         return self._vocabulary.pieces(range(self.vocab_size))

@@ -14,7 +14,6 @@ and src/unicode.cpp.
 
 import re
 from collections.abc import Collection, Iterator, Sequence
-from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -134,7 +133,7 @@ class WordCache:
 
     def _take_apart(self, laid_out: list[str], tokens: NDArray[np.int32]) -> bool:
         """Remember each word's part of the tokens of all, if it is clear which that is."""
-        ends = _ends_of_words(laid_out, self._sizes[tokens])
+        ends = _ends_of_words(laid_out, self._tokenizer.sizes[tokens])
         if ends is None:
             return False
         data = tokens.tobytes()
@@ -154,11 +153,6 @@ class WordCache:
         else:
             self._learn(words[: len(words) // 2])
             self._learn(words[len(words) // 2 :])
-
-    @cached_property
-    def _sizes(self) -> NDArray[np.int64]:
-        """(V,) bytes of text that each token stands for."""
-        return np.array([self._tokenizer.n_bytes(token) for token in range(self._tokenizer.vocab_size)])
 
 
 def _laid_out(word: str) -> Iterator[str]:

@@ -256,3 +256,13 @@ def test_ids_outside_of_the_vocabulary_are_none_and_the_model_loads(tiny_model, 
     tokenizer = Tokenizer.from_gguf(path)
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.start_id) == (None, None, None)
     assert tokenizer.decode(tokenizer.encode("the sand")) == "the sand"
+
+
+@pytest.mark.parametrize("kind", ["bpe", "spm"])
+def test_sizes_of_all_tokens_are_those_of_each(tiny_model, kind):
+    tokenizer = Tokenizer.from_gguf(tiny_model(tokenizer=kind))
+    tokens = range(tokenizer.vocab_size)
+    assert tokenizer.sizes.tolist() == [tokenizer.n_bytes(token) for token in tokens]
+    texts = [tokenizer.token_text(token) if tokenizer.n_bytes(token) else "" for token in tokens]
+    assert tokenizer.begins_with_blank.tolist() == [text.startswith(" ") for text in texts]
+    assert 0 < tokenizer.begins_with_blank.sum() < len(texts)
