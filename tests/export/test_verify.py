@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from build_diffusion_cli import build_diffusion_cli
 from conversions import conversion, refusal
 
 from ggml_diffusion.engine.cpu.q4_model import Q4Model
+from ggml_diffusion.errors import UserError
 from ggml_diffusion.export import verify
 from ggml_diffusion.export.peft import export_peft
 from ggml_diffusion.export.standalone import plan_standalone, write_standalone
@@ -171,21 +176,52 @@ def test_a_program_that_fails_or_writes_something_else_is_failed_in_a_line(
     assert "\n" not in check.found
 
 
+@pytest.fixture(scope="session")
 def real_program() -> Path:
-    found = os.environ.get("LLAMA_DIFFUSION_CLI") or shutil.which("llama-diffusion-cli")
-    if found is None:
-        pytest.skip("no llama-diffusion-cli on the path, and LLAMA_DIFFUSION_CLI names none")
-    return Path(found)
+    """As LLAMA_DIFFUSION_CLI or the path have it, else built, which takes some minutes the first time."""
+    if found := os.environ.get("LLAMA_DIFFUSION_CLI") or shutil.which("llama-diffusion-cli"):
+        return Path(found)
+    try:
+        return build_diffusion_cli()
+    except UserError as error:
+        pytest.skip(f"no llama-diffusion-cli, and none could be built: {error}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])
-def test_the_stock_program_writes_what_the_engine_would(tmp_path: Path, tiny_model: TinyModel, arch: str):
+def test_the_stock_program_writes_what_the_engine_would(
+    tmp_path: Path, tiny_model: TinyModel, arch: str, real_program: Path
+):
     base = read_model(tiny_model(arch=arch))
     checkpoint = bidirectional(base)
     write_standalone(tmp_path / "s.gguf", base, checkpoint, plan_standalone(base, checkpoint))
-    runtimes = Runtimes(diffusion_cli=real_program())
+    runtimes = Runtimes(diffusion_cli=real_program)
     check = checked(tmp_path, checkpoint, base, runtimes)["s.gguf", "llama-diffusion-cli"]
     assert check.status == "ok", check
+
+
+@pytest.mark.slow
+def test_a_converted_smollm2_runs_in_the_stock_program(
+    tmp_path: Path, smollm2_path: Path, real_program: Path
+):
+    """Every row of `verify` on a conversion of a few steps."""
+    folder, sentence = (
+        tmp_path / "run",
+        "The old mill ground corn for the village, and the miller sang of it. ",
+    )
+    (tmp_path / "text.txt").write_text(sentence * 400)
+
+    def run(*arguments: object) -> str:
+        command = [sys.executable, "-m", "ggml_diffusion", *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        return done.stdout
+
+    size = ("--steps", 6, "--batch-size", 2, "--sequence-length", 64, "--preset", "laptop")
+    run("convert", smollm2_path, "--data", tmp_path / "text.txt", "--output", folder, *size)
+    run("export", "standalone", smollm2_path, folder, folder / "standalone.gguf")
+    out = run("verify", smollm2_path, folder, "--diffusion-cli", real_program)
+    assert re.search(r"standalone\.gguf .* llama-diffusion-cli .* ok", out), out
 
 
 class Letters:
