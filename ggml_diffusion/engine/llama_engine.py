@@ -21,6 +21,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
@@ -50,6 +51,8 @@ _CACHE = (
     "llama.cpp's cache cannot hold what this needs: it has one row a position and no gaps, where a frozen "
     "context has a token and the noisy row in its place. --verify runs over it; leave out --runtime else"
 )
+_MAX_SAID = 8
+_callbacks: list[Any] = []
 _CAUSAL_ROWS = 512  # that go through the network together where what stands is read
 
 
@@ -57,6 +60,28 @@ def llama_embedding_scale(file: ModelFile) -> float:
     """What an embedding has to be multiplied by that is given to llama.cpp in place of a token: it scales a
     Gemma 3's tokens, and nothing given instead."""
     return math.sqrt(file.C) if file.arch == "gemma3" else 1.0
+
+
+_said: list[str] = []  # the errors that llama.cpp has told of last
+
+
+@cache
+def _listening_api() -> Any:
+    """llama-cpp-python, whose llama.cpp tells us what goes wrong instead of the screen.
+
+    llama.cpp keeps a bare pointer to what it tells: so that has to live as long as the process.
+    """
+    import llama_cpp
+
+    def listen(level: int, text: bytes, user_data: object) -> None:
+        if level == _ERROR_LEVEL and len(_said) < _MAX_SAID:
+            _said.append(text.decode(errors="replace"))
+
+    callback: Any = llama_cpp.llama_log_callback(listen)
+    _callbacks.append(callback)
+    llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
+    llama_cpp.llama_backend_init()
+    return llama_cpp
 
 
 class LlamaEngine:
@@ -81,13 +106,7 @@ class LlamaEngine:
             UserError: llama.cpp does not load it.
 
         """
-        import llama_cpp
-
-        self.api: Any = llama_cpp
-        self._said: list[str] = []
-        self._callback = llama_cpp.llama_log_callback(self._log)  # llama.cpp keeps a bare pointer to it
-        self.api.llama_log_set(self._callback, ctypes.c_void_p(0))
-        self.api.llama_backend_init()
+        self.api: Any = _listening_api()
         self._core = open_engine(file, 1)
         self.n_threads = n_threads or processors()
         self.exact = exact
@@ -261,8 +280,8 @@ class LlamaEngine:
 
     def fail(self, what: str) -> NoReturn:
         """Raise what llama.cpp could not do, with the first that it said about it."""
-        said = f" ({one_line(self._said[0])})" if self._said else ""
-        self._said.clear()
+        said = f" ({one_line(_said[0])})" if _said else ""
+        _said.clear()
         raise UserError(f"{self._core.file.path}: llama.cpp {what}{said}")
 
     def _refuse_training(self) -> NoReturn:
@@ -279,10 +298,6 @@ class LlamaEngine:
                 f"this model's layers see {window} tokens, beyond which llama.cpp looks ahead differently: "
                 f"{n_tokens} tokens are too many for --runtime llama.cpp"
             )
-
-    def _log(self, level: int, text: bytes, user_data: object) -> None:
-        if level == _ERROR_LEVEL:
-            self._said.append(text.decode(errors="replace"))
 
 
 class _Session:

@@ -86,7 +86,8 @@ def diffusion_cli_text(
         "--top-k": 1,
     }
     flat = [str(one) for pair in arguments.items() for one in pair]
-    log = _run([str(program), *flat], dict(os.environ))
+    # Repacked weights are a second copy, in instructions that not every virtual machine really has.
+    log = _run([str(program), *flat], {**os.environ, "LLAMA_ARG_REPACK": "0"})
     # The text comes as the log's last line, which begins with a line break of its own.
     *_, text = _LOG_MARK.split(log)
     if "diffusion generation failed" in text or not text.strip():

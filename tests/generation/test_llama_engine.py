@@ -6,6 +6,8 @@ could only differ where two candidates are nearer than that.
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -155,3 +157,21 @@ def test_a_file_that_llama_cpp_does_not_load_is_one_line(tiny_model: TinyModel, 
     with pytest.raises(UserError) as caught:
         LlamaEngine(file, 1)
     assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_llama_cpp_is_not_left_with_what_is_gone(tiny_model: TinyModel) -> None:
+    """It keeps a bare pointer to whoever listens to it: another model is loaded after the engine went."""
+    path = tiny_model(**SIZES)
+    program = f"""
+import gc
+from llama_cpp import Llama
+from ggml_diffusion.engine.llama_engine import LlamaEngine
+from ggml_diffusion.formats.model_check import read_model
+for _ in range(3):
+    engine = LlamaEngine(read_model({str(path)!r}), 1)
+    del engine
+    gc.collect()
+    Llama({str(path)!r}, n_ctx=32, verbose=False)
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-1000:]
