@@ -20,6 +20,8 @@ from ggml_diffusion.errors import UserError
 
 TIME_LIMIT_S = 1800.0
 _CHILD = Path(__file__).with_name("peft_child.py")
+# It writes its log in a thread, and now and then ends before that has said the last of it.
+_TRIES = 5
 # What stands before a line of llama.cpp's log: "0.01.453.928 I ".
 _LOG_MARK = re.compile(r"\d+\.\d\d\.\d\d\d\.\d\d\d [A-Z] ")
 
@@ -86,13 +88,15 @@ def diffusion_cli_text(
         "--top-k": 1,
     }
     flat = [str(one) for pair in arguments.items() for one in pair]
-    # Repacked weights are a second copy, in instructions that not every virtual machine really has.
-    log = _run([str(program), *flat], {**os.environ, "LLAMA_ARG_REPACK": "0"})
-    # The text comes as the log's last line, which begins with a line break of its own.
-    *_, text = _LOG_MARK.split(log)
-    if "diffusion generation failed" in text or not text.strip():
-        raise UserError(f"{program}: wrote nothing: {reason_in_log(log)}")
-    return text.removeprefix("\n").removesuffix("\n")
+    log = ""
+    for _ in range(_TRIES):
+        # Repacked weights are a second copy, in instructions that not every virtual machine really has.
+        log = _run([str(program), *flat], {**os.environ, "LLAMA_ARG_REPACK": "0"})
+        # The text comes as the log's last line, which begins with a line break of its own.
+        *_, text = _LOG_MARK.split(log)
+        if text.startswith("\n") and text.strip():
+            return text.removeprefix("\n").removesuffix("\n")
+    raise UserError(f"{program}: wrote nothing: {reason_in_log(log)}")
 
 
 def _run(command: list[str], environment: dict[str, str]) -> str:
