@@ -350,9 +350,9 @@ def test_a_conversion_that_was_trained_in_blocks_writes_in_blocks(engine):
     lengths = []
 
     class Watched(DiffusionModel):
-        def _predict(self, tokens, positions, share_masked):
+        def _predict(self, tokens, positions, block, share_masked, kept):
             lengths.append(len(tokens))
-            return super()._predict(tokens, positions, share_masked)
+            return super()._predict(tokens, positions, block, share_masked, kept)
 
     model = converted(engine, time_offset=offset)
     model.__class__, model.rule = Watched, replace(model.rule, block_size=4)
@@ -450,7 +450,7 @@ class Scripted(DiffusionModel):
 
     script = ()
 
-    def _predict(self, tokens, positions, share_masked):
+    def _predict(self, tokens, positions, block, share_masked, kept):
         logits = np.zeros((len(positions), self.engine.file.V), dtype=np.float32)
         logits[np.arange(len(positions)), np.array(self.script)[positions]] = 50.0
         return logits
