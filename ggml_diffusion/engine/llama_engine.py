@@ -180,6 +180,8 @@ class LlamaEngine:
         int8: Int8 = "none",
     ) -> NDArray[np.float32]:
         """See `Engine`; sequences go one by one, each with its whole text."""
+        if batch.context is not None:
+            raise UserError(_CACHE)
         if batch.positions is not None or batch.document_ids is not None or batch.bernoulli_seed is not None:
             raise UserError("llama.cpp computes whole texts: no documents in one, and no rows apart from it")
         wanted = batch.valid if select is None else np.asarray(select, dtype=bool) & batch.valid

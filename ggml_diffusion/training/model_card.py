@@ -129,7 +129,8 @@ ggml-diffusion generate {model} . --prompt "The keys are" --suffix " so nobody c
 def _other_programs(is_frozen: bool, model: str) -> str:
     if is_frozen:
         return """Other programs apply an adapter to all of a text, so they cannot run this one: it has no
-standalone file and no PEFT folder. A conversion with `--context adapted` has both."""
+standalone file and no PEFT folder. A conversion with `--context adapted` has both. Over llama.cpp it drafts:
+`ggml-diffusion generate ... --runtime llama.cpp --verify`."""
     return f"""Other programs take other forms:
 
 - `ggml-diffusion export standalone {model} . standalone.gguf`: one file without adapter, which

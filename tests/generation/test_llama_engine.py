@@ -136,6 +136,8 @@ def test_what_it_cannot_do_is_refused_in_a_sentence(tiny_model: TinyModel) -> No
         converted(llama, causal_ratio=0.0).fill(TEXT, GenerationConfig(approximate_cache=True))
     with pytest.raises(UserError, match="no losses and gradients"):
         llama.loss(Batch(TEXT[None]), TEXT[None], np.ones((1, len(TEXT)), np.float32))
+    with pytest.raises(UserError, match="cache cannot hold what this needs"):
+        frozen(llama, causal_ratio=0.0).logits(TEXT, 0.5)
     with pytest.raises(UserError, match="no documents"):
         llama.logits(Batch(TEXT[None], document_ids=np.zeros((1, len(TEXT)), np.int32)))
     llama.close()
