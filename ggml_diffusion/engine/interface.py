@@ -329,7 +329,9 @@ class Context(Protocol):
             (n_selected, V).
 
         Raises:
-            UserError: a token outside the vocabulary, an adapter that does not fit, or no room.
+            UserError: a token outside the vocabulary, an adapter that does not fit, no room, or logits that
+                are not finite.
+            ValueError: arrays of wrong shape, or more than one sequence.
 
         """
 

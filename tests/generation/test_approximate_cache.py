@@ -17,6 +17,7 @@ from test_denoise import MASK, converted
 from ggml_diffusion.engine.cpu.context import Q4Context
 from ggml_diffusion.engine.cpu.q4_model import Q4Model
 from ggml_diffusion.engine.interface import Batch
+from ggml_diffusion.errors import UserError
 from ggml_diffusion.generation.approximate_cache import ApproximateText
 from ggml_diffusion.generation.denoise import GenerationConfig
 from ggml_diffusion.generation.diffusion_model import DiffusionModel
@@ -123,3 +124,13 @@ def test_nothing_but_masks_changes(tiny_model: TinyModel, remasking: float) -> N
     assert not (filled == MASK).any()
     assert (filled == tokens)[tokens != MASK].all()
     assert filled.tolist() == again.tolist()
+
+
+def test_logits_that_are_not_finite_are_refused(tiny_model: TinyModel) -> None:
+    with Q4Model.from_gguf(tiny_model(L=1, **SIZES), 2) as engine:
+        model = converted(engine, causal_ratio=0.0)
+        for pair in model.adapter.tensors.values():
+            pair[...] = 3e38
+        with pytest.raises(UserError, match="NaN or infinite logits: the adapter"):
+            # A single mask: the whole pass that fills the cache is all there is.
+            model.fill([30, 31, MASK, 33], GenerationConfig(temperature=0.0, approximate_cache=True))

@@ -60,6 +60,9 @@ class CpuModel(Protocol):
     def prepare(self, rows: Rows, adapter: NativeAdapter, int8: Int8, *, n_logits: int = 0) -> None:
         """Get ready for a call of the core without gradients."""
 
+    def check_finite(self, logits: NDArray[np.float32], native: NativeAdapter) -> None:
+        """Refuse logits that are not finite."""
+
     def logits_of(
         self, rows: Rows, native: NativeAdapter, select: ArrayLike | None, int8: Int8
     ) -> NDArray[np.float32]:
@@ -192,6 +195,7 @@ class Q4Context:
                 pointer("float *", logits),
             )
         )
+        self._model.check_finite(logits, native)
         self._positions[: len(kept)] = kept if batch.positions is None else np.ravel(batch.positions)[kept]
         return logits
 

@@ -374,9 +374,17 @@ class Q4Model:
                 self._session, rows.struct, native.struct, len(chosen), row_pointer, logits_pointer
             )
         )
-        # Row by row: a copy of all logits, even as truth values, may be large.
-        self._require_finite(all(np.isfinite(row).all() for row in logits), native)
+        self.check_finite(logits, native)
         return logits
+
+    def check_finite(self, logits: NDArray[np.float32], native: NativeAdapter) -> None:
+        """Refuse logits (n, V) that are not finite, row by row: a copy of all of them may be large.
+
+        Raises:
+            UserError: it says whose numbers are at fault.
+
+        """
+        self._require_finite(all(np.isfinite(row).all() for row in logits), native)
 
     def loss(
         self,
