@@ -11,7 +11,7 @@ a frozen context. There a token that stands and the noisy row in its place are b
 written tokens leave gaps, while llama.cpp wants one row a position and no gap. What is only a draft
 (verified.py), and checked by the base afterwards, goes over its cache all the same.
 
-Deliberately not here: gradients, which llama.cpp has not; token rows, which the core reads.
+Deliberately not here: gradients, which llama.cpp does not compute; token rows, which the core reads.
 Source: llama.cpp, include/llama.h and src/llama-batch.cpp of the copy in llama-cpp-python 0.3.36.
 Letters: B sequences, T tokens, C hidden size, V vocabulary.
 """
@@ -49,10 +49,8 @@ from ggml_diffusion.units import in_bytes
 _ERROR_LEVEL = 4  # GGML_LOG_LEVEL_ERROR
 _CACHE = (
     "llama.cpp's cache cannot hold what this needs: it has one row a position and no gaps, where a frozen "
-    "context has a token and the noisy row in its place. --verify runs over it; leave out --runtime else"
+    "context has a token and the noisy row in its place. Only --verify runs; otherwise leave out --runtime"
 )
-_MAX_SAID = 8
-_callbacks: list[Any] = []
 _CAUSAL_ROWS = 512  # that go through the network together where what stands is read
 
 
@@ -62,14 +60,15 @@ def llama_embedding_scale(file: ModelFile) -> float:
     return math.sqrt(file.C) if file.arch == "gemma3" else 1.0
 
 
-_said: list[str] = []  # the errors that llama.cpp has told of last
+_MAX_SAID = 8
+_said: list[str] = []  # errors of the call that llama.cpp is in
 
 
 @cache
-def _listening_api() -> Any:
-    """llama-cpp-python, whose llama.cpp tells us what goes wrong instead of the screen.
+def _listening() -> tuple[Any, Any]:
+    """llama-cpp-python, and what its llama.cpp tells its errors instead of the screen.
 
-    llama.cpp keeps a bare pointer to what it tells: so that has to live as long as the process.
+    llama.cpp keeps a bare pointer to the second, which therefore has to live as long as the process.
     """
     import llama_cpp
 
@@ -78,14 +77,13 @@ def _listening_api() -> Any:
             _said.append(text.decode(errors="replace"))
 
     callback: Any = llama_cpp.llama_log_callback(listen)
-    _callbacks.append(callback)
     llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
     llama_cpp.llama_backend_init()
-    return llama_cpp
+    return llama_cpp, callback
 
 
 class LlamaEngine:
-    """A model in llama.cpp; see `Engine`, whose gradients it has not. One at a time is used by one caller.
+    """A model in llama.cpp; see `Engine`, whose gradients it does not have. For one caller at a time.
 
     The model is loaded into this process: it has to come from `read_model`, which refuses what libllama would
     end the process at.
@@ -106,7 +104,8 @@ class LlamaEngine:
             UserError: llama.cpp does not load it.
 
         """
-        self.api: Any = _listening_api()
+        self.api: Any = _listening()[0]
+        _said.clear()
         self._core = open_engine(file, 1)
         self.n_threads = n_threads or processors()
         self.exact = exact
@@ -239,6 +238,7 @@ class LlamaEngine:
         if adapter is not self._adapter:
             if self._handle is not None:
                 self.api.llama_adapter_lora_free(self._handle)
+                self._adapter = self._handle = None
             with TemporaryDirectory(prefix="ggml-diffusion-") as folder:
                 path = Path(folder) / "adapter.gguf"
                 pairs = replace(adapter, mask_token_id=None, mask_embedding=None)
@@ -283,7 +283,6 @@ class LlamaEngine:
     def fail(self, what: str) -> NoReturn:
         """Raise what llama.cpp could not do, with the first that it said about it."""
         said = f" ({one_line(_said[0])})" if _said else ""
-        _said.clear()
         raise UserError(f"{self._core.file.path}: llama.cpp {what}{said}")
 
     def _refuse_training(self) -> NoReturn:
@@ -316,6 +315,7 @@ class _Session:
             params.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self.n_rows, self.n_together = n_rows, n_together
         self._engine = engine
+        _said.clear()
         self._context = api.llama_init_from_model(engine.model, params)
         if not self._context:
             engine.fail(f"has no context of {n_rows} tokens")
@@ -348,6 +348,7 @@ class _Session:
                 f"{causal_ratio:g}: --runtime llama.cpp cannot run it"
             )
         engine, api, n = self._engine, self._engine.api, len(rows)
+        _said.clear()
         api.llama_set_causal_attn(self._context, causal_ratio == 1.0)
         handle = engine.adapter_handle(adapter)
         handles = None if handle is None else (api.llama_adapter_lora_p_ctypes * 1)(handle)

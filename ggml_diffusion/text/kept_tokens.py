@@ -33,13 +33,13 @@ from ggml_diffusion.text.token_store import (
     put_in_place,
     read_manifest,
     sums_of_parts,
+    token_bytes,
     write_manifest,
 )
 from ggml_diffusion.text.tokenising import OnProgress, check_refusals, tokenise
 from ggml_diffusion.text.tokenizer import Tokenizer
 
 _NAME_DIGITS = 16
-_SMALL_VOCABULARY = 1 << 16  # token numbers of two bytes
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def _new(
     """Tokenise a text, and put its store in its place."""
     unfinished = place.with_name(f"{UNFINISHED_PREFIX}{os.getpid()}")
     try:
-        with TokenWriter(unfinished, 2 if tokenizer.vocab_size <= _SMALL_VOCABULARY else 4) as writer:
+        with TokenWriter(unfinished, token_bytes(tokenizer.vocab_size)) as writer:
             manifest = _write(writer, files, tokenizer, reading, key, tokenizer.fingerprint, sources)
             for file, stamp in zip(files, stamps, strict=True):
                 if stamp_of(file.path) != stamp:

@@ -29,6 +29,7 @@ from ggml_diffusion.errors import UserError
 from ggml_diffusion.machine import processors
 
 FORMAT = 1
+_SMALL_VOCABULARY = 1 << 16  # token numbers of two bytes
 MANIFEST = "manifest.json"
 UNFINISHED_PREFIX = ".unfinished-"
 # Tokens of text, where documents begin in it (a bit a token), tokens of examples, their two lengths (int32).
@@ -104,6 +105,11 @@ class Manifest(_Strict):
     fingerprint: str = ""
     fingerprint_length: int = 0
     files: dict[str, StoredFile] = {}
+
+
+def token_bytes(vocab_size: int) -> int:
+    """Bytes of a token's number in a store: 2 or 4."""
+    return 2 if vocab_size <= _SMALL_VOCABULARY else 4
 
 
 def sums_of_parts(path: Path) -> StoredFile:

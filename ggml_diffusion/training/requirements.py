@@ -17,6 +17,7 @@ from ggml_diffusion.errors import UserError
 from ggml_diffusion.formats.model_file import ModelFile
 from ggml_diffusion.machine import disk_free, memory_available, memory_limit
 from ggml_diffusion.text.sources import STANDARD_INPUT, find_sources
+from ggml_diffusion.text.token_store import token_bytes
 from ggml_diffusion.training.checkpoint import KEPT
 from ggml_diffusion.training.trainer import trained_shapes
 from ggml_diffusion.units import duration, in_bytes
@@ -27,9 +28,8 @@ _VECTORS_IN_MEMORY, _VECTORS_IN_STATE = 4 + 3, 3
 # Arrays of a step by token, the loader's and the noise's among them, with int64 and float64 temporaries.
 _BATCH_BYTES_A_TOKEN = 64
 _METRICS_BYTES_A_STEP = 256
-# Of text, which English has four and code three of; of a compressed file's; and below how many entries of a
-# vocabulary a token is kept in two bytes.
-_TEXT_BYTES_A_TOKEN, _COMPRESSION, _SMALL_VOCABULARY = 4, 3, 1 << 16
+# A token is some four bytes of English and three of code; gzip makes a third of text.
+_TEXT_BYTES_A_TOKEN, _COMPRESSION = 4, 3
 # Header, settings and manifest of a file, and its last block; its header names each tensor.
 _FILE_BYTES, _HEADER_BYTES_A_TENSOR = 16 << 10, 128
 TIMED_STEPS = 2
@@ -281,7 +281,7 @@ def _token_bytes(base: ModelFile, config: ConversionTrainingConfig) -> int:
     n_bytes = 0
     for file in (*sources.files, *sources.held_out):
         n_bytes += file.path.stat().st_size * (_COMPRESSION if file.is_compressed else 1)
-    return n_bytes // _TEXT_BYTES_A_TOKEN * (2 if base.V <= _SMALL_VOCABULARY else 4)
+    return n_bytes // _TEXT_BYTES_A_TOKEN * token_bytes(base.V)
 
 
 def _trained(base: ModelFile, config: ConversionTrainingConfig) -> tuple[int, int]:

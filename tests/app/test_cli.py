@@ -234,7 +234,7 @@ def test_llama_cpp_writes_on_demand(base, finished_run, capsys):
     shown = capsys.readouterr()
     assert shown.out.startswith("the mill") and shown.err == ""
     on_device = ("--runtime", "llama.cpp", "--device", "cuda")
-    for wrong in (("--runtime", "torch"), ("--gpu-layers", 1), on_device):
+    for wrong in (("--gpu-layers", 1), on_device):
         assert run(*arguments, *wrong) == 2
         err = capsys.readouterr().err
         assert "--runtime" in err and len(err.strip().splitlines()) == 1

@@ -172,7 +172,7 @@ def test_sequences_of_another_length_come_from_the_same_tokens(reader, text, tok
 @pytest.mark.parametrize("token_bytes", [2, 4])
 def test_tokens_take_two_bytes_where_the_vocabulary_allows_it(reader, tmp_path, monkeypatch, token_bytes):
     expected = contents(reader.open(folder=None, keep=False))
-    monkeypatch.setattr(kept_tokens, "_SMALL_VOCABULARY", 1 << 16 if token_bytes == 2 else 1)
+    monkeypatch.setattr(token_store, "_SMALL_VOCABULARY", 1 << 16 if token_bytes == 2 else 1)
     loader = reader.open()
     (name,) = stores(tmp_path / "tokens")
     manifest = token_store.read_manifest(tmp_path / "tokens" / name)

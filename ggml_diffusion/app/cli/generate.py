@@ -1,7 +1,7 @@
 """`generate`: write text by denoising."""
 
 import time
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -57,7 +57,7 @@ def generate(
         ),
     ] = False,
     runtime: Annotated[
-        str,
+        Literal["engine", "llama.cpp"],
         typer.Option(
             "--runtime",
             help="engine = this package's own; llama.cpp = llama-cpp-python, for builds of it with Metal, "
@@ -104,10 +104,10 @@ def generate(
         model = load_in_llama_cpp(
             base, weights, threads, n_gpu_layers=gpu_layers, allow_other_base=allow_other_base
         )
-    elif runtime == "engine" and gpu_layers == 0:
-        model = DiffusionModel.load(base, weights, threads, device=device, allow_other_base=allow_other_base)
+    elif gpu_layers != 0:
+        raise UserError("--gpu-layers is for --runtime llama.cpp")
     else:
-        raise UserError("--runtime is engine or llama.cpp, and --gpu-layers is for llama.cpp")
+        model = DiffusionModel.load(base, weights, threads, device=device, allow_other_base=allow_other_base)
     if verify:
         if suffix or steps is not None or order is not None or remasking is not None:
             raise UserError(
