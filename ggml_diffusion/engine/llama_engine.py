@@ -39,9 +39,9 @@ from ggml_diffusion.engine.interface import (
 )
 from ggml_diffusion.engine.open import open_engine
 from ggml_diffusion.errors import UserError, one_line
-from ggml_diffusion.formats.architectures import ARCHITECTURES
 from ggml_diffusion.formats.gguf_adapter import write_gguf_adapter
 from ggml_diffusion.formats.lora import LoraAdapter
+from ggml_diffusion.formats.model_check import window_of
 from ggml_diffusion.formats.model_file import ModelFile
 from ggml_diffusion.machine import memory_available, processors
 from ggml_diffusion.units import in_bytes
@@ -290,11 +290,8 @@ class LlamaEngine:
 
     def _check_window(self, n_tokens: int, causal_ratio: float) -> None:
         """Without a causal mask llama.cpp looks ahead beyond a layer's window, and the conversion did not."""
-        entry = ARCHITECTURES[self.file.arch]
-        if causal_ratio == 1.0 or not entry.window_period:
-            return
-        window = self.file.optional(f"{self.file.arch}.attention.sliding_window", entry.window)
-        if window and n_tokens > window:
+        window = window_of(self.file)
+        if causal_ratio != 1.0 and 0 < window < n_tokens:
             raise UserError(
                 f"this model's layers see {window} tokens, beyond which llama.cpp looks ahead differently: "
                 f"{n_tokens} tokens are too many for --runtime llama.cpp"

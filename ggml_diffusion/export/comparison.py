@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from ggml_diffusion.engine.interface import Batch, Engine
 from ggml_diffusion.engine.llama_engine import llama_embedding_scale
 from ggml_diffusion.formats.adapter_file import DiffusionCheckpoint
-from ggml_diffusion.formats.architectures import ARCHITECTURES
-from ggml_diffusion.formats.model_file import ModelFile
+from ggml_diffusion.formats.model_check import window_of
 from ggml_diffusion.generation.reading import ReadingRule
 from ggml_diffusion.text.prompts import with_start
 from ggml_diffusion.text.tokenizer import Tokenizer
@@ -72,7 +71,7 @@ class Reference:
         """
         rule = ReadingRule.of_checkpoint(checkpoint)
         self._engine, self._checkpoint, self._rule = engine, checkpoint, rule
-        n_tokens = min(N_TOKENS, engine.file.context_length, _window(engine.file))
+        n_tokens = min(N_TOKENS, engine.file.context_length, window_of(engine.file) or N_TOKENS)
         self.tokens = np.array(with_start(tokenizer.encode(TEXT), tokenizer)[:n_tokens], dtype=np.int32)
         self.tokens[MASK_EVERY - 1 :: MASK_EVERY] = checkpoint.metadata.mask_token_id
         if time is None and rule.time_offset is not None:
@@ -119,11 +118,3 @@ class Reference:
         ours, theirs = (np.delete(one, mask, axis=1) for one in (self.logits, logits))
         same = ours.argmax(axis=1) == theirs.argmax(axis=1)
         return Agreement(mean_kl_divergence(ours, theirs), float(same.mean()), len(same))
-
-
-def _window(base: ModelFile) -> int:
-    """Tokens that a layer with a window sees; as many as the text has where there is none."""
-    entry = ARCHITECTURES[base.arch]
-    if not entry.window_period:
-        return N_TOKENS
-    return base.optional(f"{base.arch}.attention.sliding_window", entry.window) or N_TOKENS

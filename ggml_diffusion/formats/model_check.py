@@ -101,6 +101,7 @@ _FEATURE_KEYS: Mapping[Feature, tuple[str, ...]] = {
 }
 _PATTERN_TYPES = ("u32", "arr[bool]", "arr[u32]", "arr[i32]")
 ROPE_SCALINGS = ("none", "linear", "yarn", "longrope")
+_WINDOW = "attention.sliding_window"
 
 
 def read_model(path: str | Path) -> ModelFile:
@@ -210,11 +211,16 @@ def _check_scales(model: ModelFile, entry: Architecture) -> None:
             model.fail(f"key '{key}' is {cap}, which is not possible")
 
 
+def window_of(model: ModelFile) -> int:
+    """Tokens that a layer with a window sees, 0 = there is no such layer."""
+    entry = ARCHITECTURES[model.arch]
+    return model.optional(f"{model.arch}.{_WINDOW}", entry.window) if entry.window_period else 0
+
+
 def _check_windows(model: ModelFile, entry: Architecture) -> None:
     if not entry.window_period:
         return
-    key = f"{model.arch}.attention.sliding_window"
-    window = model.optional(key, entry.window)
+    key, window = f"{model.arch}.{_WINDOW}", window_of(model)
     if window >= 1 << 31 or (window == 0 and entry.window):
         model.fail(f"key '{key}' is {window}, which is not possible")
     pattern = f"{key}_pattern"
