@@ -121,8 +121,8 @@ check: lint kernels arm fuzz ## all that CI checks: lint, and every test, the sl
 	$(BIN)/python -m pytest -m "not peer" $(PYTEST_ARGUMENTS)
 
 # Environments of their own, since an extension with sanitizers needs their library to be loaded before Python. Leaks are not
-# looked for: Python itself keeps memory until its end. What the threads share is what `threads` in a test's name or file speaks of.
-# How near a model comes to llama.cpp says nothing here: sanitizers move the last bits, and these figures with them.
+# looked for: Python itself keeps memory until its end. Tests of threads have the word in their names. SmolLM2 is compared with
+# llama.cpp elsewhere: code with sanitizers rounds differently, which these comparisons notice.
 SANITIZED_TESTS ?= -k "not smollm2" -m "not slow and not peer"
 THREADED_TESTS ?= tests/engine -k "thread" -m "not peer"
 sanitize: ## the fast tests under the address and undefined-behaviour sanitizers, those of threads under the thread sanitizer

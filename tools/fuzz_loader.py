@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from fuzz_inputs import Corpus
 from tool_errors import run_tool
 
-MAX_BYTES = 1 << 16  # of an input; sound ones have 4 to 40 KiB
+MAX_BYTES = 1 << 16  # of an input; the sound ones are smaller
 LIMIT_S = 10  # of processor time an input, with sanitizers
 LIMIT_MIB = 1024
 
