@@ -1,4 +1,4 @@
-"""The model card of a run: README.md beside its exports, for whoever gets the folder.
+"""The model card of a run: README.md beside its exports, for whoever gets the folder; or of one adapter file.
 
 Only what the files themselves say goes into it. Deliberately not here: the cards of other forms (export/).
 Source: the front matter is that of Hugging Face's model cards.
@@ -16,6 +16,8 @@ from ggml_diffusion.run_folder import CARD
 # In the front of every card of ours: a README.md without it is somebody else's, and stays.
 MARK = "<!-- model card by ggml-diffusion -->"
 _FRONT_BYTES = 1 << 16
+_RUN_FILES = """`adapter.safetensors` is everything that was trained, `adapter.gguf` the same for llama.cpp.
+`config.toml` has every setting; `ggml-diffusion convert --config config.toml` is the command."""
 
 
 def write_card(folder: Path, checkpoint: DiffusionCheckpoint, figures: str | None) -> bool:
@@ -35,6 +37,27 @@ def write_card(folder: Path, checkpoint: DiffusionCheckpoint, figures: str | Non
         return False
     replace_text(path, card(checkpoint, figures))
     return True
+
+
+def write_adapter_card(target: Path, checkpoint: DiffusionCheckpoint) -> Path | None:
+    """Write the card of an adapter that was exported by itself, beside it; one in a run's folder has one.
+
+    Args:
+        target: the adapter.
+        checkpoint: what is in it.
+
+    Returns:
+        Its path, None where it was not written: the folder has a card, or somebody else's file is there.
+
+    Raises:
+        UserError: it cannot be written.
+
+    """
+    path = target.with_suffix(".md")
+    if is_card(target.parent / CARD) or (path.exists() and not is_card(path)):
+        return None
+    replace_text(path, card(checkpoint, None, target.name))
+    return path
 
 
 def is_card(path: Path) -> bool:
@@ -68,8 +91,9 @@ def figures_table(n_sequences: int, base: Score, before: list[MaskedScore], afte
     return "\n".join(lines)
 
 
-def card(checkpoint: DiffusionCheckpoint, figures: str | None) -> str:
-    """The text of a card."""
+def card(checkpoint: DiffusionCheckpoint, figures: str | None, file: str | None = None) -> str:
+    """The text of a card, of a run's folder or of one adapter file."""
+    adapter = "." if file is None else markdown_name(file)
     metadata, settings = checkpoint.metadata, checkpoint.settings
     is_frozen = metadata.context == "frozen"
     # Where the text lay on somebody's disk is nobody's business.
@@ -101,8 +125,7 @@ It makes an autoregressive model fill masked tokens from both sides. The adapter
 | causal ratio of the attention | {metadata.final_causal_ratio:g} |
 | made by | ggml-diffusion {markdown_name(metadata.version)}, {markdown_name(metadata.created_at)} |
 
-`adapter.safetensors` is everything that was trained, `adapter.gguf` the same for llama.cpp. `config.toml` has
-every setting; `ggml-diffusion convert --config config.toml` is the command.
+{_RUN_FILES if file is None else f"`{adapter}` is everything that was trained."}
 
 ## Figures
 
@@ -111,11 +134,11 @@ every setting; `ggml-diffusion convert --config config.toml` is the command.
 ## Use
 
 ```
-ggml-diffusion infill {model} . notes.md --diff        # fills ___ and [[...]] in a text
-ggml-diffusion generate {model} . --prompt "The keys are" --suffix " so nobody can open the door." --length 6
+ggml-diffusion infill {model} {adapter} notes.md --diff        # fills ___ and [[...]] in a text
+ggml-diffusion generate {model} {adapter} --prompt "The keys are" --suffix " so stay here." --length 6
 ```
 
-{_other_programs(is_frozen, model)}
+{_other_programs(is_frozen, model, adapter)}
 
 ## What it is not
 
@@ -126,19 +149,28 @@ ggml-diffusion generate {model} . --prompt "The keys are" --suffix " so nobody c
 """
 
 
-def _other_programs(is_frozen: bool, model: str) -> str:
+def _other_programs(is_frozen: bool, model: str, adapter: str) -> str:
     if is_frozen:
         return """Other programs apply an adapter to all of a text, so they cannot run this one: it has no
 standalone file and no PEFT folder. A conversion with `--context adapted` has both. Over llama.cpp it drafts:
 `ggml-diffusion generate ... --runtime llama.cpp --verify`."""
     return f"""Other programs take other forms:
 
-- `ggml-diffusion export standalone {model} . standalone.gguf`: one file without adapter, which
+- `ggml-diffusion export standalone {model} {adapter} standalone.gguf`: one file without adapter, which
   llama-diffusion-cli runs. Ollama (which refuses `ADAPTER` with a GGUF) and LM Studio (which has no adapters)
   can only be given that file, and do not denoise.
-- `ggml-diffusion export peft {model} . peft`: a folder for transformers and peft, with its own program.
-- llama-cpp-python loads either GGUF: attention not causal, the whole text in one micro-batch, and the memory
-  cleared before each step."""
+- `ggml-diffusion export peft {model} {adapter} peft`: a folder for transformers and peft, with a program.
+- llama-cpp-python, on whatever device its build has:
+
+```python
+from ggml_diffusion.llama_cpp import load
+
+model = load("{model}", "{"adapter.safetensors" if adapter == "." else adapter}", n_gpu_layers=-1)
+print(model.generate("The keys are", suffix=" so stay here."))
+```
+
+A program of one's own loads the adapter as a GGUF, or the standalone file: attention not causal, the whole
+text in one micro-batch, and the memory cleared before each step."""
 
 
 def markdown_name(text: str) -> str:

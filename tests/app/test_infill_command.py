@@ -20,6 +20,7 @@ from conftest import TinyModel
 from conversions import conversion, write
 
 from ggml_diffusion.app.cli.main import main
+from ggml_diffusion.formats.adapter_file import DiffusionCheckpoint
 from ggml_diffusion.formats.model_check import read_model
 
 DOCUMENT = (
@@ -39,7 +40,9 @@ def base(tiny_model: TinyModel) -> Path:
 def adapter(request: pytest.FixtureRequest, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = read_model(base)
     made = conversion(file)
-    metadata = made.metadata.model_copy(update={"context": request.param, "mask_token_id": 3})
+    metadata = made.metadata.model_copy(
+        update={"context": request.param, "mask_token_id": 3, "final_causal_ratio": 0.0}
+    )
     return write(
         replace(made, metadata=metadata), tmp_path_factory.mktemp("run") / "adapter.safetensors", file
     )
@@ -74,6 +77,16 @@ def test_the_text_is_printed_with_every_byte_outside_of_the_holes(infill, tmp_pa
     assert done.code == 0 and done.err == ""
     assert len(parts_of(done.out)) == 3
     assert (tmp_path / "text").read_bytes() == DOCUMENT
+
+
+def test_llama_cpp_fills_what_is_adapted_and_says_what_it_cannot(infill, tmp_path, adapter):
+    (tmp_path / "text").write_bytes(DOCUMENT)
+    done = infill(tmp_path / "text", "--runtime", "llama.cpp")
+    if DiffusionCheckpoint.load(adapter).metadata.context == "frozen":
+        assert done.code == 2 and "Only --verify runs" in done.err
+    else:
+        assert done.code == 0 and done.err == "" and len(parts_of(done.out)) == 3
+    assert infill(tmp_path / "text", "--gpu-layers", 1).code == 2
 
 
 def test_standard_input(infill, tmp_path, monkeypatch):

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from conftest import TinyModel
 from conversions import conversion
 
 from ggml_diffusion.evaluation.held_out import MaskedScore, Score
-from ggml_diffusion.formats.model_file import ModelFile
+from ggml_diffusion.formats.model_check import read_model
+from ggml_diffusion.formats.model_file import ModelFile, file_sha256
 from ggml_diffusion.training.earlier_run import delete_run
-from ggml_diffusion.training.model_card import MARK, card, figures_table, is_card, write_card
+from ggml_diffusion.training.model_card import (
+    MARK,
+    card,
+    figures_table,
+    is_card,
+    write_adapter_card,
+    write_card,
+)
 
 
 def test_a_card_says_what_it_is_and_what_it_belongs_to(base: ModelFile) -> None:
@@ -79,3 +92,44 @@ def test_every_line_of_commands_is_one_that_the_program_has(base: ModelFile, fro
     names = {line.split()[0].strip("`") for line in lines}
     assert {"infill", "generate"} <= names
     assert names - {"0.1.0,", "-->"} <= set(commands)
+
+
+def test_an_adapter_by_itself_has_a_card_and_one_in_a_run_has_the_runs(
+    base: ModelFile, tmp_path: Path
+) -> None:
+    target = tmp_path / "mine.gguf"
+    assert write_adapter_card(target, conversion(base)) == tmp_path / "mine.md"
+    text = (tmp_path / "mine.md").read_text()
+    assert "`mine.gguf` is everything" in text and "config.toml" not in text
+    assert "infill Tiny é mine.gguf" in text and "export peft Tiny é mine.gguf" in text
+    assert write_adapter_card(target, conversion(base)) == tmp_path / "mine.md"
+    (tmp_path / "mine.md").write_text("somebody's notes")
+    assert write_adapter_card(target, conversion(base)) is None
+    assert (tmp_path / "mine.md").read_text() == "somebody's notes"
+    (tmp_path / "mine.md").unlink()
+    write_card(tmp_path, conversion(base), None)
+    assert write_adapter_card(target, conversion(base)) is None
+    assert not (tmp_path / "mine.md").exists()
+
+
+@pytest.mark.parametrize("context", ["adapted", "frozen"])
+def test_every_command_of_a_card_runs(tiny_model: TinyModel, tmp_path: Path, context: str) -> None:
+    path = tmp_path / "tiny.gguf"
+    path.write_bytes(tiny_model(tied=False).read_bytes())
+    made = conversion(read_model(path), time=True)
+    changed = {"base_model": path.name, "final_causal_ratio": 0.0, "context": context, "mask_token_id": 3}
+    made.metadata = made.metadata.model_copy(update={**changed, "base_sha256": file_sha256(path)})
+    made.save(tmp_path / "adapter.safetensors")
+    made.save_gguf(tmp_path / "adapter.gguf", read_model(path))
+    (tmp_path / "notes.md").write_text("the mill ___ corn")
+    text = card(made, None)
+    commands = [
+        line for block in re.findall(r"```\n(.*?)```", text, re.DOTALL) for line in block.splitlines()
+    ]
+    commands += re.findall(r"`(ggml-diffusion export .*?)`", text)
+    programs = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(commands) == (2 if context == "frozen" else 4) and len(programs) == (context == "adapted")
+    run = [[sys.executable, "-m", "ggml_diffusion", *shlex.split(one, comments=True)[1:]] for one in commands]
+    for command in [*run, *([sys.executable, "-c", program] for program in programs)]:
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, (command, done.stderr)

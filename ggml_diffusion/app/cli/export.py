@@ -34,7 +34,7 @@ def export_adapter(
 ) -> None:
     """Write a conversion as another adapter file.
 
-    An output folder of an unfinished run gives its last checkpoint.
+    An output folder of an unfinished run gives its last checkpoint. A card says beside it what it is.
     """
     if target.suffix not in (".safetensors", ".gguf"):
         raise UserError(f"{target}: the name must end in .safetensors or .gguf")
@@ -49,6 +49,10 @@ def export_adapter(
         checkpoint.check_base(file_sha256(base_path))
         checkpoint.save_gguf(target, read_model(base_path))
     _say(f"written: {target}")
+    from ggml_diffusion.training.model_card import write_adapter_card
+
+    if card := write_adapter_card(target, checkpoint):
+        _say(f"written: {card}")
 
 
 @export.command(

@@ -1,12 +1,13 @@
 """`generate`: write text by denoising."""
 
 import time
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
+from ggml_diffusion.app.cli.open_model import GpuLayers, Runtime, open_model
 from ggml_diffusion.app.cli.options import (
     Adapter,
     AllowOtherBase,
@@ -56,20 +57,8 @@ def generate(
             "for conversions with a frozen context.",
         ),
     ] = False,
-    runtime: Annotated[
-        Literal["engine", "llama.cpp"],
-        typer.Option(
-            "--runtime",
-            help="engine = this package's own; llama.cpp = llama-cpp-python, for builds of it with Metal, "
-            "CUDA or Vulkan.",
-        ),
-    ] = "engine",
-    gpu_layers: Annotated[
-        int,
-        typer.Option(
-            "--gpu-layers", min=-1, help="With --runtime llama.cpp: layers on its device, -1 = all."
-        ),
-    ] = 0,
+    runtime: Runtime = "engine",
+    gpu_layers: GpuLayers = 0,
     device: Device = "cpu",
     threads: Threads = None,
     allow_other_base: AllowOtherBase = False,
@@ -78,9 +67,6 @@ def generate(
 
     On a terminal it appears out of the masks; elsewhere only its end is printed.
     """
-    from ggml_diffusion.generation.diffusion_model import DiffusionModel
-    from ggml_diffusion.training.run import exported_weights
-
     settings = {
         "steps": steps,
         "order": order,
@@ -95,19 +81,15 @@ def generate(
         "approximate_cache": approximate_cache,
     }
     config = from_flags(GenerationConfig, settings)
-    weights = exported_weights(adapter, note_on_stderr)
-    if runtime == "llama.cpp":
-        if device != "cpu":
-            raise UserError("--device is the engine's: with --runtime llama.cpp give --gpu-layers")
-        from ggml_diffusion.generation.llama_model import load_in_llama_cpp
-
-        model = load_in_llama_cpp(
-            base, weights, threads, n_gpu_layers=gpu_layers, allow_other_base=allow_other_base
-        )
-    elif gpu_layers != 0:
-        raise UserError("--gpu-layers is for --runtime llama.cpp")
-    else:
-        model = DiffusionModel.load(base, weights, threads, device=device, allow_other_base=allow_other_base)
+    model = open_model(
+        base,
+        adapter,
+        threads,
+        runtime=runtime,
+        gpu_layers=gpu_layers,
+        device=device,
+        allow_other_base=allow_other_base,
+    )
     if verify:
         if suffix or steps is not None or order is not None or remasking is not None:
             raise UserError(

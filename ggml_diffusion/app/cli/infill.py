@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from ggml_diffusion.app.cli.open_model import GpuLayers, Runtime, open_model
 from ggml_diffusion.app.cli.options import (
     Adapter,
     AllowOtherBase,
@@ -21,7 +22,6 @@ from ggml_diffusion.app.cli.options import (
     Threads,
     field_option,
     from_flags,
-    note_on_stderr,
 )
 from ggml_diffusion.durable import replace_file
 from ggml_diffusion.errors import UserError
@@ -61,6 +61,8 @@ def infill(
             "--json", help="Print each hole with its tokens, their probabilities and the lengths tried."
         ),
     ] = False,
+    runtime: Runtime = "engine",
+    gpu_layers: GpuLayers = 0,
     device: Device = "cpu",
     threads: Threads = None,
     allow_other_base: AllowOtherBase = False,
@@ -70,9 +72,6 @@ def infill(
     Several holes are filled together, the surest token first. A hole whose marker gives no length is filled
     at several lengths, and the one that fits best is taken.
     """
-    from ggml_diffusion.generation.diffusion_model import DiffusionModel
-    from ggml_diffusion.training.run import exported_weights
-
     flags = {
         "length": length,
         "at_most": at_most,
@@ -96,8 +95,15 @@ def infill(
         holes = find_holes(document, marker)
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
-    weights = exported_weights(adapter, note_on_stderr)
-    model = DiffusionModel.load(base, weights, threads, device=device, allow_other_base=allow_other_base)
+    model = open_model(
+        base,
+        adapter,
+        threads,
+        runtime=runtime,
+        gpu_layers=gpu_layers,
+        device=device,
+        allow_other_base=allow_other_base,
+    )
     filled = _fill(model, document, holes, config)
     result = fill_in(document, holes, [one.text for one in filled])
     target = Path(os.path.realpath(file)) if in_place else output

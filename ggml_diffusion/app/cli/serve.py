@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from ggml_diffusion.app.cli.open_model import GpuLayers, Runtime, open_model
 from ggml_diffusion.app.cli.options import (
     Adapter,
     AllowOtherBase,
@@ -30,6 +31,8 @@ def serve(
     max_waiting: Annotated[
         int, typer.Option(min=1, max=10_000, help="Requests that may wait; one is answered at a time.")
     ] = 64,
+    runtime: Runtime = "engine",
+    gpu_layers: GpuLayers = 0,
     device: Device = "cpu",
     threads: Threads = None,
     allow_other_base: AllowOtherBase = False,
@@ -43,8 +46,6 @@ def serve(
         raise UserError(f"{' and '.join(missing)} missing: pip install 'ggml-diffusion[server]'")
     from ggml_diffusion.app.server.serving import hosts_for, open_socket
     from ggml_diffusion.app.server.serving import serve as serve_model
-    from ggml_diffusion.generation.diffusion_model import DiffusionModel
-    from ggml_diffusion.training.run import exported_weights
 
     if api_key is not None and not api_key.strip():
         raise UserError("--api-key is empty: give one, or leave it out")
@@ -53,8 +54,15 @@ def serve(
     else:
         raise UserError(f"--host {host} is open to other machines: give an --api-key too")
     with listening:
-        weights = exported_weights(adapter, note_on_stderr)
-        model = DiffusionModel.load(base, weights, threads, device=device, allow_other_base=allow_other_base)
+        model = open_model(
+            base,
+            adapter,
+            threads,
+            runtime=runtime,
+            gpu_layers=gpu_layers,
+            device=device,
+            allow_other_base=allow_other_base,
+        )
         name = adapter.resolve().name if adapter.is_dir() else adapter.stem
         shown = f"[{host}]" if ":" in host else host
         note_on_stderr(f"http://{shown}:{listening.getsockname()[1]} answers; Ctrl-C ends it")
