@@ -9,6 +9,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama, tied": {"tied": True},
     "llama, untied": {"tied": False},
     "qwen2": {"arch": "qwen2"},
+    "qwen2, untied": {"arch": "qwen2", "tied": False},
     "gemma3": {"arch": "gemma3"},
 }
 TEXT = np.array([30, 31, MASK, MASK, 40, 41, 42, MASK, 50, MASK, MASK, MASK], np.int32)
@@ -73,11 +75,15 @@ def test_logits_are_the_engines(engines: tuple[Q4Model, LlamaEngine]) -> None:
         assert error <= tolerance * np.abs(ours).max()
 
 
+@pytest.mark.parametrize("block_size", [None, 4])
 @pytest.mark.parametrize("prediction", ["shifted", "aligned"])
-def test_the_same_seed_gives_the_same_text(engines: tuple[Q4Model, LlamaEngine], prediction: Any) -> None:
+def test_the_same_seed_gives_the_same_text(
+    engines: tuple[Q4Model, LlamaEngine], prediction: Any, block_size: int | None
+) -> None:
     texts = []
     for engine in engines:
         model = converted(engine, prediction, causal_ratio=0.0, time_offset=time_offset)
+        model.rule = replace(model.rule, block_size=block_size)
         texts.append([model.fill(TEXT, GenerationConfig(seed=seed, top_p=0.9)).tolist() for seed in range(4)])
         texts[-1].append(model.generate("the sand", GenerationConfig(length=12, seed=5), suffix=" sea"))
     assert texts[0] == texts[1]
