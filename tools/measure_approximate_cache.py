@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from finished_run import open_run
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
@@ -18,8 +19,6 @@ from tool_errors import run_tool
 
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.evaluation.infilling import cut_holes
-from ggml_diffusion.evaluation.suite import load_held_out
-from ggml_diffusion.formats.adapter_file import DiffusionCheckpoint
 from ggml_diffusion.generation.denoise import GenerationConfig
 from ggml_diffusion.generation.diffusion_model import DiffusionModel
 
@@ -61,11 +60,9 @@ def main() -> None:
     parser.add_argument("--holes", type=int, default=62, help="of each length, and prompts")
     parser.add_argument("--seed", type=int, default=0, help="of the places")
     given = parser.parse_args()
-    weights = given.run / "adapter.safetensors"
-    model = DiffusionModel.load(given.model, weights)
+    model, held_out = open_run(given.model, given.run)
     if model.rule.context == "frozen":
         raise UserError(f"{given.run}: its context is frozen, which is computed once anyway")
-    held_out = load_held_out(DiffusionCheckpoint.load(weights), model.tokenizer, 256).held_out
     print(model.engine.description)
     for length in LENGTHS:
         holes = cut_holes(held_out, length, 1, model.mask_token_id, given.seed)[: given.holes]

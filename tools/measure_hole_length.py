@@ -11,14 +11,12 @@ import argparse
 from pathlib import Path
 
 import numpy as np
+from finished_run import open_run
 from rich.console import Console
 from rich.progress import track
 from tool_errors import run_tool
 
 from ggml_diffusion.evaluation.infilling import cut_holes
-from ggml_diffusion.evaluation.suite import load_held_out
-from ggml_diffusion.formats.adapter_file import DiffusionCheckpoint
-from ggml_diffusion.generation.diffusion_model import DiffusionModel
 from ggml_diffusion.generation.infill import infill
 
 LENGTHS = (1, 2, 3, 4, 6, 8)
@@ -34,9 +32,7 @@ def main() -> None:
     parser.add_argument("--holes", type=int, default=30, help="of each length")
     parser.add_argument("--seed", type=int, default=0, help="of the places")
     given = parser.parse_args()
-    weights = given.run / "adapter.safetensors"
-    model = DiffusionModel.load(given.model, weights)
-    held_out = load_held_out(DiffusionCheckpoint.load(weights), model.tokenizer, 256).held_out
+    model, held_out = open_run(given.model, given.run)
     holes = [
         hole
         for length in LENGTHS

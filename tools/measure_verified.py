@@ -11,13 +11,12 @@ import time
 from pathlib import Path
 
 import numpy as np
+from finished_run import open_run
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 from tool_errors import run_tool
 
-from ggml_diffusion.evaluation.suite import load_held_out
-from ggml_diffusion.formats.adapter_file import DiffusionCheckpoint
 from ggml_diffusion.generation.denoise import GenerationConfig
 from ggml_diffusion.generation.diffusion_model import DiffusionModel
 
@@ -51,9 +50,7 @@ def main() -> None:
     parser.add_argument("--block-length", type=int, default=4, help="tokens of a draft")
     parser.add_argument("--seed", type=int, default=0, help="of the places of the prompts")
     given = parser.parse_args()
-    weights = given.run / "adapter.safetensors"
-    model = DiffusionModel.load(given.model, weights)
-    sequences = load_held_out(DiffusionCheckpoint.load(weights), model.tokenizer, 256).held_out.tokens
+    model, held_out = open_run(given.model, given.run)
     random = np.random.default_rng(given.seed)
     config = GenerationConfig(length=given.length, temperature=0.0, block_length=given.block_length)
     console = Console(stderr=True)
@@ -61,7 +58,7 @@ def main() -> None:
     verified_s = plain_s = 0.0
     for _ in track(range(given.prompts), "prompts", console=console, disable=not console.is_terminal):
         start, n = int(random.integers(0, 60)), int(random.integers(16, 64))
-        sequence = sequences[random.integers(len(sequences))]
+        sequence = held_out.tokens[random.integers(len(held_out))]
         prompt = model.tokenizer.decode(sequence[start : start + n])
         started_s = time.perf_counter()
         written = model.write_verified(prompt, config)[1]
