@@ -20,6 +20,7 @@ from tool_errors import run_tool
 from ggml_diffusion.evaluation.infilling import Hole, cut_holes, fill_holes
 from ggml_diffusion.generation.diffusion_model import DiffusionModel
 from ggml_diffusion.generation.sampling import log_softmax
+from ggml_diffusion.objective.output_rows import rows_of_positions
 
 
 def cross_entropy(model: DiffusionModel, hole: Hole) -> float:
@@ -27,7 +28,8 @@ def cross_entropy(model: DiffusionModel, hole: Hole) -> float:
     masked = hole.filled(np.full(hole.length, model.mask_token_id, dtype=np.int32))
     share = 1.0 if model.rule.context == "frozen" else hole.length / len(masked)
     logits = model.logits(masked, model.rule.noise_schedule.time_at(share))
-    said = log_softmax(logits[hole.start : hole.start + hole.length])
+    places = np.arange(hole.start, hole.start + hole.length)
+    said = log_softmax(logits[rows_of_positions(places, model.rule.prediction)])
     return -float(said[np.arange(hole.length), hole.answer].mean())
 
 
