@@ -93,7 +93,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8 text") from None
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # TOMLDecodeError is one, and so is an integer of thousands of digits
         raise UserError(f"{path}: not valid TOML: {one_line(str(error))}") from None
     values: dict[str, Any] = {}
     for section, table in tables.items():
