@@ -9,6 +9,7 @@ the same (text_key.py).
 """
 
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -40,6 +41,7 @@ from ggml_diffusion.text.tokenising import OnProgress, check_refusals, tokenise
 from ggml_diffusion.text.tokenizer import Tokenizer
 
 _NAME_DIGITS = 16
+_STORE_NAME = re.compile(rf"[0-9a-f]{{{_NAME_DIGITS}}}")
 
 
 @dataclass(frozen=True)
@@ -111,19 +113,25 @@ def _open_tokens(files: Sequence[TextFile], tokenizer: TextEncoder, T: int, read
 
 
 def keep_only(stores: Sequence[TokenStore]) -> None:
-    """Delete the stores beside these, of other texts or vocabularies."""
+    """Delete the stores beside these, of other texts or vocabularies, and nothing that is somebody else's."""
     kept = {store.folder for store in stores}
     for folder in {place.parent for place in kept if place.is_dir()}:
         for other in folder.iterdir():
-            if other not in kept:
+            if other not in kept and _is_ours(other):
                 shutil.rmtree(other, ignore_errors=True)
+
+
+def _is_ours(place: Path) -> bool:
+    """Whether a path is a store, whole or not: by its name, and reached by no link."""
+    is_named = bool(_STORE_NAME.fullmatch(place.name)) or place.name.startswith(UNFINISHED_PREFIX)
+    return is_named and not place.is_symlink() and not place.parent.is_symlink()
 
 
 def _kept(folder: Path, vocabulary: str, warn: Callable[[str], None]) -> dict[Path, Manifest]:
     """The stores of a vocabulary, by their folders."""
     found = {}
     for place in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if place.name.startswith("."):
+        if not _STORE_NAME.fullmatch(place.name):
             continue
         manifest = read_manifest(place)
         if manifest is None:
@@ -143,7 +151,8 @@ def _is_whole(place: Path, manifest: Manifest, warn: Callable[[str], None]) -> b
 def _delete_unfinished(folder: Path) -> None:
     """Delete what a process that was killed left behind."""
     for place in folder.glob(f"{UNFINISHED_PREFIX}*"):
-        shutil.rmtree(place, ignore_errors=True)
+        if _is_ours(place):
+            shutil.rmtree(place, ignore_errors=True)
 
 
 def _new(

@@ -463,6 +463,7 @@ def _train(
                         metrics = trainer.train_step(data.batch_at(trainer.step_count))
                 except Diverged as cause:
                     listener.stop()
+                    watch.check()  # other weights than those it began with look like it, too
                     roll_back(trainer, output / CHECKPOINTS, cause)
                     writer.rewind(trainer.step_count)
                     listener.start(trainer.step_count, trainer.tokens_seen, total_steps)
@@ -493,9 +494,10 @@ def _save(trainer: ConversionTrainer, output: Path, writer: MetricsWriter, watch
 
 @contextmanager
 def _stop_on_signals(listener: RunListener) -> Iterator[list[int]]:
-    """Collect the first SIGINT or SIGTERM instead of dying of it; a second one kills at once.
+    """Collect the first signal to stop instead of dying of it; a second one kills at once.
 
-    Only Python's main thread can take signals: elsewhere nothing is collected.
+    A terminal that closes is such a signal, unless it is ignored, as nohup has it. Only Python's main thread
+    can take signals: elsewhere nothing is collected.
     """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
@@ -504,11 +506,15 @@ def _stop_on_signals(listener: RunListener) -> Iterator[list[int]]:
 
     def stop(number: int, frame: FrameType | None) -> None:
         received.append(number)
-        for each in (signal.SIGINT, signal.SIGTERM):
+        for each in before:
             signal.signal(each, signal.SIG_DFL)
         listener.note("stopping after this step; once more stops at once")
 
-    before = {each: signal.signal(each, stop) for each in (signal.SIGINT, signal.SIGTERM)}
+    names = ("SIGINT", "SIGTERM", "SIGHUP")  # the last is not everywhere
+    signals = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    before = {each: signal.getsignal(each) for each in signals if signal.getsignal(each) != signal.SIG_IGN}
+    for each in before:
+        signal.signal(each, stop)
     try:
         yield received
     finally:

@@ -144,6 +144,22 @@ def test_output_goes_to_another_file(infill, tmp_path):
     assert (tmp_path / "text").read_bytes() == DOCUMENT
 
 
+def test_output_goes_through_a_link_and_into_a_device_and_never_over_the_model(infill, base, tmp_path):
+    text, filled, link = tmp_path / "text", tmp_path / "filled", tmp_path / "link"
+    text.write_bytes(DOCUMENT)
+    link.symlink_to(filled)
+    assert infill(text, "--output", link).code == 0
+    assert link.is_symlink() and len(parts_of(filled.read_bytes())) == 3
+    null = tmp_path / "null"
+    null.symlink_to("/dev/null")
+    assert infill(text, "--output", null).code == 0
+    assert null.is_symlink() and stat.S_ISCHR(os.stat("/dev/null").st_mode)
+    before = base.read_bytes()
+    done = infill(text, "--output", base)
+    assert done.code == 2 and "is the model or the adapter" in done.err
+    assert base.read_bytes() == before
+
+
 def test_a_marker_of_ones_own(infill, tmp_path):
     (tmp_path / "text").write_bytes(b"the ___ mill ?? corn")
     out = infill(tmp_path / "text", "--marker", "??", "--length", 2).out

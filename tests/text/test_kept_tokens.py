@@ -312,3 +312,18 @@ def test_tokens_that_are_not_kept_leave_no_file(reader, tmp_path, monkeypatch):
 def test_a_tokenizer_without_a_fingerprint_keeps_nothing(text, tmp_path):
     TextDataLoader(text / "a.txt", ByteTokenizer(), 8, 1, reading=Reading(tmp_path / "tokens", keep=True))
     assert not (tmp_path / "tokens").exists()
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_what_is_somebody_elses_in_the_folder_of_tokens_stays(reader, tmp_path, linked):
+    folder = tmp_path / "tokens"
+    if linked:
+        (tmp_path / "elsewhere").mkdir()
+        folder.symlink_to(tmp_path / "elsewhere")
+    mine = folder / "experiments"
+    mine.mkdir(parents=True)
+    (mine / "notes.txt").write_text("mine")
+    loader = reader.open()
+    loader.keep_only_this_text()
+    assert (mine / "notes.txt").read_text() == "mine"
+    assert reader.warnings == []

@@ -1,5 +1,6 @@
 """`convert`: train an adapter on text and export it."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -8,6 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ggml_diffusion.app.cli import options
+from ggml_diffusion.app.lasting_output import lasting
 from ggml_diffusion.config.settings import ConversionTrainingConfig
 
 
@@ -58,7 +60,7 @@ def run_and_show(config: ConversionTrainingConfig, *, fresh: bool, evaluate_on: 
     from ggml_diffusion.app.display import TrainingDisplay, show_evidence
     from ggml_diffusion.training.run import run_conversion
 
-    console = Console()
+    console = Console(file=lasting(sys.stdout))
     with TrainingDisplay(console) as display:
         conversion = run_conversion(config, display, fresh=fresh, evaluate_on=evaluate_on)
     if conversion.interrupted_by is not None or conversion.safetensors is None:

@@ -46,6 +46,8 @@ def export_adapter(
         if base is None and not os.path.isfile(base_path):
             name = quoted(checkpoint.metadata.base_model)
             raise UserError(f"where is the base model {name}? give it by --base")
+        if target.exists() and target.samefile(base_path):
+            raise UserError(f"{target}: is the base model: give the adapter another name")
         checkpoint.check_base(file_sha256(base_path))
         checkpoint.save_gguf(target, read_model(base_path))
     _say(f"written: {target}")

@@ -89,6 +89,8 @@ def infill(
         raise UserError("give --output or --in-place, not both")
     if diff and as_json:
         raise UserError("give --diff or --json, not both")
+    if output is not None and output.exists() and any(output.samefile(one) for one in (base, adapter)):
+        raise UserError(f"--output {output}: is the model or the adapter: give the text another name")
     document = _read(file)
     name = "standard input" if file == STANDARD_INPUT else file
     try:
@@ -106,7 +108,7 @@ def infill(
     )
     filled = _fill(model, document, holes, config)
     result = fill_in(document, holes, [one.text for one in filled])
-    target = Path(os.path.realpath(file)) if in_place else output
+    target = Path(file) if in_place else output
     if target is not None:
         _write(target, result)
     if as_json:
@@ -168,7 +170,14 @@ def _read(file: str) -> bytes:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Write a file, whole or not at all; one that was there keeps its mode."""
+    """Write a file, whole or not at all; one that was there keeps its mode, and a link stays one."""
+    if path.exists() and not path.is_file():  # a pipe, or a device such as /dev/stdout, is not replaced
+        try:
+            path.write_bytes(data)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+        return
+    path = Path(os.path.realpath(path))
     mode = stat.S_IMODE(path.stat().st_mode) if path.is_file() else None
 
     def write(temporary: Path) -> None:

@@ -1,8 +1,8 @@
 """Entry point: the commands, and what their errors become.
 
 Exit codes: 0 done; 1 `verify` found an export that differs; 2 something the user can correct, in one line on
-stderr; 130 or 143 stopped by SIGINT or SIGTERM with everything saved. Deliberately not here: any work, and
-the commands themselves.
+stderr; 129, 130 or 143 stopped by SIGHUP, SIGINT or SIGTERM with everything saved. Deliberately not here: any
+work, and the commands themselves.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import typer
 
+from ggml_diffusion.app.lasting_output import discard
 from ggml_diffusion.errors import UserError
 
 # Name, what the list of commands says of it (the first sentence of its own help), and an example; a group's
@@ -104,12 +105,23 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
         given = sys.argv[1:] if arguments is None else list(arguments)
-        _app([name for name in _COMMANDS if name in given])(args=given)
+        try:
+            _app([name for name in _COMMANDS if name in given])(args=given)
+        finally:
+            sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except MemoryError as error:  # where nothing said so before
         print(f"error: not enough memory: {str(error) or 'ask for less at a time'}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # whoever read has enough
+        discard(sys.stdout)
+        sys.exit(1)
+    except OSError as error:  # where nothing said so before: the disk behind standard output is full
+        discard(sys.stdout)
+        place = "" if error.filename is None else f"{error.filename!r}: "
+        print(f"error: {place}{error.strerror or error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
