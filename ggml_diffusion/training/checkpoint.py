@@ -10,6 +10,7 @@ state: it is drawn from (seed, step). Source: rename and fsync order as in SQLit
 """
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -57,6 +58,17 @@ _LATEST_FILE = "latest"
 _MAX_MANIFEST_BYTES = 1 << 16
 _FOLDER_NAME = re.compile(r"step-(\d{8,})(?:-(\d+))?")
 _UNFINISHED_PREFIX, _DAMAGED_PREFIX = ".unfinished-", ".damaged-"
+
+# Faults of the disk or its permissions, which may be over by the next time; a missing or cut file is damage.
+_CANNOT_READ = (
+    errno.EIO,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.EMFILE,
+    errno.ENOMEM,
+)
 
 
 @dataclass
@@ -144,31 +156,43 @@ def delete_older(folder: str | Path, newest: Path, keep: int = KEPT) -> None:
     _delete_all(folder, _UNFINISHED_PREFIX)
 
 
-def load_latest(folder: str | Path) -> LoadedCheckpoint | None:
+def load_latest(folder: str | Path, before: int | None = None) -> LoadedCheckpoint | None:
     """Load the newest whole checkpoint of a run: the one `latest` names, else the one of the highest step.
 
+    Args:
+        folder: of the checkpoints.
+        before: a step; those of this one and later are passed over as if they were damaged. None = none are.
+
     Returns:
-        None if the folder holds no checkpoint at all.
+        None if the folder holds no checkpoint at all, or none before that step.
 
     Raises:
-        UserError: there are checkpoints, but every one is damaged.
+        UserError: there are checkpoints, but every one is damaged; or one cannot be read, which says nothing
+            of what is in it.
 
     """
     folder = Path(folder)
-    candidates = _newest_first(folder)
+    try:
+        candidates = _listed(folder)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be listed: {error.strerror}") from None
     latest = folder / _read_latest(folder)
     if latest in candidates:
         candidates.remove(latest)
         candidates.insert(0, latest)
     warnings: list[str] = []
     for number, candidate in enumerate(candidates):
+        if before is not None and _step_of(candidate) >= before:
+            continue
         try:
             state, checkpoint = _load(candidate)
         except UserError as error:
+            if _is_unread(error):
+                raise
             warnings.append(f"a damaged checkpoint is left out: {error}")
         else:
             return LoadedCheckpoint(candidate, state, checkpoint, warnings, candidates[:number])
-    if not candidates:
+    if not warnings:
         return None
     raise UserError(f"{folder}: all {len(candidates)} checkpoints are damaged; the newest: {warnings[0]}")
 
@@ -231,14 +255,40 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 
 def _newest_first(folder: Path) -> list[Path]:
+    """As `_listed`; none where that fails."""
+    try:
+        return _listed(folder)
+    except OSError:
+        return []
+
+
+def _listed(folder: Path) -> list[Path]:
     """Checkpoint folders, the highest step first; of equal steps, the one saved later."""
     found = []
-    with contextlib.suppress(OSError):
-        for path in folder.iterdir():
-            match = _FOLDER_NAME.fullmatch(path.name)
-            if match and path.is_dir():
-                found.append((int(match[1]), int(match[2] or 0), path))
+    try:
+        paths = list(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    for path in paths:
+        match = _FOLDER_NAME.fullmatch(path.name)
+        if match and path.is_dir():
+            found.append((int(match[1]), int(match[2] or 0), path))
     return [path for _, _, path in sorted(found, reverse=True)]
+
+
+def _step_of(folder: Path) -> int:
+    match = _FOLDER_NAME.fullmatch(folder.name)
+    assert match is not None
+    return int(match[1])
+
+
+def _is_unread(error: BaseException | None) -> bool:
+    """Whether an error came of a file that is there and cannot be read, by what it was raised for."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _CANNOT_READ:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _unused_name(folder: Path, step: int) -> Path:

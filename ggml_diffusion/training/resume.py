@@ -9,6 +9,7 @@ from pathlib import Path
 from ggml_diffusion.config.settings import settings_that_differ
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.training.checkpoint import (
+    KEPT,
     LoadedCheckpoint,
     TrainingState,
     delete_older,
@@ -61,6 +62,9 @@ def resume_run(trainer: ConversionTrainer, folder: str | Path) -> bool:
 def roll_back(trainer: ConversionTrainer, folder: str | Path, cause: Diverged) -> None:
     """Go back to the newest whole checkpoint, or to the start, with half the learning rate, and save that.
 
+    Where nothing was saved since the last time that the run went back, the weights that it went back to were
+    broken already: then it goes to a checkpoint before them, or to the start.
+
     Raises:
         UserError: the run went back twice already, and says what the user can do; or as `resume_run`.
 
@@ -72,13 +76,20 @@ def roll_back(trainer: ConversionTrainer, folder: str | Path, cause: Diverged) -
             f"it with --learning-rate {learning_rate:g} or lower, or start anew with --fresh"
         )
     loaded = load_latest(folder)
+    broken: list[Path] = []
+    if loaded is not None and loaded.state.step == trainer.rolled_back_to:
+        broken, loaded = [loaded.folder], load_latest(folder, loaded.state.step)
     if loaded is None:
+        set_aside(broken)
         trainer.restart()
     else:
         _restore(trainer, loaded)
-    trainer.rollbacks = n_before + 1
+    trainer.rollbacks, trainer.rolled_back_to = n_before + 1, trainer.step_count
     trainer.lower_rate(learning_rate)
-    save_run(trainer, folder)  # if the process is killed now, the run goes on at this rate
+    # If the process is killed now, the run goes on at this rate. What it replaces goes, and no older one.
+    save_state(folder, trainer.state(), trainer.checkpoint(), KEPT + 1)
+    if loaded is not None:
+        set_aside([loaded.folder])
     trainer.warn(
         f"{cause}; gone back to step {trainer.step_count}, and on from there at {learning_rate:g}, half of it"
     )

@@ -99,6 +99,7 @@ class ConversionTrainer:
         learning_rate: after the warm-up; the config's, until a run that diverged halves it (resume.py).
         rate_changes: (step, learning rate from there on), the first of them (0, the config's).
         rollbacks: how often the run has gone back to a checkpoint since the user last chose the rate.
+        rolled_back_to: the step of the last time in this process, None = it has not.
         start: what that was before the first step.
         parameters: everything that is trained; its views are what the engine and the exports read.
         adapter: the LoRA pairs and the mask embedding, as views of `parameters`.
@@ -129,6 +130,7 @@ class ConversionTrainer:
         self.learning_rate = config.learning_rate
         self.rate_changes: list[tuple[int, float]] = [(0, config.learning_rate)]
         self.rollbacks = 0
+        self.rolled_back_to: int | None = None
 
         qlora = config.qlora
         self.noise_schedule = NoiseSchedule(config.noise_schedule.type)
