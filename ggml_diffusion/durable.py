@@ -54,8 +54,9 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> None:
         UserError: writing failed; `path` is as it was, and the temporary file is gone.
 
     """
-    temporary = path.with_name(f".{path.name}.tmp")  # what a killed process left is overwritten by the next
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
+        temporary.unlink(missing_ok=True)  # what a killed process left; a link is not written through
         write(temporary)
         with contextlib.suppress(OSError):  # not every file system has modes
             os.chmod(temporary, 0o666 & ~_umask())  # some writers make private files; these are for everyone

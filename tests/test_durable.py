@@ -7,7 +7,7 @@ import stat
 import pytest
 
 from ggml_diffusion import durable
-from ggml_diffusion.durable import fsync_path, replace_file
+from ggml_diffusion.durable import fsync_path, replace_file, replace_text
 from ggml_diffusion.errors import UserError
 
 
@@ -65,3 +65,17 @@ def test_a_disk_that_fails_is_one_line_and_the_old_file_stays(tmp_path, monkeypa
         replace_file(tmp_path / "a", write)
     assert (tmp_path / "a").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_what_stands_where_the_temporary_file_goes_is_neither_followed_nor_waited_for(tmp_path, kind):
+    temporary, other = tmp_path / ".file.tmp", tmp_path / "other"
+    other.write_text("somebody else's")
+    if kind == "link":
+        temporary.symlink_to(other)
+    else:
+        os.mkfifo(temporary)
+    replace_text(tmp_path / "file", "mine")
+    assert (tmp_path / "file").read_text() == "mine" and not (tmp_path / "file").is_symlink()
+    assert other.read_text() == "somebody else's"
+    assert not os.path.lexists(temporary)

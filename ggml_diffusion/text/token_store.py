@@ -27,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ggml_diffusion.durable import fsync_path, replace_file
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.machine import processors
+from ggml_diffusion.regular_file import open_regular
 
 FORMAT = 1
 _SMALL_VOCABULARY = 1 << 16  # token numbers of two bytes
@@ -117,9 +118,10 @@ def sums_of_parts(path: Path) -> StoredFile:
 
     Raises:
         OSError: it cannot be read.
+        UserError: it cannot be opened, or is no file.
 
     """
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = _opened(path)
     try:
         n_bytes = os.fstat(descriptor).st_size
 
@@ -142,12 +144,12 @@ def sums_of_parts(path: Path) -> StoredFile:
 def read_manifest(folder: Path) -> Manifest | None:
     """The manifest of a store, None if it is missing, damaged or of another format."""
     try:
-        with (folder / MANIFEST).open("rb") as file:
+        with open_regular(folder / MANIFEST) as file:
             body, _, digest = file.read().rpartition(b"\n")
         if hashlib.sha256(body).hexdigest().encode() != digest:
             return None
         manifest = Manifest.model_validate_json(body)
-    except (OSError, ValidationError):
+    except (OSError, UserError, ValidationError):
         return None
     return manifest if manifest.format == FORMAT else None
 
@@ -175,7 +177,15 @@ def fault_of(folder: Path, manifest: Manifest) -> str | None:
                 return name
         except OSError as error:
             return f"{name}: {error.strerror}"
+        except UserError as error:
+            return str(error)
     return None
+
+
+def _opened(path: Path) -> int:
+    """A descriptor of a file; UserError where there is none, or something that waits."""
+    with open_regular(path) as file:
+        return os.dup(file.fileno())
 
 
 class TokenStore:
@@ -206,10 +216,10 @@ class TokenStore:
         descriptors: dict[str, int] = {}
         for name in FILES:
             try:
-                descriptors[name] = os.open(folder / name, os.O_RDONLY)
-            except OSError as error:
+                descriptors[name] = _opened(folder / name)
+            except UserError:
                 _close_all(descriptors)
-                raise UserError(f"{folder / name}: cannot be opened: {error.strerror}") from None
+                raise
         return cls(folder, manifest, descriptors)
 
     def text(self, start: int, stop: int) -> NDArray[np.int32]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ggml_diffusion.durable import replace_text
 from ggml_diffusion.errors import UserError
-from ggml_diffusion.regular_file import open_regular
+from ggml_diffusion.regular_file import kind_of, open_regular
 from ggml_diffusion.run_folder import LOCK, PID
 
 # What systems answer where a file system has no locks, as some network and shared drives.
@@ -24,6 +24,8 @@ def exclusive(output: Path, warn: Callable[[str], None]) -> Iterator[None]:
     """Make the output folder and keep other processes out of it; the operating system lifts the lock."""
     try:
         output.mkdir(parents=True, exist_ok=True)
+        if kind := kind_of(output / LOCK):  # to open a named pipe waits
+            raise UserError(f"{output / LOCK}: {kind}, not a file: delete it")
         lock = (output / LOCK).open("ab")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

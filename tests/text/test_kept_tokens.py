@@ -327,3 +327,14 @@ def test_what_is_somebody_elses_in_the_folder_of_tokens_stays(reader, tmp_path, 
     loader.keep_only_this_text()
     assert (mine / "notes.txt").read_text() == "mine"
     assert reader.warnings == []
+
+
+@pytest.mark.parametrize("name", [MANIFEST, *FILES])
+def test_a_named_pipe_among_the_kept_tokens_is_not_waited_for(reader, tmp_path, name):
+    before = contents(reader.open())
+    (store,) = stores(tmp_path / "tokens")
+    place = tmp_path / "tokens" / store / name
+    place.unlink()
+    os.mkfifo(place)
+    assert contents(reader.open()) == before
+    assert "damaged" in reader.warnings[0]

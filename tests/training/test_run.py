@@ -691,6 +691,13 @@ def test_a_second_run_in_the_same_folder_is_refused_and_the_first_ones_pid_named
     run(settings)  # the lock died with its holder
 
 
+def test_a_named_pipe_in_the_place_of_the_lock_is_one_line(settings, tmp_path):
+    (tmp_path / "run").mkdir()
+    os.mkfifo(tmp_path / "run" / ".lock")
+    with pytest.raises(UserError, match="a named pipe, not a file"):
+        run(settings)
+
+
 # -- the identity gate --------------------------------------------------------------------------------------
 
 
