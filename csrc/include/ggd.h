@@ -122,6 +122,10 @@ typedef struct {
 const char *ggd_last_error(void);
 // "ggml version" that the core was compiled against is checked by the caller: the version of the library in the process.
 const char *ggd_ggml_version(void);
+// Memory that another library has mapped a file to: from now on a read past an end that the file has come to have ends the process with
+// one line and exit code 2, as it does for this library's own maps. Forget it before it is unmapped.
+void ggd_bus_watch(const void *data, size_t bytes, const char *path);
+void ggd_bus_forget(const void *data);
 // Comma-separated kernel sets that this machine can run, fastest first.
 const char *ggd_kernel_sets(void);
 

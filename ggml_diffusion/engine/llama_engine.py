@@ -29,6 +29,7 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ggml_diffusion.engine.foreign_maps import forget, maps_of, watch
 from ggml_diffusion.engine.interface import (
     Batch,
     Compute,
@@ -112,9 +113,12 @@ class LlamaEngine:
         params = self.api.llama_model_default_params()
         params.n_gpu_layers = n_gpu_layers
         params.use_extra_bufts = False  # no second, repacked copy of the weights
+        before = maps_of(file.parts)
         self.model = self.api.llama_model_load_from_file(os.fsencode(file.path), params)
+        self._maps = {at: one for at, one in maps_of(file.parts).items() if at not in before}
         if not self.model:
             self.fail("does not load the model")
+        watch(self._maps)
         self._whole: _Session | None = None
         self._adapter: LoraAdapter | None = None
         self._handle: Any = None
@@ -128,6 +132,7 @@ class LlamaEngine:
         if getattr(self, "model", None):
             if self._whole is not None:
                 self._whole.close()
+            forget(self._maps)
             self.api.llama_model_free(self.model)  # and its adapters
             self.model = None
             self._core.close()
