@@ -23,6 +23,12 @@ def one_line(text: str) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in line[:200])
 
 
+def escaped(line: str) -> str:
+    """A line of ours with names of files in it, safe to print: what would not be seen, or would do something
+    to a terminal, is escaped."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in line)
+
+
 def is_unicode(text: str) -> bool:
     """Whether a text can be written as UTF-8: it holds no half of a surrogate pair."""
     try:

@@ -21,6 +21,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from ggml_diffusion.errors import escaped
 from ggml_diffusion.evaluation.tables import TokenisingProgress
 from ggml_diffusion.generation.denoise import DenoisingStep
 from ggml_diffusion.text.tokenizer import Tokenizer
@@ -77,11 +78,11 @@ class TrainingDisplay:
 
     def note(self, text: str) -> None:
         """A line of what is going on."""
-        self._console.print(Text(text), soft_wrap=True)
+        self._console.print(Text(escaped(text)), soft_wrap=True)
 
     def warn(self, text: str) -> None:
         """A line of what the user should know."""
-        self._console.print(Text(f"warning: {text}", style="yellow"), soft_wrap=True)
+        self._console.print(Text(f"warning: {escaped(text)}", style="yellow"), soft_wrap=True)
 
     def tokenise(self, done_bytes: int, total_bytes: int) -> None:
         """Show how much of the text has been tokenised."""

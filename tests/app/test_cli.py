@@ -727,3 +727,20 @@ def test_a_signal_to_a_run_with_its_gate_saves_it_and_says_how_to_go_on(base, tm
     ]
     assert steps == list(np.arange(len(steps)) + 1)
     assert list((tmp_path / "run" / "checkpoints").glob(f"step-{steps[-1]:08d}"))
+
+
+def test_names_of_files_do_nothing_to_a_terminal(base, tmp_path, capsys):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    name = "\x1b]0;owned\x07\nb.txt"
+    (folder / name).write_bytes(b"\xff\xfe\x00")
+    (folder / "good.txt").write_text("the old mill ground corn. " * 50)
+    arguments = convert_arguments(base, tmp_path)
+    place = arguments.index("--data") + 1
+    for data in (folder, folder / name, f"{tmp_path}/none\x1b[31m\n.txt"):
+        run(*arguments[:place], data, *arguments[place + 1 :], "--fresh")
+        shown = capsys.readouterr()
+        assert "\x1b" not in shown.out + shown.err
+        assert len(shown.err.strip().splitlines()) <= 1
+    assert run("inspect", f"{tmp_path}/none\x1b[31m\n.gguf") == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}/none\\x1b[31m\\n.gguf: no such file\n"

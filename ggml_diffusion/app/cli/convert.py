@@ -11,6 +11,7 @@ from rich.text import Text
 from ggml_diffusion.app.cli import options
 from ggml_diffusion.app.lasting_output import lasting
 from ggml_diffusion.config.settings import ConversionTrainingConfig
+from ggml_diffusion.errors import escaped
 
 
 def convert(
@@ -75,5 +76,5 @@ def run_and_show(config: ConversionTrainingConfig, *, fresh: bool, evaluate_on: 
     if conversion.evidence is not None:
         show_evidence(console, conversion.evidence)
     for path in (conversion.safetensors, conversion.gguf):
-        console.print(Text(f"written: {path}"), soft_wrap=True)
+        console.print(Text(escaped(f"written: {path}")), soft_wrap=True)
     return conversion.safetensors

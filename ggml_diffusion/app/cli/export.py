@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ggml_diffusion.app.cli.options import Adapter, Base, Threads, note_on_stderr
-from ggml_diffusion.errors import UserError, quoted
+from ggml_diffusion.errors import UserError, escaped, quoted
 from ggml_diffusion.formats.adapter_file import DiffusionCheckpoint
 from ggml_diffusion.formats.model_check import read_model
 from ggml_diffusion.formats.model_file import file_sha256
@@ -142,4 +142,4 @@ def _conversion_in(source: Path) -> DiffusionCheckpoint:
 
 
 def _say(text: str) -> None:
-    Console().print(Text(text), soft_wrap=True)
+    Console().print(Text(escaped(text)), soft_wrap=True)

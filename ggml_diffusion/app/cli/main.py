@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import typer
 
 from ggml_diffusion.app.lasting_output import discard
-from ggml_diffusion.errors import UserError
+from ggml_diffusion.errors import UserError, escaped
 
 # Name, what the list of commands says of it (the first sentence of its own help), and an example; a group's
 # commands have examples of their own.
@@ -110,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         finally:
             sys.stdout.flush()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {escaped(str(error))}", file=sys.stderr)
         sys.exit(2)
     except MemoryError as error:  # where nothing said so before
         print(f"error: not enough memory: {str(error) or 'ask for less at a time'}", file=sys.stderr)

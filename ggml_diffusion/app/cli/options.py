@@ -11,7 +11,7 @@ from rich.text import Text
 from ggml_diffusion.config.presets import PRESETS
 from ggml_diffusion.config.settings import SETTINGS, ConversionTrainingConfig
 from ggml_diffusion.config.toml import load_config
-from ggml_diffusion.errors import UserError, one_line
+from ggml_diffusion.errors import UserError, escaped, one_line
 
 
 def setting(name: str, flag: str) -> Any:
@@ -131,4 +131,4 @@ def from_flags(kind: type[Settings], flags: dict[str, Any]) -> Settings:
 
 def note_on_stderr(text: str) -> None:
     """Say something beside a command's output."""
-    Console(stderr=True).print(Text(text), soft_wrap=True)
+    Console(stderr=True).print(Text(escaped(text)), soft_wrap=True)
