@@ -27,6 +27,8 @@ MAX_LINE_BYTES = 16 << 20
 _BLOCK_CHARS = 1 << 20
 _READ_BYTES = 1 << 20
 _ROWS = 256
+# Text becomes a third or a tenth by gzip, a log a thirtieth; a thousandth is the most that there is.
+_MOST_COMPRESSED, _UNPACKED_FREE = 100, 16 << 20
 
 
 @dataclass(frozen=True)
@@ -97,12 +99,35 @@ def _opened(file: TextFile) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
             if not file.is_compressed:
                 yield raw, raw
                 return
-            with gzip.GzipFile(fileobj=raw) as content:
+            with _Unpacked(file, raw) as content:
                 yield cast(IO[bytes], content), raw
     except (EOFError, zlib.error, gzip.BadGzipFile):
         raise UserError(f"{file.place()}: cannot be unpacked: no gzip, or cut short") from None
     except OSError as error:
         raise UserError(f"{file.place()}: cannot be read: {error.strerror or error}") from None
+
+
+class _Unpacked(gzip.GzipFile):
+    """What is in a gzip file, as far as it could be text: of some files no disk would hold all of it."""
+
+    def __init__(self, file: TextFile, raw: IO[bytes]) -> None:
+        super().__init__(fileobj=raw)
+        self._file, self._raw, self._n_bytes = file, raw, 0
+
+    def read(self, size: int | None = -1) -> bytes:
+        return self._counted(super().read(size))
+
+    def readline(self, size: int | None = -1) -> bytes:
+        return self._counted(super().readline(size))
+
+    def _counted(self, data: bytes) -> bytes:
+        self._n_bytes += len(data)
+        if self._n_bytes > max(_UNPACKED_FREE, _MOST_COMPRESSED * self._raw.tell()):
+            raise UserError(
+                f"{self._file.place()}: unpacks to more than {_MOST_COMPRESSED} times its size, as no text does: "
+                f"unpack it first, if it is one"
+            )
+        return data
 
 
 # -- text ----------------------------------------------------------------------------------------------

@@ -355,3 +355,15 @@ def test_kept_tokens_remember_what_was_left_out(tmp_path, tiny_model):
         assert loader.n_refused == 1 and "line 100" in loader.refusals[0]
     with pytest.raises(UserError, match="line 100"):
         TextDataLoader(path, tokenizer, 8, 1, reading=Reading(tmp_path / "tokens", keep=True, strict=True))
+
+
+@pytest.mark.parametrize("name", ["a.txt.gz", "a.jsonl.gz"])
+def test_a_file_that_unpacks_to_what_no_text_does_is_refused_before_all_of_it_is_read(tmp_path, name):
+    line = b'{"text": "' + b"a" * 100_000 + b'"}\n'
+    (tmp_path / name).write_bytes(gzip.compress(line * 400, compresslevel=9))
+    assert (tmp_path / name).stat().st_size < 1 << 18
+    with pytest.raises(UserError, match="unpacks to more than 100 times its size"):
+        tokens_in(tmp_path / name)
+    sound = b"".join(b'{"text": "%d"}\n' % number for number in range(5_000))
+    (tmp_path / name).write_bytes(gzip.compress(sound))
+    assert len(tokens_in(tmp_path / name)) > 0
