@@ -124,8 +124,8 @@ class _Unpacked(gzip.GzipFile):
         self._n_bytes += len(data)
         if self._n_bytes > max(_UNPACKED_FREE, _MOST_COMPRESSED * self._raw.tell()):
             raise UserError(
-                f"{self._file.place()}: unpacks to more than {_MOST_COMPRESSED} times its size, as no text does: "
-                f"unpack it first, if it is one"
+                f"{self._file.place()}: unpacks to more than {_MOST_COMPRESSED} times its size, "
+                f"as no text does: unpack it first, if it is one"
             )
         return data
 
