@@ -545,7 +545,8 @@ def test_after_going_back_twice_it_stops_with_advice_that_it_takes(settings, tmp
     conversion, recorder = run({**settings, "training.learning_rate": lower})
     assert conversion.step == 8
     assert recorder.started[0] == 2
-    assert rates_in(tmp_path / "run") == [0.01, 0.01] + [lower] * 6
+    # The second time it went beyond the checkpoint that it had gone back to, so to the start.
+    assert rates_in(tmp_path / "run") == [0.0025, 0.0025] + [lower] * 6
     assert load_config(tmp_path / "run" / "config.toml").learning_rate == lower
     with pytest.raises(UserError, match=r"training.learning_rate \(0.00125 there, 0.01 here\)"):
         run(settings)
@@ -568,7 +569,7 @@ def test_a_lower_rate_does_not_undo_one_that_the_run_found(settings, tmp_path, d
     stopped = run_conversion(load_config(overrides=settings), Stopped())
     assert stopped.step == 6
     run({**settings, "training.learning_rate": 0.009})
-    assert rates_in(tmp_path / "run") == [0.01, 0.01] + [0.0025] * 6
+    assert rates_in(tmp_path / "run") == [0.0025] * 8  # the second time it went back to the start
 
 
 # -- refusals ---------------------------------------------------------------------------------------------
