@@ -35,6 +35,7 @@ __all__ = [
     "DiffusionCheckpoint",
     "LoadedCheckpoint",
     "TrainingState",
+    "delete_checkpoints",
     "delete_older",
     "load_latest",
     "save_state",
@@ -154,6 +155,25 @@ def delete_older(folder: str | Path, newest: Path, keep: int = KEPT) -> None:
     for old in [other for other in _newest_first(folder) if other != newest][max(keep, 2) - 1 :]:
         shutil.rmtree(old, ignore_errors=True)
     _delete_all(folder, _UNFINISHED_PREFIX)
+
+
+def delete_checkpoints(folder: Path) -> None:
+    """Delete all that was saved into a folder, and the folder where nothing else is in it.
+
+    Raises:
+        OSError: something cannot be deleted.
+
+    """
+    for path in folder.iterdir():
+        is_ours = path.name.startswith((_UNFINISHED_PREFIX, _DAMAGED_PREFIX)) or _FOLDER_NAME.fullmatch(
+            path.name
+        )
+        if is_ours and path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name in (_LATEST_FILE, f".{_LATEST_FILE}.tmp"):
+            path.unlink()
+    with contextlib.suppress(OSError):  # somebody's files, or a link to the folder
+        folder.rmdir()
 
 
 def load_latest(folder: str | Path, before: int | None = None) -> LoadedCheckpoint | None:

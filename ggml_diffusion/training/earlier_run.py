@@ -4,13 +4,13 @@ Deliberately not here: the names (run_folder.py), the content of the files, and 
 """
 
 import contextlib
-import os
 import shutil
 from pathlib import Path
 
 from ggml_diffusion.durable import fsync_path
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.run_folder import BASE, CARD, CHECKPOINTS, CONFIG, EVALUATION, EXPORTS, METRICS
+from ggml_diffusion.training.checkpoint import delete_checkpoints
 from ggml_diffusion.training.model_card import is_card
 
 _DELETED = ".deleted"
@@ -40,8 +40,8 @@ def is_half_deleted(output: Path) -> bool:
 def delete_run(output: Path) -> None:
     """Delete what earlier runs wrote into the folder, and nothing else.
 
-    From its first moment to its last there is a folder `.deleted`, into which the checkpoints are moved: who
-    finds it finishes the deletion (`is_half_deleted`), so that nobody resumes what a killed process left.
+    From its first moment to its last there is a folder `.deleted`: who finds it finishes the deletion
+    (`is_half_deleted`), so that nobody resumes what a killed process left.
 
     Raises:
         UserError: something cannot be deleted.
@@ -50,12 +50,11 @@ def delete_run(output: Path) -> None:
     deleted = output / _DELETED
     try:
         deleted.mkdir(exist_ok=True)
-        if (output / CHECKPOINTS).exists():
-            shutil.rmtree(deleted / CHECKPOINTS, ignore_errors=True)
-            os.rename(output / CHECKPOINTS, deleted / CHECKPOINTS)
         fsync_path(output)
+        if (output / CHECKPOINTS).exists():
+            delete_checkpoints(output / CHECKPOINTS)
         for path in _run_files(output):
-            if path != deleted:
+            if path not in (deleted, output / CHECKPOINTS):
                 path.unlink()
         shutil.rmtree(deleted)
     except OSError as error:

@@ -235,11 +235,15 @@ def test_a_finished_run_is_not_trained_again(settings):
 def test_fresh_starts_anew_and_deletes_nothing_of_the_users(settings, tmp_path):
     run(settings)
     (tmp_path / "run" / "notes.txt").write_text("mine")
+    theirs = tmp_path / "run" / "checkpoints" / "best-so-far" / "adapter.safetensors"
+    theirs.parent.mkdir()
+    theirs.write_text("a copy that somebody keeps")
     conversion, recorder = run({**settings, "training.learning_rate": 2e-2}, fresh=True)
     assert recorder.started == (0, 0, 5)
     assert conversion.step == 5
     assert steps_in(tmp_path / "run") == [1, 2, 3, 4, 5]
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+    assert theirs.read_text() == "a copy that somebody keeps"
 
 
 def test_the_text_is_tokenised_once_for_a_run_its_measures_and_what_resumes_it(settings, tmp_path):
