@@ -49,6 +49,17 @@ _BLANKS = " \t\n\v\f\r"  # isspace of C
 
 _MAX_CHARS = 1 << 18  # of a text that is tokenised at once
 
+# Printable ASCII, and a character with each other byte that UTF-8 text in living scripts has.
+_COMMON = (
+    "\t\n",
+    *map(chr, range(32, 127)),
+    *map(chr, range(0xA1, 0xC0)),
+    *(bytes([lead, 0xAA]).decode() for lead in range(0xC3, 0xE0)),
+    *(bytes([lead, *(0x90 if lead == 0xED else 0xA5, 0xAA)]).decode() for lead in range(0xE0, 0xF0)),
+    *(bytes([0xC4, last]).decode() for last in range(0x80, 0xA1)),
+    "\N{GRINNING FACE}",
+)
+
 
 class Tokenizer:
     """The vocabulary of a GGUF model.
@@ -65,7 +76,6 @@ class Tokenizer:
         vocabulary: (V,) the names of the tokens, as the file has them.
         writes_blanks: whether a blank comes in front of a text, and behind a token that cuts it.
         path: the GGUF.
-        warnings: what is in doubt about the vocabulary, a sentence each.
 
     """
 
@@ -84,7 +94,7 @@ class Tokenizer:
         self.vocab_size: int = vocabulary.n_tokens
         self.bos_id, self.eos_id = special_ids(metadata)
         self.start_id = token_id(metadata, "bos") if vocabulary.adds_bos else None
-        self.warnings = _warnings(metadata)
+        self._names_pre_tokenizer = bool(metadata.get("tokenizer.ggml.pre"))
         template = metadata.get("tokenizer.chat_template")
         # An empty template is none.
         self._chat_template = template if isinstance(template, str) and template.strip() else None
@@ -92,6 +102,25 @@ class Tokenizer:
             f"{name}_token": token_id(metadata, role)
             for name, role in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
         }
+
+    @cached_property
+    def warnings(self) -> tuple[str, ...]:
+        """What is in doubt about the vocabulary, a sentence each."""
+        if self.kind not in BPE_TOKENIZERS:
+            return ()
+        found = []
+        if not self._names_pre_tokenizer:
+            found.append(
+                "the model names no pre-tokenizer, so text is cut as llama.cpp does by default, which may "
+                "not be how the model was trained: a newer GGUF of it has the key 'tokenizer.ggml.pre'"
+            )
+        lost = [text for text in _COMMON if self.decode(self.encode(text)) != text]
+        if lost:
+            found.append(
+                f"the model's vocabulary has no tokens for {len(lost)} common characters, among them "
+                f"{', '.join(map(repr, lost[:5]))}: a text loses them"
+            )
+        return tuple(found)
 
     @classmethod
     def from_gguf(cls, path: str | Path) -> "Tokenizer":
@@ -362,13 +391,3 @@ def _utf8(text: str) -> bytes:
         raise UserError(
             f"character {error.start + 1} of the text is half of a surrogate pair, not Unicode"
         ) from None
-
-
-def _warnings(metadata: Mapping[str, Any]) -> tuple[str, ...]:
-    """What llama.cpp warns of when it reads a vocabulary, as far as it changes the tokens of a text."""
-    if metadata["tokenizer.ggml.model"] in BPE_TOKENIZERS and not metadata.get("tokenizer.ggml.pre"):
-        return (
-            "the model names no pre-tokenizer, so text is cut as llama.cpp does by default, which may not be "
-            "how the model was trained: a newer GGUF of it has the key 'tokenizer.ggml.pre'",
-        )
-    return ()

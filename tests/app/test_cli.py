@@ -689,11 +689,25 @@ def test_files_that_are_not_there_or_of_another_kind_are_one_line(
 
 
 @pytest.mark.parametrize(
-    "arguments", [("convert", "--nonsense"), ("convert", "m.gguf", "--steps", "many"), ("nonsense",)]
+    ("arguments", "said"),
+    [
+        (
+            ("convert", "--nonsense"),
+            "No such option: --nonsense (Possible options: --seed); see ggml-diffusion convert --help",
+        ),
+        (("convert", "m.gguf", "--steps", "many"), "Invalid value for '--steps': Input should be a valid"),
+        (("nonsense",), "No such command 'nonsense'; see ggml-diffusion --help"),
+        (("export",), "Missing command; see ggml-diffusion export --help"),
+        (("generate",), "Missing argument 'MODEL.gguf'; see ggml-diffusion generate --help"),
+    ],
 )
-def test_usage_errors_exit_with_2_as_well(arguments, capsys):
-    assert run(*arguments) == 2
-    assert "Traceback" not in capsys.readouterr().err
+def test_usage_errors_are_a_line_that_names_the_help(arguments, said, capsys):
+    assert refused(capsys, *arguments).startswith(f"error: {said}")
+
+
+def test_without_a_command_there_is_the_help(capsys):
+    assert run() == 0
+    assert "COMMAND" in capsys.readouterr().out
 
 
 # -- signals -------------------------------------------------------------------------------------------------

@@ -453,3 +453,12 @@ def test_a_long_value_is_cut_in_a_message(tmp_path):
     with pytest.raises(UserError) as fault:
         load_config(path)
     assert "warmup_steps" in str(fault.value) and len(str(fault.value)) < 400
+
+
+@pytest.mark.parametrize("text", ["total_steps = {}", "learning_rate = {}.0", "x = [{}]"])
+def test_a_number_of_thousands_of_digits_is_one_line(tmp_path, text):
+    """Python reads no such integer."""
+    with pytest.raises(UserError) as fault:
+        load_config(file_with(tmp_path, "[training]\n" + text.format("9" * 5000) + "\n"))
+    assert str(fault.value).startswith(str(tmp_path)) and "\n" not in str(fault.value)
+    assert len(str(fault.value)) < 400

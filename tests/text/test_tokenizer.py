@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gguf
 import llama_cpp
 import numpy as np
 import pytest
@@ -188,6 +189,15 @@ def test_a_vocabulary_without_a_pre_tokenizer_is_warned_of(tiny_model, tmp_path)
     assert "names no pre-tokenizer" in warning and "\n" not in warning
     for kind in ("bpe", "spm"):
         assert Tokenizer.from_gguf(tiny_model(tokenizer=kind)).warnings == ()
+
+
+def test_a_vocabulary_that_lacks_common_characters_is_warned_of(tiny_model, tmp_path):
+    """llama.cpp leaves out a byte that has no token, without a word."""
+    tokens = list(gguf.GGUFReader(tiny_model()).fields["tokenizer.ggml.tokens"].contents())
+    for lacking in ("Q", "\u012a"):  # as byte-level BPE writes the byte 0x88
+        tokens[tokens.index(lacking)] = f"<no {lacking}>"
+    (warning,) = Tokenizer.from_gguf(changed(tiny_model, tmp_path, {"tokens": tokens})).warnings
+    assert "no tokens for 2 common characters, among them 'Q', '\u0108'" in warning
 
 
 @pytest.mark.parametrize("template", ["", " \n"])

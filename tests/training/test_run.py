@@ -556,6 +556,28 @@ def test_after_going_back_twice_it_stops_with_advice_that_it_takes(settings, tmp
         run(settings)
 
 
+def test_a_base_that_is_overwritten_is_not_taken_for_a_run_that_diverges(settings, tmp_path, diverging):
+    """Whose steps are as bad: it would go back and go on with half the rate, on another base."""
+    base = tmp_path / "base.gguf"
+    shutil.copy(settings["model.base_model"], base)
+    diverging(0.0, from_step=3)
+
+    class Overwriting(Recorder):
+        def step(self, metrics):
+            super().step(metrics)
+            if metrics.step == 3:
+                with base.open("r+b") as file:
+                    file.seek(-64, os.SEEK_END)
+                    file.write(bytes(64))
+
+    with pytest.raises(UserError, match="overwritten while the run used it"):
+        run_conversion(
+            load_config(overrides={**settings, "model.base_model": str(base), "training.total_steps": 8}),
+            Overwriting(),
+        )
+    assert set(rates_in(tmp_path / "run")) == {0.01}
+
+
 def test_steps_far_worse_than_a_guess_count_as_diverging(settings):
     with pytest.raises(UserError, match="far worse than a guess"):
         run({**settings, "training.learning_rate": 1e6, "training.total_steps": 40})

@@ -16,7 +16,7 @@ from ggml_diffusion.formats.model_check import read_model
 from ggml_diffusion.formats.model_file import file_sha256
 
 _MUCH_KL = 2e-2  # nats; what llama.cpp itself loses on a quantised model is a few thousandths
-export = typer.Typer(no_args_is_help=True)
+export = typer.Typer()
 
 
 @export.command("adapter", epilog="Example: ggml-diffusion export adapter run my-adapter.gguf")

@@ -18,6 +18,9 @@ import typer
 from ggml_diffusion.app.lasting_output import discard
 from ggml_diffusion.errors import UserError, escaped
 
+# click's UsageError, of whichever click it is that typer works with.
+_UsageError: Any = typer.BadParameter.__bases__[0]
+
 # Name, what the list of commands says of it (the first sentence of its own help), and an example; a group's
 # commands have examples of their own.
 _COMMANDS = {
@@ -71,7 +74,6 @@ def _app(wanted: Collection[str]) -> typer.Typer:
         name="ggml-diffusion",
         help="Turn an autoregressive GGUF language model into a masked-diffusion one, on the CPU.",
         add_completion=False,
-        no_args_is_help=True,
         pretty_exceptions_enable=False,
     )
     for name, (summary, example) in _COMMANDS.items():
@@ -104,11 +106,17 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         with contextlib.suppress(AttributeError):  # a stream that a test put there
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
-        given = sys.argv[1:] if arguments is None else list(arguments)
+        given = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
         try:
-            _app([name for name in _COMMANDS if name in given])(args=given)
+            app = _app([name for name in _COMMANDS if name in given])
+            code = app(args=given, prog_name="ggml-diffusion", standalone_mode=False)
         finally:
             sys.stdout.flush()
+    except _UsageError as error:
+        command = error.ctx.command_path if error.ctx else "ggml-diffusion"
+        said = " ".join(error.format_message().split()).rstrip(".")
+        print(f"error: {escaped(said)}; see {command} --help", file=sys.stderr)
+        sys.exit(2)
     except UserError as error:
         print(f"error: {escaped(str(error))}", file=sys.stderr)
         sys.exit(2)
@@ -125,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
-    sys.exit(0)
+    sys.exit(code or 0)
 
 
 def click_group() -> Any:
