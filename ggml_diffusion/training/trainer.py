@@ -204,7 +204,8 @@ class ConversionTrainer:
         parameters as they are, with a warning that names the batch.
 
         Raises:
-            Diverged: three steps in a row were skipped, or far worse than a blind guess.
+            Diverged: three steps in a row were skipped, or far worse than a blind guess; or what is trained
+                is not finite any more.
 
         """
         started_s = time.perf_counter()
@@ -218,6 +219,11 @@ class ConversionTrainer:
         loss = masked.loss + (masked.distillation_loss or 0.0) + (ar_loss or 0.0)
         if math.isfinite(loss) and math.isfinite(grad_norm):
             self.optimizer.step(self._gradients.flat, learning_rate)
+            if not np.isfinite(self.parameters.flat).all():
+                raise Diverged(
+                    f"batch {self.step_count}: the weights are no numbers after a step at a learning rate of "
+                    f"{self.learning_rate:g}"
+                )
         self._judge(loss, grad_norm, masked.cross_entropy)
         self.step_count += 1
         self.annealer.step()

@@ -415,6 +415,14 @@ def test_three_steps_in_a_row_far_above_a_guess_and_above_the_start_diverge(mode
     assert judged(model, 1.5 * guess, [2.4 * guess] * 9) == 3
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_weights_that_overflow_diverge_at_once(model):
+    trainer = make_trainer(model, training__learning_rate=1e38, training__lora_b_rate_factor=100.0)
+    with pytest.raises(Diverged, match=r"no numbers after a step at a learning rate of 1e\+38"):
+        for _ in range(3):
+            trainer.train_step(make_batch())
+
+
 @pytest.mark.parametrize("kind", ["holes", "blocks"])
 def test_a_run_with_a_frozen_context_goes_on_bit_for_bit(model, kind):
     changes = {
