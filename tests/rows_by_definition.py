@@ -13,6 +13,7 @@ def expected_rows(
     prediction: str,
     blocks: bool,
     mask: int = MASK,
+    margin: int = 0,
 ) -> set[tuple[int, ...]]:
     """(group, position, token, target, tokens that it sees) of every noisy row of one sequence."""
     rows: set[tuple[int, ...]] = set()
@@ -22,14 +23,17 @@ def expected_rows(
         start = documents.index(document)
         limit = members[0] if blocks else len(documents) - documents[::-1].index(document)
         sees = sum(1 for i in range(start, limit) if blocks or groups[i] == NOTHING)
-        for i in members:
-            is_mask = noisy[i] == mask
-            if prediction == "aligned":
-                rows.add((group, i - start, noisy[i], i if is_mask else NOTHING, sees))
-                continue
-            if is_mask:  # its row is at the place before, with what stands there in the group's own view
-                token = noisy[i - 1] if groups[i - 1] == group else clean[i - 1]
-                rows.add((group, i - 1 - start, token, i, sees))
-            elif not (i + 1 in members and noisy[i + 1] == mask):  # else the next mask's row shows it
-                rows.add((group, i - start, noisy[i], NOTHING, sees))
+        masks = {i for i in members if noisy[i] == mask}
+        places = set(members)
+        if prediction == "shifted":  # a mask is read from the row at the place before
+            places |= {i - 1 for i in masks}
+        for i in [] if blocks else range(start, limit):
+            # What stands beside a group has a row in the nearest; of two as near, in the first.
+            near = sorted((abs(i - j), j) for j in range(start, limit) if groups[j] != NOTHING)
+            if near[0][0] <= margin and groups[near[0][1]] == group:
+                places.add(i)
+        for i in places:
+            target = i + 1 if prediction == "shifted" else i
+            token = noisy[i] if i in members else clean[i]
+            rows.add((group, i - start, token, target if target in masks else NOTHING, sees))
     return rows

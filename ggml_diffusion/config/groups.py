@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from ggml_diffusion.formats.adapter_file import MAX_ALPHA, MAX_TIMESTEPS, MIN_ALPHA, ContextKind
+from ggml_diffusion.formats.adapter_file import MAX_ALPHA, MAX_MARGIN, MAX_TIMESTEPS, MIN_ALPHA, ContextKind
 from ggml_diffusion.formats.lora import TargetModule
 from ggml_diffusion.objective.annealing import AnnealingSchedule, MaskKind
 from ggml_diffusion.objective.corruption import Masking, ScheduleType
@@ -215,6 +215,13 @@ class QLoraConversionConfig(Settings):
         default="adapted",
         description="Tokens that stand: adapted as all others, from both sides, or frozen = the base's own, "
         "which filling and writing compute once.",
+    )
+    margin: int = Field(
+        default=8,
+        ge=0,
+        le=MAX_MARGIN,
+        description="With a frozen context: tokens on each side of masks that are computed a second time, "
+        "with the masks in sight; 0 = none, and none in blocks.",
     )
     train_mask_embedding: bool = Field(
         default=True, description="Whether the mask token gets a trained embedding, on top of the base's own."

@@ -110,6 +110,12 @@ class ConversionTrainingConfig(Settings):
     holes: HolesConfig = Field(default_factory=HolesConfig)
     hardware: HardwareConfig = Field(default_factory=HardwareConfig)
 
+    @property
+    def margin(self) -> int:
+        """The margin that the run has: none without a frozen context, and none in blocks."""
+        has_margin = self.qlora.context == "frozen" and not self.block_diffusion.enabled
+        return self.qlora.margin if has_margin else 0
+
     @model_validator(mode="after")
     def _check_blocks(self) -> "ConversionTrainingConfig":
         blocks = self.block_diffusion

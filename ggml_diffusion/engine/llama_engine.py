@@ -447,23 +447,22 @@ class LlamaContext:
     def logits(
         self, groups: Batch, adapter: LoraAdapter | None = None, *, select: ArrayLike, int8: Int8 = "none"
     ) -> NDArray[np.float32]:
-        """See `Context`; one group, at the end of what stands or in the place of its last token, which then
+        """See `Context`; one group, at the end of what stands or in the place of its last tokens, which then
         none of its rows sees."""
         wanted = np.asarray(select, dtype=bool)
         places = groups.positions
         if len(groups.tokens) != 1 or places is None or groups.document_ids is not None:
             raise UserError("llama.cpp computes one group at a time over what stands")
         first, n = int(places[0, 0]), groups.tokens.shape[1]
-        if first not in (len(self._tokens) - 1, len(self._tokens)) or not np.array_equal(
-            places[0], np.arange(first, first + n)
-        ):
+        reaches_end = first <= len(self._tokens) <= first + n
+        if not reaches_end or not np.array_equal(places[0], np.arange(first, first + n)):
             raise UserError(_CACHE)
         if n > self._session.n_together:
             raise UserError(f"a block of {n} tokens is too long for llama.cpp: {self._session.n_together}")
         if self._n_there < first:
             self._read(first, np.zeros(first - self._n_there, dtype=bool))
         self._session.forget(first)
-        self._n_there = first  # the last token's own keys are computed again when the text goes on
+        self._n_there = first  # the keys of what stands there are computed again when the text goes on
         rows = self._engine.inputs(groups.tokens[0], groups, 0, adapter)
         logits = self._session.decode(rows, first, groups.causal_ratio, adapter, wanted[0])
         self._session.forget(first)

@@ -128,6 +128,7 @@ def _score_noisy_rows(
             clean.lengths[part],
             clean.document_ids[part],
             model.rule.prediction,
+            margin=model.rule.margin,
         )
         where = np.arange(len(noisy))[part][rows.lengths > 0]  # a sequence without a mask has no row
         if len(where):

@@ -37,6 +37,7 @@ from ggml_diffusion.regular_file import open_regular
 
 FORMAT = 1
 ContextKind = Literal["frozen", "adapted"]
+MAX_MARGIN = 1024
 _LORA_NAME = re.compile(
     rf"blk\.\d+\.({'|'.join(module.gguf_name for module in TargetModule)})\.weight\.lora_[ab]"
 )
@@ -80,6 +81,12 @@ class CheckpointMetadata(BaseModel):
     context: ContextKind = Field(
         default="adapted",
         description="rows of tokens that stand: the base's own (frozen), or adapted as all others",
+    )
+    margin: int = Field(
+        default=0,
+        ge=0,
+        le=MAX_MARGIN,
+        description="tokens on each side of masks that have a noisy row beside the one that stands",
     )
     prompts: bool = Field(
         default=False,

@@ -142,7 +142,8 @@ class DiffusionModel:
         """Logits (B, T, V) by output row with a frozen context, 0 where no mask is predicted."""
         masked = tokens == self.mask_token_id
         groups = np.where(masked, 0, NOTHING).astype(np.int32)
-        rows = lay_out_rows(tokens, tokens, masked, groups, None, None, self.rule.prediction)
+        rule = self.rule
+        rows = lay_out_rows(tokens, tokens, masked, groups, None, None, rule.prediction, margin=rule.margin)
         result = np.zeros((*tokens.shape, self.engine.file.V), dtype=np.float32)
         kept = rows.lengths > 0
         if kept.any():
@@ -316,7 +317,7 @@ class DiffusionModel:
         """
         if self.rule.context != "frozen":
             return None
-        return StandingText(self.engine, n_tokens, self.adapter, self.mask_token_id, self.rule.prediction)
+        return StandingText(self.engine, n_tokens, self.adapter, self.rule)
 
     def chat_tokens(self, messages: Sequence[Mapping[str, Any]]) -> NDArray[np.int32]:
         """Messages with "role" and "content" and what opens the answer, as the model's chat template writes

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ggml_diffusion.engine.interface import Batch, Context, ContextRows, Engine, Int8
 from ggml_diffusion.formats.lora import LoraAdapter
-from ggml_diffusion.objective.output_rows import Prediction
+from ggml_diffusion.generation.reading import ReadingRule
 from ggml_diffusion.objective.standing_rows import NOTHING, NoisyRows, lay_out_rows
 
 
@@ -55,9 +55,7 @@ class StandingText:
     Every call says anew what stands; what begins as before is not computed again.
     """
 
-    def __init__(
-        self, engine: Engine, n_tokens: int, adapter: LoraAdapter, mask_token_id: int, prediction: Prediction
-    ) -> None:
+    def __init__(self, engine: Engine, n_tokens: int, adapter: LoraAdapter, rule: ReadingRule) -> None:
         """Make room for a text of `n_tokens`; the adapter of the noisy rows does not change meanwhile.
 
         Raises:
@@ -67,8 +65,9 @@ class StandingText:
         self._context: Context = engine.context(n_tokens, adapter=adapter)
         self._adapter = adapter
         self._tokens = np.zeros(0, dtype=np.int32)  # that the context holds
-        self._mask_token_id = mask_token_id
-        self._prediction: Prediction = prediction
+        assert adapter.mask_token_id is not None
+        self._mask_token_id = adapter.mask_token_id
+        self._rule = rule
 
     def logits(
         self,
@@ -96,7 +95,8 @@ class StandingText:
         groups = np.full((1, len(tokens)), NOTHING, dtype=np.int32)
         groups[0, group] = 0
         masked = (tokens == self._mask_token_id)[None] & (groups != NOTHING)
-        rows = lay_out_rows(tokens[None], tokens[None], masked, groups, None, None, self._prediction)
+        rule, text = self._rule, tokens[None]
+        rows = lay_out_rows(text, text, masked, groups, None, None, rule.prediction, margin=rule.margin)
         self._stand(rows.standing.tokens[0, : rows.standing.lengths[0]], rows.standing.positions[0], int8)
         noisy = Batch(rows.tokens, causal_ratio, embedding_offset=embedding_offset, positions=rows.positions)
         return self._context.logits(noisy, self._adapter, select=np.isin(rows.targets, positions), int8=int8)

@@ -33,6 +33,7 @@ class ReadingRule:
         block_size: tokens of a block if the conversion writes in blocks, one after the other with nothing
             behind it; None = it was trained on whole sequences.
         context: whether tokens that stand are the base's own, "frozen", or "adapted" as all others.
+        margin: with a frozen context, tokens on each side of masks that have a noisy row as well.
         prompts: whether it was trained on prompts with responses: the time then tells how much of what is to
             be written is masked, else how much of the whole text.
         time_offset: the time embedding as a function, or None if the conversion has none.
@@ -45,6 +46,7 @@ class ReadingRule:
     block_size: int | None = None
     prompts: bool = False
     context: ContextKind = "adapted"
+    margin: int = 0
     time_offset: TimeOffset | None = None
 
     @classmethod
@@ -71,6 +73,7 @@ class ReadingRule:
             block_size=metadata.block_size,
             prompts=metadata.prompts,
             context=metadata.context,
+            margin=metadata.margin,
             time_offset=time_offset,
         )
 

@@ -25,6 +25,7 @@ from ggml_diffusion.formats.lora import LoraAdapter
 from ggml_diffusion.generation.denoise import GenerationConfig
 from ggml_diffusion.generation.reading import ReadingRule
 from ggml_diffusion.generation.sampling import keep_likely, log_softmax
+from ggml_diffusion.objective.output_rows import rows_of_positions
 from ggml_diffusion.randomness import Stream, generator_of
 
 DRAFT_LENGTH = 4
@@ -119,7 +120,8 @@ class VerifiedWriter:
             n_draft = min(self._draft_length, self._config.length - len(written))
             drafts, started_s = pace.prefers_drafts and n_draft > 1, self._clock()
             if drafts:
-                new = self._round(context, written[-1], n_draft, result)
+                text = np.concatenate([prompt, np.array(written, dtype=np.int32)])
+                new = self._round(context, text, n_draft, result)
             else:
                 new = [self._single(context, written[-1])]
                 result.singles += 1
@@ -131,11 +133,13 @@ class VerifiedWriter:
         result.tokens = np.array(written[: self._config.length], dtype=np.int32)
         return result
 
-    def _round(self, context: Context, last: int, n_draft: int, result: VerifiedText) -> list[int]:
-        """Draft behind the last token, and keep what the base would have written, with its next token."""
+    def _round(
+        self, context: Context, text: NDArray[np.int32], n_draft: int, result: VerifiedText
+    ) -> list[int]:
+        """Draft behind a text (T,), and keep what the base would have written, with its next token."""
         place = context.n_rows
-        drafted = self._draft(context, last, n_draft)
-        block = np.array([last, *drafted], dtype=np.int32)
+        drafted = self._draft(context, text, n_draft)
+        block = np.array([text[-1], *drafted], dtype=np.int32)
         logits = context.extend(block, select=np.ones(len(block), dtype=bool), int8=self._int8)
         own = [self._drawn(row, place + 1 + i) for i, row in enumerate(logits)]
         n_kept = next((i for i, token in enumerate(drafted) if token != own[i]), n_draft)
@@ -145,19 +149,21 @@ class VerifiedWriter:
         result.accepted += n_kept
         return own[: n_kept + 1]
 
-    def _draft(self, context: Context, last: int, n_draft: int) -> list[int]:
-        """What the conversion puts into `n_draft` masks behind the last token, in one pass."""
+    def _draft(self, context: Context, text: NDArray[np.int32], n_draft: int) -> list[int]:
+        """What the conversion puts into `n_draft` masks behind a text (T,), in one pass.
+
+        The last token has a row in any case, since the context does not hold it yet; with a margin more of
+        them have.
+        """
         place = context.n_rows
-        tokens = np.full((1, n_draft), self._mask_token_id, dtype=np.int32)
-        tokens[0, 0] = last  # the row of the last token predicts the first mask
-        positions = np.arange(place, place + n_draft, dtype=np.int32)[None]
-        if self._rule.prediction == "aligned":  # each mask predicts itself
-            tokens = np.full((1, n_draft + 1), self._mask_token_id, dtype=np.int32)
-            tokens[0, 0] = last
-            positions = np.arange(place, place + n_draft + 1, dtype=np.int32)[None]
+        before = text[-max(1, self._rule.margin) :]
+        tokens = np.concatenate([before, np.full(n_draft, self._mask_token_id, dtype=np.int32)])[None]
+        first = place + 1 - len(before)
+        positions = np.arange(first, first + tokens.shape[1], dtype=np.int32)[None]
         offset = self._rule.embedding_offset(np.ones(1, dtype=np.float32))
         rows = Batch(tokens, self._rule.causal_ratio, embedding_offset=offset, positions=positions)
-        select = np.arange(tokens.shape[1])[None] >= tokens.shape[1] - n_draft
+        masks = np.arange(len(before), tokens.shape[1])
+        select = np.isin(np.arange(tokens.shape[1]), rows_of_positions(masks, self._rule.prediction))[None]
         logits = context.logits(rows, self._adapter, select=select, int8=self._int8)
         return [self._drawn(row, place + 1 + i) for i, row in enumerate(logits)]
 

@@ -3,10 +3,12 @@
 With a frozen context the adapter acts on the noisy rows only. Groups of noisy rows are denoised together: the
 holes of a text, which see all of it that stands, on both sides; or the blocks of a text, each of which sees
 what stands before it. This file says which rows a batch has, at which position and with which token each
-stands, what it sees and what it predicts. Rows of a group are those of a whole pass over the text, as far as
-they are needed: with a shifted prediction the token at i is read from the row at i - 1, which carries the
-token at i - 1, or the mask token where that one is masked; so before training the first row of a hole is the
-base's own prediction.
+stands, what it sees and what it predicts. Each token of a group has a row. With a shifted prediction the mask
+at i is read from the row at i - 1, so the token before a group's masks has one, too; before training the
+first row of a hole is the base's own prediction.
+
+Tokens near a group's may have a noisy row as well, its margin: the text beside a hole, as it looks with the
+hole in sight. The token stands all the same, so that what is kept of it serves the next step.
 
 Deliberately not here: what is masked (corruption.py), and the network, which hides a row that stands from a
 noisy one at the same position.
@@ -36,7 +38,7 @@ class StandingRows:
 
 @dataclass(frozen=True)
 class NoisyRows:
-    """The noisy rows of a batch, without those that are needed for nothing.
+    """The noisy rows of a batch.
 
     Attributes:
         tokens: (B, R) int32, with masks.
@@ -98,6 +100,7 @@ def lay_out_rows(
     prediction: Prediction,
     *,
     in_blocks: NDArray[np.bool_] | None = None,
+    margin: int = 0,
 ) -> NoisyRows:
     """The rows of both kinds for a batch of texts.
 
@@ -113,6 +116,8 @@ def lay_out_rows(
         in_blocks: (B,), where a group sees what stands before it, and all tokens stand: they are clean for
             later blocks. Else a group sees all that stands in its document, and its own tokens do not. None =
             nowhere.
+        margin: tokens that stand and are this near to one of a group, in its document, have a row in that
+            group as well, of the nearest group if there are several; not in blocks.
 
     Returns:
         The rows; a sequence without a mask has none.
@@ -133,6 +138,7 @@ def lay_out_rows(
             documents[b, :end],
             prediction,
             in_blocks is not None and bool(in_blocks[b]),
+            margin,
         )
         for b, end in enumerate(ends)
     ]
@@ -179,6 +185,7 @@ def _sequence_rows(
     documents: NDArray[np.int32],
     prediction: Prediction,
     blocks: bool,
+    margin: int,
 ) -> tuple[_Fields, _Fields]:
     """Of one sequence (T,): the noisy rows' tokens, positions, groups, targets, first and end of what they
     see; the standing rows' tokens, positions and documents."""
@@ -187,6 +194,11 @@ def _sequence_rows(
     starts, document_ends = np.searchsorted(runs, runs), np.searchsorted(runs, runs, side="right")
     is_noisy = groups != NOTHING
     stands = np.ones(len(clean), dtype=bool) if blocks else ~is_noisy
+    group_start = np.zeros(int(groups.max(initial=NOTHING)) + 1, dtype=np.int64)
+    group_start[groups[is_noisy][::-1]] = places[is_noisy][::-1]  # the first of each is written last
+    if margin and not blocks:
+        groups = _with_margin(groups, starts, document_ends, margin)
+        is_noisy = groups != NOTHING
     target = np.where(masked, places, NOTHING)
     if prediction == "aligned":
         place, token, group = places[is_noisy], noisy[is_noisy], groups[is_noisy]
@@ -198,15 +210,40 @@ def _sequence_rows(
             )
         place, token, group, target = _shifted_rows(clean, noisy, masked, groups)
     before = np.concatenate([[0], np.cumsum(stands)])  # how many stand before each place
-    n_groups = int(group.max(initial=NOTHING)) + 1
-    group_start = np.zeros(n_groups, dtype=np.int64)
-    group_start[groups[is_noisy][::-1]] = places[is_noisy][::-1]  # the first of each is written last
     limit = group_start[group] if blocks else document_ends[place]
     own = (token, place - starts[place], group, target, before[starts[place]], before[limit])
     return (
         tuple(np.asarray(field, dtype=np.int32) for field in own),
         (clean[stands], (places - starts)[stands].astype(np.int32), documents[stands]),
     )
+
+
+def _with_margin(
+    groups: NDArray[np.int32], starts: NDArray[np.int64], document_ends: NDArray[np.int64], margin: int
+) -> NDArray[np.int32]:
+    """The groups (T,) with their margins; between two at the same distance a place joins the first.
+
+    Args:
+        groups: (T,).
+        starts: (T,), where the document of each place begins.
+        document_ends: (T,), and where it ends.
+        margin: in tokens.
+
+    """
+    n = len(groups)
+    places = np.arange(n)
+    members = np.flatnonzero(groups != NOTHING)
+    if not len(members):
+        return groups
+    following = np.searchsorted(members, places)
+    before = members[np.maximum(following - 1, 0)]
+    behind = members[np.minimum(following, len(members) - 1)]
+    beyond = margin + 1
+    to_before = np.where((following > 0) & (before >= starts), places - before, beyond)
+    to_behind = np.where((following < len(members)) & (behind < document_ends), behind - places, beyond)
+    joined = np.where(to_before <= to_behind, groups[before], groups[behind])
+    joins = (groups == NOTHING) & (np.minimum(to_before, to_behind) <= margin)
+    return np.where(joins, joined, groups)
 
 
 def _shifted_rows(
@@ -219,8 +256,7 @@ def _shifted_rows(
     is_next_masked = np.append(masked[1:], False)
     next_group = np.append(groups[1:], NOTHING)
     same = next_group == groups
-    # A token of a group has a row if it says something, or if the next one is read from it.
-    inside = np.flatnonzero((groups != NOTHING) & (~masked | (is_next_masked & same)))
+    inside = np.flatnonzero(groups != NOTHING)
     # The row before a group's masks is the clean token's, in the group.
     entering = np.flatnonzero(is_next_masked & ~same)
     place = np.concatenate([inside, entering])

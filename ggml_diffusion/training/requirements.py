@@ -124,17 +124,21 @@ def memory_line(needs: Requirements, config: ConversionTrainingConfig) -> str:
 def context_line(engine: Engine, config: ConversionTrainingConfig) -> str | None:
     """What a frozen context saves of a step's memory, None with an adapted one.
 
-    The plan of a step is for a text that is all masked, which comes up; half of it is usual.
+    The plan of a step is for a text that is all masked, which comes up; half of it is usual. A margin takes
+    in what stands between scattered masks, so that only holes are left to save.
     """
-    if config.qlora.context != "frozen":
+    has_margin, holes = config.margin > 0, config.holes
+    if config.qlora.context != "frozen" or (has_margin and holes.share == 0.0):
         return None
     base, T = engine.file, config.sequence_length
-    half = engine.describe_step(config.batch_size, max(1, T // 2), config.qlora.rank)
-    kept = 4 * 2 * base.L * base.G * base.D * half.sequences * (T - T // 2)
+    n_noisy, what = max(1, T // 2), "a text of which half is masked"
+    if has_margin:
+        n_noisy, what = min(T, holes.longest + 2 * config.margin), f"texts with a hole of {holes.longest}"
+    needs = engine.describe_step(config.batch_size, n_noisy, config.qlora.rank)
+    kept = 4 * 2 * base.L * base.G * base.D * needs.sequences * T
     return (
         "frozen context: tokens that stand are computed without gradients and keep their keys and values "
-        f"alone, so that a step on a text of which half is masked takes about "
-        f"{in_bytes(half.memory_bytes + kept)}"
+        f"alone, so that a step on {what} takes about {in_bytes(needs.memory_bytes + kept)}"
     )
 
 

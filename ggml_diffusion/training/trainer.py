@@ -411,6 +411,7 @@ class ConversionTrainer:
             batch.document_ids,
             self.config.qlora.prediction,
             in_blocks=batch.in_blocks,
+            margin=self.config.margin,
         )
         kept = rows.lengths > 0  # a sequence without a mask has none
         if not kept.any():
@@ -520,6 +521,7 @@ class ConversionTrainer:
                 alpha=config.qlora.alpha,
                 block_size=block_size_of_step(config, self.step_count),
                 context=config.qlora.context,
+                margin=config.margin,
                 prompts=self._has_prompts,
                 time_max_timesteps=self.time_embedding.max_timesteps if self.time_embedding else None,
                 created_at=creation_time(),

@@ -64,6 +64,7 @@ OTHER_VALUES = {
     "noise_schedule.masking": "exact",
     "noise_schedule.complementary": True,
     "model.context": "frozen",
+    "model.margin": 3,
     "holes.share": 0.5,
     "holes.longest": 8,
     "holes.most": 2,

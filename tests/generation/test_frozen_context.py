@@ -29,9 +29,11 @@ def engine(tiny_model: TinyModel) -> Any:
         yield opened
 
 
-def frozen(engine: Q4Model, prediction: Prediction = "shifted", **changes: Any) -> DiffusionModel:
+def frozen(
+    engine: Q4Model, prediction: Prediction = "shifted", margin: int = 2, **changes: Any
+) -> DiffusionModel:
     model = converted(engine, prediction, **changes)
-    model.rule = replace(model.rule, context="frozen")
+    model.rule = replace(model.rule, context="frozen", margin=margin)
     return model
 
 
@@ -42,7 +44,8 @@ def whole_passes(model: DiffusionModel, tokens: Ints, config: GenerationConfig, 
         groups = np.full((1, len(seen)), NOTHING, np.int32)
         groups[0, group_of(seen, block)] = 0
         masked = (seen == MASK)[None]
-        rows = lay_out_rows(seen[None], seen[None], masked, groups, None, None, model.rule.prediction)
+        rule, text = model.rule, seen[None]
+        rows = lay_out_rows(text, text, masked, groups, None, None, rule.prediction, margin=rule.margin)
         batch = rows_batch(rows, model.rule.causal_ratio, n_positions=len(tokens))
         logits = model.engine.logits(batch, model.adapter, select=np.isin(rows.targets, positions))
         logits[:, MASK] = -np.inf
@@ -57,27 +60,32 @@ OPEN = np.array([30, 31, 32, *[MASK] * 7], np.int32)
 SETTINGS = GenerationConfig(temperature=0.0, block_length=4)
 
 
+@pytest.mark.parametrize("margin", [0, 2])
 @pytest.mark.parametrize("prediction", ["shifted", "aligned"])
-def test_holes_are_filled_as_in_whole_passes(engine: Q4Model, prediction: Prediction) -> None:
+def test_holes_are_filled_as_in_whole_passes(engine: Q4Model, prediction: Prediction, margin: int) -> None:
     """All holes are one group, and stay noisy when they are filled: the text behind them never sees them."""
-    model = frozen(engine, prediction)
+    model = frozen(engine, prediction, margin)
     filled = model.fill(HOLES, SETTINGS)
     holes = np.flatnonzero(HOLES == MASK)
     assert filled.tolist() == whole_passes(model, HOLES, SETTINGS, lambda seen, block: holes).tolist()
     assert (filled[HOLES != MASK] == HOLES[HOLES != MASK]).all() and not (filled == MASK).any()
 
 
+@pytest.mark.parametrize("margin", [0, 2])
 @pytest.mark.parametrize("prediction", ["shifted", "aligned"])
 def test_text_is_written_in_blocks_that_stand_when_they_are_done(
-    engine: Q4Model, prediction: Prediction
+    engine: Q4Model, prediction: Prediction, margin: int
 ) -> None:
-    model = frozen(engine, prediction)
+    model = frozen(engine, prediction, margin)
     written = model.fill(OPEN, SETTINGS)
     assert written.tolist() == whole_passes(model, OPEN, SETTINGS, lambda seen, block: block).tolist()
     assert not (written == MASK).any()
 
 
-def test_a_step_computes_its_noisy_rows_alone(engine: Q4Model, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("margin", [0, 2])
+def test_a_step_computes_its_noisy_rows_alone(
+    engine: Q4Model, margin: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls: list[tuple[str, int]] = []
     extend, logits = Q4Context.extend, Q4Context.logits
 
@@ -91,12 +99,12 @@ def test_a_step_computes_its_noisy_rows_alone(engine: Q4Model, monkeypatch: pyte
 
     monkeypatch.setattr(Q4Context, "extend", counted_extend)
     monkeypatch.setattr(Q4Context, "logits", counted_logits)
-    model = frozen(engine)
+    model = frozen(engine, margin=margin)
     model.fill(OPEN, SETTINGS)
-    # a row for each mask, at the place before, and for the last token that was written
+    # a row for each mask, at the place before, and for the last token that was written; and the margin
     assert [kind for kind, _ in calls].count("stands") == 2
     assert [n for kind, n in calls if kind == "stands"] == [3, 4]
-    assert max(n for kind, n in calls if kind == "noisy") <= 5
+    assert max(n for kind, n in calls if kind == "noisy") == 5 + max(0, margin - 1)
     calls.clear()
     model.fill(HOLES, SETTINGS)
     assert [n for kind, n in calls if kind == "stands"] == [7]
@@ -130,7 +138,7 @@ def test_prompt_and_suffix_never_change(
 
 def test_with_nothing_trained_and_a_causal_mask_text_is_the_bases_greedy_one(engine: Q4Model) -> None:
     """A block of one token: each is the base's own next one."""
-    model = frozen(engine, trained=False, causal_ratio=1.0)
+    model = frozen(engine, margin=0, trained=False, causal_ratio=1.0)
     written = model.fill(OPEN, GenerationConfig(temperature=0.0, block_length=1))
     text = OPEN[:3].tolist()
     for _ in range(7):

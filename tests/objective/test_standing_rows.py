@@ -10,7 +10,9 @@ from ggml_diffusion.objective.standing_rows import NOTHING, NoisyRows, lay_out_r
 
 
 def random_text(rng: np.random.Generator, blocks: bool) -> tuple[NDArray[np.int32], ...]:
-    """Clean, noisy, groups and documents (B, T), and lengths (B,); no document begins with a group."""
+    """Clean, noisy, groups and documents (B, T), and lengths (B,); no document begins with a group.
+
+    Without blocks the last document has two groups, as holes that are denoised apart."""
     B, T = 4, 23
     clean = rng.integers(1, 90, (B, T)).astype(np.int32)
     documents = np.sort(rng.integers(0, 3, (B, T)), axis=1).astype(np.int32)[:, ::-1].copy()
@@ -26,7 +28,7 @@ def random_text(rng: np.random.Generator, blocks: bool) -> tuple[NDArray[np.int3
                     number += 1
                 else:
                     chosen = places[size : size + 4][: rng.integers(0, 5)]
-                    groups[b, chosen] = 2 - document
+                    groups[b, chosen] = 2 - document + (document == 0 and size >= 8)
     noisy = np.where((groups != NOTHING) & (rng.random((B, T)) < 0.6), MASK, clean).astype(np.int32)
     return clean, noisy, groups, documents, lengths
 
@@ -37,15 +39,23 @@ def found_rows(rows: NoisyRows, b: int) -> list[tuple[int, ...]]:
     return [tuple(int(field[i]) for field in fields) for i in range(rows.lengths[b])]
 
 
-@pytest.mark.parametrize("blocks", [False, True])
+@pytest.mark.parametrize(("blocks", "margin"), [(False, 0), (False, 1), (False, 4), (True, 0), (True, 3)])
 @pytest.mark.parametrize("prediction", ["shifted", "aligned"])
 @pytest.mark.parametrize("seed", range(10))
 def test_every_row_is_there_once_and_sees_what_it_may(
-    prediction: Prediction, blocks: bool, seed: int
+    prediction: Prediction, blocks: bool, margin: int, seed: int
 ) -> None:
     clean, noisy, groups, documents, lengths = random_text(np.random.default_rng(seed), blocks)
     rows = lay_out_rows(
-        clean, noisy, noisy == MASK, groups, lengths, documents, prediction, in_blocks=np.full(4, blocks)
+        clean,
+        noisy,
+        noisy == MASK,
+        groups,
+        lengths,
+        documents,
+        prediction,
+        in_blocks=np.full(4, blocks),
+        margin=margin,
     )
     for b, n in enumerate(lengths):
         expected = expected_rows(
@@ -55,6 +65,7 @@ def test_every_row_is_there_once_and_sees_what_it_may(
             documents[b, :n].tolist(),
             prediction,
             blocks,
+            margin=margin,
         )
         found = found_rows(rows, b)
         assert len(found) == len(expected) and set(found) == expected

@@ -73,15 +73,19 @@ def test_the_size_of_checkpoints_and_exports_is_foretold(path, tmp_path):
 
 
 def test_a_frozen_context_says_what_a_step_takes_where_half_is_masked(path):
-    config = small(training__sequence_length=64, training__batch_size=4, model__context="frozen")
+    sizes = {"training__sequence_length": 64, "training__batch_size": 4, "model__context": "frozen"}
+    config = small(**sizes, model__margin=0)
+    holes = small(**sizes, model__margin=2, holes__share=0.5, holes__longest=8)
     with Q4Model.from_gguf(path, 1) as model:
-        whole = model.describe_step(4, 64, config.qlora.rank).memory_bytes
-        half = model.describe_step(4, 32, config.qlora.rank).memory_bytes
+        whole, half, hole = (model.describe_step(4, n, config.qlora.rank).memory_bytes for n in (64, 32, 12))
         line = context_line(model, config)
         assert context_line(model, small()) is None
-    kept = 4 * 2 * 2 * 2 * 16 * 4 * 32  # float32, keys and values, layers, heads, head size, rows
+        assert context_line(model, small(**sizes, model__margin=2)) is None  # all is in sight of a mask
+        of_holes = context_line(model, holes)
+    kept = 4 * 2 * 2 * 2 * 16 * 4 * 64  # float32, keys and values, layers, heads, head size, rows
     assert half < half + kept < whole
-    assert line.endswith(f"takes about {in_bytes(half + kept)}")
+    assert line.endswith(f"half is masked takes about {in_bytes(half + kept)}")
+    assert of_holes.endswith(f"texts with a hole of 8 takes about {in_bytes(hole + kept)}")
 
 
 def test_the_tokens_of_a_large_text_count(path, machine, tmp_path):

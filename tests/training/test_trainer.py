@@ -439,4 +439,5 @@ def test_a_run_with_a_frozen_context_goes_on_bit_for_bit(model, kind):
     second.restore(first.state())
     assert [second.train_step(batch).loss for batch in batches[2:]] == losses[2:]
     assert np.array_equal(second.parameters.flat, whole.parameters.flat)
-    assert second.checkpoint().metadata.context == "frozen"
+    metadata = second.checkpoint().metadata
+    assert metadata.context == "frozen" and metadata.margin == (8 if kind == "holes" else 0)
