@@ -1,6 +1,7 @@
 // faults.c - a library to be preloaded (LD_PRELOAD) that lets the file operations of a process fail, or kills the process in one.
 //
-// It counts the calls named in GGD_FAULT_CALLS (all, where it is not set) on paths that hold GGD_FAULT_PATH, and from the one with the
+// It counts the calls named in GGD_FAULT_CALLS (all that change files, where it is not set; "look" and "read" are those that open one for
+// reading or read it, and have to be named) on paths that hold GGD_FAULT_PATH, and from the one with the
 // number GGD_FAULT_AT on (counted from 0) each fails with the error number GGD_FAULT, as a disk that is full or broken does; or the
 // process is killed in that one, a write half done, where GGD_FAULT is "kill". GGD_FAULT_LOG names a file to which all counted calls
 // are written, a line each. For Linux; compiled by tools/torture.py and by the tests.
@@ -46,7 +47,8 @@ static int is_watched(const char *call, const char *path) {
     char wanted[64], all[256];
     snprintf(wanted, sizeof wanted, ",%s,", call);
     snprintf(all, sizeof all, ",%s,", calls != NULL ? calls : "");
-    return calls == NULL || strstr(all, wanted) != NULL;
+    int changes = strcmp(call, "look") != 0 && strcmp(call, "read") != 0;
+    return calls == NULL ? changes : strstr(all, wanted) != NULL;
 }
 
 // 0 = go on; 1 = kill the process now; else the error number that the call fails with.
@@ -95,29 +97,34 @@ static int path_at(int folder, const char *name, char *path, size_t size) {
     return snprintf(path, size, "%s/%s", path_of(folder, above, sizeof above), name);
 }
 
-#define OPEN(function)                                                                                        \
-    int function(const char *path, int flags, ...) {                                                          \
-        va_list arguments;                                                                                    \
-        va_start(arguments, flags);                                                                           \
-        mode_t mode = flags & (O_CREAT | O_TMPFILE) ? va_arg(arguments, mode_t) : 0;                          \
-        va_end(arguments);                                                                                    \
-        return flags & (O_WRONLY | O_RDWR) && fails("open", path) ? -1 : REAL(function)(path, flags, mode);   \
+#define OPEN(function)                                                                                                           \
+    int function(const char *path, int flags, ...) {                                                                             \
+        va_list arguments;                                                                                                       \
+        va_start(arguments, flags);                                                                                              \
+        mode_t mode = flags & (O_CREAT | O_TMPFILE) ? va_arg(arguments, mode_t) : 0;                                             \
+        va_end(arguments);                                                                                                       \
+        return fails(flags & (O_WRONLY | O_RDWR) ? "open" : "look", path) ? -1 : REAL(function)(path, flags, mode);              \
     }
 OPEN(open)
 OPEN(open64)
 
-#define OPENAT(function)                                                                                                   \
-    int function(int folder, const char *name, int flags, ...) {                                                           \
-        va_list arguments;                                                                                                 \
-        va_start(arguments, flags);                                                                                        \
-        mode_t mode = flags & (O_CREAT | O_TMPFILE) ? va_arg(arguments, mode_t) : 0;                                       \
-        va_end(arguments);                                                                                                 \
-        char path[8192];                                                                                                   \
-        path_at(folder, name, path, sizeof path);                                                                          \
-        return flags & (O_WRONLY | O_RDWR) && fails("open", path) ? -1 : REAL(function)(folder, name, flags, mode);        \
+#define OPENAT(function)                                                                                                         \
+    int function(int folder, const char *name, int flags, ...) {                                                                 \
+        va_list arguments;                                                                                                       \
+        va_start(arguments, flags);                                                                                              \
+        mode_t mode = flags & (O_CREAT | O_TMPFILE) ? va_arg(arguments, mode_t) : 0;                                             \
+        va_end(arguments);                                                                                                       \
+        char path[8192];                                                                                                         \
+        path_at(folder, name, path, sizeof path);                                                                                \
+        return fails(flags & (O_WRONLY | O_RDWR) ? "open" : "look", path) ? -1 : REAL(function)(folder, name, flags, mode);      \
     }
 OPENAT(openat)
 OPENAT(openat64)
+
+ssize_t read(int fd, void *bytes, size_t size) {
+    char path[4096];
+    return fd > 2 && fails("read", path_of(fd, path, sizeof path)) ? -1 : REAL(read)(fd, bytes, size);
+}
 
 ssize_t write(int fd, const void *bytes, size_t size) {
     char path[4096];
@@ -138,10 +145,10 @@ ssize_t writev(int fd, const struct iovec *parts, int n_parts) {
     return fd > 2 && fails("write", path_of(fd, path, sizeof path)) ? -1 : REAL(writev)(fd, parts, n_parts);
 }
 
-#define FLUSH(function)                                                                              \
-    int function(int fd) {                                                                           \
-        char path[4096];                                                                             \
-        return fails("fsync", path_of(fd, path, sizeof path)) ? -1 : REAL(function)(fd);             \
+#define FLUSH(function)                                                                                                          \
+    int function(int fd) {                                                                                                       \
+        char path[4096];                                                                                                         \
+        return fails("fsync", path_of(fd, path, sizeof path)) ? -1 : REAL(function)(fd);                                         \
     }
 FLUSH(fsync)
 FLUSH(fdatasync)

@@ -132,6 +132,47 @@ def test_a_disk_that_fails_from_any_operation_on_loses_nothing_that_was_saved(co
     assert refused > convert.n_calls // EVERY // 2
 
 
+@pytest.mark.parametrize(
+    "number",
+    [errno.EIO, pytest.param(errno.EACCES, marks=pytest.mark.slow)],
+)
+@pytest.mark.parametrize(
+    ("path", "every"),
+    [
+        ("run/", 31),
+        ("text.txt", 1),
+        pytest.param("run/", 7, marks=pytest.mark.slow),
+    ],
+)
+def test_a_disk_that_cannot_be_read_is_one_line_and_begins_nothing_anew(
+    convert, tmp_path, path, every, number
+):
+    """What cannot be read now may be sound: the run goes on from it once it can."""
+    half = tmp_path / "half"
+    half.mkdir()
+    # Its disk was full after the checkpoint of step 4.
+    check_refused(convert.run(half, errno.ENOSPC, at=5, path="run/metrics.jsonl", calls="write"), "space")
+    assert load_latest(half / "run" / "checkpoints").state.step == 4
+    shutil.copytree(half, tmp_path / "logged")
+    done = convert.run(tmp_path / "logged", log=tmp_path / "log", path=path, calls="look,read")
+    assert done.returncode == 0, done.stderr
+    n_calls = len((tmp_path / "log").read_text().splitlines())
+    assert n_calls > 0
+    n_refused = 0
+    for at in range(0, n_calls, every):
+        folder = tmp_path / str(at)
+        shutil.copytree(half, folder)
+        done = convert.run(folder, number, at=at, path=path, calls="look,read")
+        if done.returncode != 0:
+            check_refused(done, os.strerror(number))
+            n_refused += 1
+        assert [each.name for each in (folder / "run" / "checkpoints").glob(".damaged*")] == []
+        done = convert.run(folder)
+        assert done.returncode == 0, done.stderr
+        assert exports_in(folder) == convert.exports
+    assert n_refused > 0
+
+
 @pytest.mark.slow
 def test_a_run_killed_in_any_operation_ends_with_the_same_bytes(convert, tmp_path):
     for at in range(0, convert.n_calls, EVERY):
