@@ -95,7 +95,8 @@ def describe_file(path: str | Path, device: str | None = None) -> Description:
     if KEY_PREFIX + "format" in file.metadata:
         sections = _conversion_sections(DiffusionCheckpoint.load(path))
         return Description(path, "GGUF LoRA adapter, a conversion", (_file_section(file), *sections))
-    kind = "GGUF LoRA adapter" if file.metadata.get("adapter.type", "lora") == "lora" else "GGUF adapter"
+    method = file.metadata.get("adapter.type", "lora")  # of any type, an array too
+    kind = "GGUF LoRA adapter" if isinstance(method, str) and method == "lora" else "GGUF adapter"
     return Description(path, kind, (_file_section(file), *_foreign_adapter_sections(file)))
 
 

@@ -70,7 +70,9 @@ def token_id(metadata: Mapping[str, Any], role: str) -> int | None:
     named = metadata.get(f"tokenizer.ggml.{role}_token_id")
     if isinstance(named, int) and not isinstance(named, bool) and 0 <= named < n_tokens:
         return named
-    default = _SENTENCEPIECE_IDS.get(role) if metadata.get("tokenizer.ggml.model") == "llama" else None
+    kind = metadata.get("tokenizer.ggml.model")  # of any type in a file that is only described
+    is_sentencepiece = isinstance(kind, str) and kind == "llama"
+    default = _SENTENCEPIECE_IDS.get(role) if is_sentencepiece else None
     return default if default is not None and default < n_tokens else None
 
 

@@ -143,7 +143,7 @@ class Tokenizer:
 
         """
         kind = file.metadata.get("tokenizer.ggml.model")
-        if kind is None or kind in TOKENIZERS_WITHOUT_VOCABULARY:
+        if not isinstance(kind, str) or kind in TOKENIZERS_WITHOUT_VOCABULARY:
             file.fail("holds no vocabulary, so it cannot be given text")
         tokens = file.metadata.get("tokenizer.ggml.tokens")
         if not isinstance(tokens, StringArray):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import gguf
@@ -14,6 +16,7 @@ from rich.console import Console
 from texts import write_jsonl
 
 from ggml_diffusion.app.inspect import Description, describe_file
+from ggml_diffusion.errors import UserError
 from ggml_diffusion.formats.adapter_file import load_adapter
 from ggml_diffusion.formats.model_check import read_model
 from ggml_diffusion.text.kept_tokens import Reading
@@ -169,8 +172,8 @@ def test_a_run_is_described_with_its_conversion_and_its_text(tmp_path: Path, tin
     assert "holds no conversion" in refusal(lambda: describe_file(tmp_path))
 
 
-def foreign_lora(path: Path, pair: dict[str, Tensor]) -> Path:
-    """A LoRA adapter of another program for attn_k of the first layer."""
+def foreign_lora(path: Path, pair: dict[str, Tensor], changes: Mapping[str, bytes] | None = None) -> Path:
+    """A LoRA adapter of another program for attn_k of the first layer, with other values of keys."""
     file = tiny_llama()
     file.keys = [
         ("general.architecture", scalar(STRING, "llama")),
@@ -179,12 +182,41 @@ def foreign_lora(path: Path, pair: dict[str, Tensor]) -> Path:
         ("adapter.lora.alpha", scalar(F32, 16)),
     ]
     file.tensors = [(f"blk.0.attn_k.weight.{half}", tensor) for half, tensor in pair.items()]
+    for key, value in (changes or {}).items():
+        file.set(key, value)
     path.write_bytes(file.build())
     return path
 
 
 def float_tensor(values: np.ndarray) -> Tensor:
     return Tensor(values.shape[::-1], values.astype(np.float32).tobytes())
+
+
+OTHER_TYPES = {
+    "array of numbers": array(I32, [1, 2, 3]),
+    "array of strings": array(STRING, ["a", "b"]),
+    "empty array": array(I32, []),
+    "number": scalar(F32, 1.5),
+    "text": scalar(STRING, "x"),
+}
+ADAPTER_KEYS = ("general.architecture", "general.type", "adapter.type", "adapter.lora.alpha")
+
+
+@pytest.mark.parametrize("other", OTHER_TYPES)
+def test_a_key_of_any_other_type_is_described_or_refused(model_path: Path, tmp_path: Path, other: str):
+    for key in [key for key, _ in tiny_llama().keys] + ["tokenizer.ggml.bos_token_id", "general.type"]:
+        model_path.write_bytes(tiny_llama().set(str(key), OTHER_TYPES[other]).build())
+        described_or_refused(model_path)
+    pair = {"lora_a": float_tensor(np.ones((2, 32))), "lora_b": float_tensor(np.ones((16, 2)))}
+    for key in ADAPTER_KEYS:
+        described_or_refused(foreign_lora(tmp_path / "lora.gguf", pair, {key: OTHER_TYPES[other]}))
+
+
+def described_or_refused(path: Path) -> None:
+    """Any other exception is a traceback on somebody's screen."""
+    for action in (describe_file, read_model, load_adapter):
+        with suppress(UserError):
+            action(path)
 
 
 def test_a_lora_of_another_program_is_described(tmp_path: Path):

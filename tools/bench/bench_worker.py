@@ -274,10 +274,12 @@ class Worker:
         return {"time_s": time.perf_counter() - started_s}
 
     def _model_of(self, context: str) -> DiffusionModel:
-        """The untrained conversion, to be read with one kind of context or the other."""
+        """The untrained conversion, to be read with either kind of context and the default margin."""
         assert self.trainer is not None
         checkpoint = self.trainer.checkpoint()
-        checkpoint.metadata = checkpoint.metadata.model_copy(update={"context": context})
+        margin = QLoraConversionConfig().margin if context == "frozen" else 0
+        update = {"context": context, "margin": margin}
+        checkpoint.metadata = checkpoint.metadata.model_copy(update=update)
         model = DiffusionModel.from_checkpoint(self.model, self.tokenizer, checkpoint)
         model.int8 = "both" if self.model.has_int8 else "none"  # as `DiffusionModel.load` does
         return model
