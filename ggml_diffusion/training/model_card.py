@@ -99,8 +99,9 @@ def card(checkpoint: DiffusionCheckpoint, figures: str | None, file: str | None 
     # Where the text lay on somebody's disk is nobody's business.
     data = ", ".join(f"`{markdown_name(Path(name).name)}`" for name in settings.data or ["unknown"])
     model = markdown_name(Path(settings.base_model or metadata.base_model).name)
+    near = f", and on a second look at the {metadata.margin} tokens beside them" if metadata.margin else ""
     context = (
-        "acts on masks alone; text that stands is the base's own, computed once (`--context frozen`)"
+        f"acts on masks alone{near}; text that stands is the base's own, computed once (`--context frozen`)"
         if is_frozen
         else "acts on all tokens, each of which sees all others (`--context adapted`)"
     )

@@ -41,6 +41,8 @@ def test_a_frozen_context_is_said_and_offers_no_form_that_it_has_not(base: Model
     text = card(made, None)
     assert "acts on masks alone" in text and "export standalone" not in text
     assert "A conversion with `--context adapted` has both" in text
+    made.metadata = made.metadata.model_copy(update={"margin": 8})
+    assert "and on a second look at the 8 tokens beside them" in card(made, None)
 
 
 def test_names_out_of_files_are_no_markup(base: ModelFile) -> None:
