@@ -33,8 +33,8 @@ def bytes_of_run(output: Path) -> int:
 
 
 def is_half_deleted(output: Path) -> bool:
-    """Whether a process was killed while it deleted the run in a folder."""
-    return (output / _DELETED).exists()
+    """Whether a process was killed while it deleted the run in a folder; a link or file is nobody's mark."""
+    return (output / _DELETED).is_dir() and not (output / _DELETED).is_symlink()
 
 
 def delete_run(output: Path) -> None:
@@ -48,6 +48,8 @@ def delete_run(output: Path) -> None:
 
     """
     deleted = output / _DELETED
+    if deleted.is_symlink() or (deleted.exists() and not deleted.is_dir()):
+        raise UserError(f"{deleted}: not a folder: delete it, so that the earlier run can be deleted")
     try:
         deleted.mkdir(exist_ok=True)
         fsync_path(output)

@@ -246,6 +246,21 @@ def test_fresh_starts_anew_and_deletes_nothing_of_the_users(settings, tmp_path):
     assert theirs.read_text() == "a copy that somebody keeps"
 
 
+@pytest.mark.parametrize("kind", ["link", "file"])
+def test_a_mark_of_deletion_that_is_no_folder_deletes_nothing(settings, tmp_path, kind):
+    conversion, _ = run(settings)
+    mark, elsewhere = tmp_path / "run" / ".deleted", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "notes.txt").write_text("mine")
+    mark.symlink_to(elsewhere) if kind == "link" else mark.write_text("mine")
+    _, recorder = run(settings)
+    assert any("all 5 steps are done" in note for note in recorder.notes)
+    with pytest.raises(UserError, match=r"\.deleted: not a folder"):
+        run(settings, fresh=True)
+    assert (tmp_path / "run" / "adapter.gguf").exists() and (elsewhere / "notes.txt").exists()
+    assert conversion.step == 5
+
+
 def test_the_text_is_tokenised_once_for_a_run_its_measures_and_what_resumes_it(settings, tmp_path):
     _, recorder = run(settings, evaluate_on=4)
     assert recorder.tokenised[0][0] == 0 and recorder.tokenised[-1] == (len(TEXT), len(TEXT))
