@@ -131,11 +131,12 @@ def context_line(engine: Engine, config: ConversionTrainingConfig) -> str | None
     if config.qlora.context != "frozen" or (has_margin and holes.share == 0.0):
         return None
     base, T = engine.file, config.sequence_length
-    n_noisy, what = max(1, T // 2), "a text of which half is masked"
+    n_masked, what = max(1, T // 2), "a text of which half is masked"
     if has_margin:
-        n_noisy, what = min(T, holes.longest + 2 * config.margin), f"texts with a hole of {holes.longest}"
+        n_masked, what = min(T, holes.longest), f"texts with a hole of {holes.longest}"
+    n_noisy = min(T, n_masked + 2 * config.margin)
     needs = engine.describe_step(config.batch_size, n_noisy, config.qlora.rank)
-    kept = 4 * 2 * base.L * base.G * base.D * needs.sequences * T
+    kept = 4 * 2 * base.L * base.G * base.D * needs.sequences * (T - n_masked)
     return (
         "frozen context: tokens that stand are computed without gradients and keep their keys and values "
         f"alone, so that a step on {what} takes about {in_bytes(needs.memory_bytes + kept)}"
