@@ -1,7 +1,7 @@
 // faults.c - a library to be preloaded (LD_PRELOAD) that lets the file operations of a process fail, or kills the process in one.
 //
-// It counts the calls named in GGD_FAULT_CALLS (all that change files, where it is not set; "look" and "read" are those that open one for
-// reading or read it, and have to be named) on paths that hold GGD_FAULT_PATH, and from the one with the
+// It counts the calls named in GGD_FAULT_CALLS on paths that hold GGD_FAULT_PATH; where it is not set, all that change files. Those that
+// only read have to be named: "look" opens a file for reading, "read" reads it. From the one with the
 // number GGD_FAULT_AT on (counted from 0) each fails with the error number GGD_FAULT, as a disk that is full or broken does; or the
 // process is killed in that one, a write half done, where GGD_FAULT is "kill". GGD_FAULT_LOG names a file to which all counted calls
 // are written, a line each. For Linux; compiled by tools/torture.py and by the tests.

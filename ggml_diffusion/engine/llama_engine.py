@@ -7,9 +7,9 @@ one its own cache holds what stands, computed without adapter; noisy rows are co
 taken away again.
 
 What llama.cpp cannot do exactly is refused in a sentence: causal ratios between 0 and 1; and denoising over
-a frozen context. There a token that stands and the noisy row in its place are both in sight, and rows of
-written tokens leave gaps, while llama.cpp wants one row a position and no gap. What is only a draft
-(verified.py), and checked by the base afterwards, goes over its cache all the same.
+a frozen context. There a token that stands and the noisy row in its place are both in sight, and text stands
+behind a hole, while llama.cpp wants one row a position and no gap. What is only a draft (verified.py), and
+checked by the base afterwards, goes over its cache all the same.
 
 Deliberately not here: gradients, which llama.cpp does not compute; token rows, which the core reads.
 Source: llama.cpp, include/llama.h and src/llama-batch.cpp of the copy in llama-cpp-python 0.3.36.

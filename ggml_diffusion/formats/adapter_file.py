@@ -37,7 +37,6 @@ from ggml_diffusion.regular_file import open_regular
 
 FORMAT = 1
 ContextKind = Literal["frozen", "adapted"]
-MAX_MARGIN = 1024
 _LORA_NAME = re.compile(
     rf"blk\.\d+\.({'|'.join(module.gguf_name for module in TargetModule)})\.weight\.lora_[ab]"
 )
@@ -46,6 +45,7 @@ _LORA_NAME = re.compile(
 # Limits of what a file may say. Alpha has to survive float32, and the counts a GGUF's 64 bits.
 MIN_ALPHA, MAX_ALPHA = 1e-6, 1e6
 MAX_TIMESTEPS = 1_000_000
+MAX_MARGIN = 1024  # tokens
 _MAX_COUNT, _MAX_SIZE = 2**63 - 1, 2**31 - 1
 _Text = Annotated[str, Field(max_length=4096)]
 _Count = Annotated[int, Field(ge=0, le=_MAX_COUNT)]

@@ -4,11 +4,11 @@ With a frozen context the adapter acts on the noisy rows only. Groups of noisy r
 holes of a text, which see all of it that stands, on both sides; or the blocks of a text, each of which sees
 what stands before it. This file says which rows a batch has, at which position and with which token each
 stands, what it sees and what it predicts. Each token of a group has a row. With a shifted prediction the mask
-at i is read from the row at i - 1, so the token before a group's masks has one, too; before training the
-first row of a hole is the base's own prediction.
+at i is read from the row at i - 1, so the token before a group's masks has one, too: under a causal mask it
+is the base's own prediction before training.
 
-Tokens near a group's may have a noisy row as well, its margin: the text beside a hole, as it looks with the
-hole in sight. The token stands all the same, so that what is kept of it serves the next step.
+Tokens near a group may have a noisy row as well, its margin: the text beside a hole, read again with the hole
+in sight. The token stands all the same, so that what is kept of it serves the next step.
 
 Deliberately not here: what is masked (corruption.py), and the network, which hides a row that stands from a
 noisy one at the same position.

@@ -131,6 +131,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         place = "" if error.filename is None else f"{error.filename!r}: "
         print(f"error: {place}{error.strerror or error}", file=sys.stderr)
         sys.exit(2)
+    except typer.Abort:  # what typer makes of an EOFError
+        print("error: the input ended too early", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     if arguments is None:  # all is done; what is left is the interpreter's end
