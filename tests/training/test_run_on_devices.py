@@ -8,8 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import test_run
-from test_run import Recorder
+from runs import Recorder
 
 from ggml_diffusion.config.toml import load_config
 from ggml_diffusion.engine.ggml_graph import devices
@@ -17,7 +16,7 @@ from ggml_diffusion.errors import UserError
 from ggml_diffusion.training import run as convert
 from ggml_diffusion.training.run import run_conversion
 
-base, quick_gate, settings = test_run.base, test_run.quick_gate, test_run.settings  # fixtures
+pytestmark = pytest.mark.usefixtures("quick_gate")
 
 
 @pytest.fixture
