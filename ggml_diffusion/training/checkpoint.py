@@ -157,6 +157,25 @@ def delete_older(folder: str | Path, newest: Path, keep: int = KEPT) -> None:
     _delete_all(folder, _UNFINISHED_PREFIX)
 
 
+def saved_in(folder: Path) -> list[Path]:
+    """All that runs saved into a folder of checkpoints, whole or not; what somebody else put there is not.
+
+    Raises:
+        OSError: the folder cannot be listed.
+
+    """
+
+    def is_ours(path: Path) -> bool:
+        if path.name in (_LATEST_FILE, f".{_LATEST_FILE}.tmp"):
+            return True
+        has_our_name = path.name.startswith((_UNFINISHED_PREFIX, _DAMAGED_PREFIX)) or _FOLDER_NAME.fullmatch(
+            path.name
+        )
+        return bool(has_our_name) and path.is_dir() and not path.is_symlink()
+
+    return [path for path in folder.iterdir() if is_ours(path)]
+
+
 def delete_checkpoints(folder: Path) -> None:
     """Delete all that was saved into a folder, and the folder where nothing else is in it.
 
@@ -164,13 +183,10 @@ def delete_checkpoints(folder: Path) -> None:
         OSError: something cannot be deleted.
 
     """
-    for path in folder.iterdir():
-        is_ours = path.name.startswith((_UNFINISHED_PREFIX, _DAMAGED_PREFIX)) or _FOLDER_NAME.fullmatch(
-            path.name
-        )
-        if is_ours and path.is_dir() and not path.is_symlink():
+    for path in saved_in(folder):
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-        elif path.name in (_LATEST_FILE, f".{_LATEST_FILE}.tmp"):
+        else:
             path.unlink()
     with contextlib.suppress(OSError):  # somebody's files, or a link to the folder
         folder.rmdir()

@@ -10,23 +10,25 @@ from pathlib import Path
 from ggml_diffusion.durable import fsync_path
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.run_folder import BASE, CARD, CHECKPOINTS, CONFIG, EVALUATION, EXPORTS, METRICS
-from ggml_diffusion.training.checkpoint import delete_checkpoints
+from ggml_diffusion.training.checkpoint import delete_checkpoints, saved_in
 from ggml_diffusion.training.model_card import is_card
 
 _DELETED = ".deleted"
 
 
 def _run_files(output: Path) -> list[Path]:
-    """All that runs write into their folder, but for the lock."""
-    names = (CHECKPOINTS, _DELETED, *EXPORTS, METRICS, CONFIG, EVALUATION, BASE)
+    """All that runs write into their folder, but for the lock and the checkpoints."""
+    names = (_DELETED, *EXPORTS, METRICS, CONFIG, EVALUATION, BASE)
     found = [output / name for name in names if (output / name).exists()]
     return found + ([output / CARD] if is_card(output / CARD) else [])
 
 
 def bytes_of_run(output: Path) -> int:
     """Size of what a run left in its folder, which is replaced or deleted while it goes on."""
-    total = 0
-    for path in _run_files(output):
+    total, paths = 0, _run_files(output)
+    with contextlib.suppress(OSError):
+        paths += saved_in(output / CHECKPOINTS)
+    for path in paths:
         with contextlib.suppress(OSError):
             total += sum(each.stat().st_size for each in [path, *path.rglob("*")] if each.is_file())
     return total
@@ -56,7 +58,7 @@ def delete_run(output: Path) -> None:
         if (output / CHECKPOINTS).exists():
             delete_checkpoints(output / CHECKPOINTS)
         for path in _run_files(output):
-            if path not in (deleted, output / CHECKPOINTS):
+            if path != deleted:
                 path.unlink()
         shutil.rmtree(deleted)
     except OSError as error:

@@ -4,6 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
+import runs
 from runs import run
 
 from ggml_diffusion.engine.cpu.q4_model import Q4Model
@@ -11,6 +12,8 @@ from ggml_diffusion.engine.interface import Batch
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.text.tokenizer import Tokenizer
 from ggml_diffusion.training.identity import check_identity, mean_kl_divergence
+
+run_base, settings = runs.run_base, runs.settings  # fixtures
 
 
 @pytest.mark.parametrize("tokenizer", ["bpe", "spm"])

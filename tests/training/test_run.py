@@ -8,15 +8,17 @@ import shutil
 import signal
 
 import pytest
+import runs
 from runs import TEXT, Recorder, run, steps_in, tensors_of
 
 from ggml_diffusion.config.toml import load_config
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.formats.adapter_file import DiffusionCheckpoint
 from ggml_diffusion.training import earlier_run
-from ggml_diffusion.training.earlier_run import delete_run, is_half_deleted
+from ggml_diffusion.training.earlier_run import bytes_of_run, delete_run, is_half_deleted
 from ggml_diffusion.training.run import run_conversion
 
+run_base, settings, quick_gate = runs.run_base, runs.settings, runs.quick_gate  # fixtures
 pytestmark = pytest.mark.usefixtures("quick_gate")
 
 
@@ -148,10 +150,14 @@ def test_a_finished_run_is_not_trained_again(settings):
 
 def test_fresh_starts_anew_and_deletes_nothing_of_the_users(settings, tmp_path):
     run(settings)
+    freed = bytes_of_run(tmp_path / "run")
+    saved = sum(path.stat().st_size for path in (tmp_path / "run" / "checkpoints").rglob("*.safetensors"))
+    assert freed > saved > 0
     (tmp_path / "run" / "notes.txt").write_text("mine")
     theirs = tmp_path / "run" / "checkpoints" / "best-so-far" / "adapter.safetensors"
     theirs.parent.mkdir()
     theirs.write_text("a copy that somebody keeps")
+    assert bytes_of_run(tmp_path / "run") == freed
     conversion, recorder = run({**settings, "training.learning_rate": 2e-2}, fresh=True)
     assert recorder.started == (0, 0, 5)
     assert conversion.step == 5

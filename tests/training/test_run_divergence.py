@@ -6,6 +6,7 @@ import shutil
 import signal
 
 import pytest
+import runs
 from runs import Recorder, rates_in, run, steps_in, tensors_of
 
 from ggml_diffusion.config.toml import load_config
@@ -14,6 +15,7 @@ from ggml_diffusion.training.checkpoint import load_latest
 from ggml_diffusion.training.run import run_conversion
 from ggml_diffusion.training.trainer import ConversionTrainer
 
+run_base, settings, quick_gate = runs.run_base, runs.settings, runs.quick_gate  # fixtures
 pytestmark = pytest.mark.usefixtures("quick_gate")
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import runs
 from runs import Recorder
 
 from ggml_diffusion.config.toml import load_config
@@ -16,6 +17,7 @@ from ggml_diffusion.errors import UserError
 from ggml_diffusion.training import run as convert
 from ggml_diffusion.training.run import run_conversion
 
+run_base, settings, quick_gate = runs.run_base, runs.settings, runs.quick_gate  # fixtures
 pytestmark = pytest.mark.usefixtures("quick_gate")
 
 

@@ -6,12 +6,14 @@ import subprocess
 import sys
 
 import pytest
+import runs
 from runs import TEXT, run, steps_in
 
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.training import requirements
 from ggml_diffusion.training import run as convert
 
+run_base, settings, quick_gate = runs.run_base, runs.settings, runs.quick_gate  # fixtures
 pytestmark = pytest.mark.usefixtures("quick_gate")
 
 
