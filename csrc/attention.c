@@ -1,7 +1,7 @@
 // attention.c - p_ij proportional to w_ij exp(scale q_i k_j), w = 1 for j <= i and 1 - causal_ratio for a future key j > i, so a
 // future score gets log(1 - causal_ratio) added (-inf when fully causal). With the Bernoulli mask a future key is there or not, by a hash. In a
 // layer with a window a key at a distance of the window or more is not there, on either side. Where scores are soft-capped, they are before
-// the weight joins them.
+// the weight joins them. With an attention sink the query at position 0 sees its own key alone, as with a causal mask.
 //
 // i and j are positions. Where a segment sees rows of a context, its keys are both kinds in one order of their positions, so that what is
 // future to a query begins at one key; a context's key at the query's own position, which comes just before it, is not there.
@@ -225,7 +225,8 @@ static key_range visible_keys(const unit *u, size_t first, size_t rows) {
     return keys;
 }
 
-// Takes away the keys that a query does not see: its own position's in the context, outside of its window, or by the Bernoulli pattern.
+// Takes away the keys that a query does not see: its own position's in the context, outside of its window, all that is behind an attention
+// sink, or by the Bernoulli pattern.
 static void hide_keys(const unit *u, size_t row, key_range keys, float *scores) {
     const ggd_batch *batch = u->job->batch;
     size_t window = u->job->heads->window, query = query_position(u, row), own = own_key(u, row);
@@ -237,6 +238,9 @@ static void hide_keys(const unit *u, size_t row, key_range keys, float *scores) 
     }
     for (size_t key = keys.end; window > 0 && key > own + 1 && key_position(u, key - 1) >= query + window; key--) {
         scores[key - 1] = -INFINITY;
+    }
+    for (size_t key = own + 1; batch->attention_sink && query == 0 && key < keys.end; key++) {
+        scores[key] = -INFINITY;
     }
     uint64_t first = (uint64_t)u->segment->first_position;
     for (size_t key = own + 1; batch->bernoulli && key < keys.end; key++) {

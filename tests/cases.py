@@ -124,6 +124,7 @@ def engine_batch(
         batch.document_ids,
         offset_of(adapter),
         bernoulli_seed,
+        attention_sink=batch.attention_sink,
     )
 
 

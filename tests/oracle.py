@@ -43,9 +43,17 @@ def bernoulli_uniform(seed: int, i: int, j: int) -> float:
 
 
 def mask_weights(
-    T: int, causal_ratio: float, document_ids: NDArray[Any] | None = None, bernoulli_seed: int | None = None
+    T: int,
+    causal_ratio: float,
+    document_ids: NDArray[Any] | None = None,
+    bernoulli_seed: int | None = None,
+    attention_sink: bool = False,
 ) -> Array:
-    """Factors w (T, T) of the exponentials of the scores, query by key, before a row is normalised."""
+    """Factors w (T, T) of the exponentials of the scores, query by key, before a row is normalised.
+
+    attention_sink: the first token of a document sees itself alone.
+    """
+    positions = document_positions(T, document_ids)
     a = 1.0 - causal_ratio
     w = np.ones((T, T))
     for i in range(T):
@@ -53,6 +61,8 @@ def mask_weights(
             if j > i:
                 visible = bernoulli_seed is None or bernoulli_uniform(bernoulli_seed, i, j) < a
                 w[i, j] = (a if bernoulli_seed is None else 1.0) if visible else 0.0
+                if attention_sink and positions[i] == 0:
+                    w[i, j] = 0.0
             if document_ids is not None and document_ids[i] != document_ids[j]:
                 w[i, j] = 0.0
     return w
@@ -218,6 +228,7 @@ class Batch:
 
     lengths (B,): the rest is padding. document_ids (B, T): attention stays within equal ones.
     time_features (B, dim): the input of the time projection.
+    attention_sink: the first token of a document sees itself alone.
     """
 
     tokens: NDArray[np.int32]
@@ -226,6 +237,7 @@ class Batch:
     lengths: NDArray[np.int32] | None = None
     document_ids: NDArray[np.int32] | None = None
     time_features: Array | None = None
+    attention_sink: bool = False
 
     def length(self, b: int) -> int:
         return int(self.tokens.shape[1] if self.lengths is None else self.lengths[b])
@@ -269,7 +281,7 @@ def _logits_of(
         offset = anp.dot(parameters["time_embedding.weight"], batch.time_features[b])
         offset = offset + parameters["time_embedding.bias"]
     documents = None if batch.document_ids is None else batch.document_ids[b, :n]
-    w = mask_weights(n, causal_ratio, documents, bernoulli_seed)
+    w = mask_weights(n, causal_ratio, documents, bernoulli_seed, batch.attention_sink)
     x = embeddings(model, adapter, batch.tokens[b, :n], offset)
     return sequence_logits(model, adapter, x, w, document_positions(n, documents))
 

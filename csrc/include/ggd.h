@@ -81,6 +81,7 @@ typedef struct {
     int32_t n_sequences;            // B
     const float *embedding_offset;  // (B, C) added to every token row of the sequence, or NULL
     float causal_ratio;             // 1 fully causal ... 0 bidirectional
+    int32_t attention_sink;         // 1: a document's first row sees itself alone at any causal ratio
     int32_t bernoulli;              // 1: future keys are visible with probability 1 - causal_ratio instead of weighted by it
     uint64_t bernoulli_seed;
 } ggd_batch;

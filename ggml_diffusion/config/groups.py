@@ -223,6 +223,11 @@ class QLoraConversionConfig(Settings):
         description="With a frozen context: tokens on each side of masks that are computed a second time, "
         "with the masks in sight; 0 = none, and none in blocks.",
     )
+    attention_sink: bool = Field(
+        default=False,
+        description="With an adapted context and prediction shifted: the first token of a text sees itself "
+        "alone, as in the base, whose heads rest on it.",
+    )
     train_mask_embedding: bool = Field(
         default=True, description="Whether the mask token gets a trained embedding, on top of the base's own."
     )

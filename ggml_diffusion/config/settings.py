@@ -116,6 +116,13 @@ class ConversionTrainingConfig(Settings):
         has_margin = self.qlora.context == "frozen" and not self.block_diffusion.enabled
         return self.qlora.margin if has_margin else 0
 
+    @property
+    def attention_sink(self) -> bool:
+        """Whether the run keeps the first token as an attention sink. A frozen context is the base's own and
+        has it anyway; an aligned first token may be masked, and would see nothing."""
+        qlora = self.qlora
+        return qlora.attention_sink and qlora.context == "adapted" and qlora.prediction == "shifted"
+
     @model_validator(mode="after")
     def _check_blocks(self) -> "ConversionTrainingConfig":
         blocks = self.block_diffusion

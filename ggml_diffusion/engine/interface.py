@@ -131,6 +131,7 @@ class Batch:
         n_positions: length of that text, for models whose RoPE depends on it; None = up to the last row.
         context: rows of the same text that stand, and that these rows see beside each other, but for one at a
             row's own position: the row stands in its place.
+        attention_sink: a document's first row sees itself alone whatever the causal ratio is, as in the base.
 
     Raises:
         ValueError: an array of the wrong shape or type, or a document that appears in two parts.
@@ -148,6 +149,7 @@ class Batch:
     positions: NDArray[np.int32] | None = None
     n_positions: int | None = None
     context: ContextRows | None = None
+    attention_sink: bool = False
 
     def __post_init__(self) -> None:
         """Check the arrays; what depends on the model (V, C, context) the engine checks."""

@@ -199,7 +199,14 @@ class LlamaEngine:
                 self._whole = _Session(self, len(text), len(text))
             self._whole.forget(0)
             rows = self.inputs(text, batch, number, adapter)
-            parts.append(self._whole.decode(rows, 0, batch.causal_ratio, adapter, wanted[number][valid]))
+            # What is in the cache is in sight, what comes later is not: a sink goes first, by itself.
+            n_alone = 1 if batch.attention_sink and len(text) > 1 else 0
+            for part in (slice(0, n_alone), slice(n_alone, None)):
+                if len(rows[part]):
+                    is_wanted = wanted[number][valid][part]
+                    parts.append(
+                        self._whole.decode(rows[part], part.start, batch.causal_ratio, adapter, is_wanted)
+                    )
         logits = np.concatenate(parts)
         if select is not None:
             return logits

@@ -97,6 +97,7 @@ def score_noisy(
             clean.lengths[rows],
             clean.document_ids[rows],
             model.rule.embedding_offset(times[rows]),
+            attention_sink=model.rule.attention_sink,
         )
         return model.engine.loss(batch, targets, weights, model.adapter)
 

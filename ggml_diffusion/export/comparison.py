@@ -108,7 +108,7 @@ class Reference:
     @cached_property
     def logits(self) -> NDArray[np.float32]:
         """The engine's own, (T, V)."""
-        batch = Batch(self.tokens[None], self._rule.causal_ratio, embedding_offset=self.offset)
+        batch = self._rule.batch(self.tokens[None], self.offset)
         logits: NDArray[np.float32] = self._engine.logits(batch, self._checkpoint.adapter())[0]
         return logits
 

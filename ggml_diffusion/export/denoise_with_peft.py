@@ -105,10 +105,14 @@ class Denoiser:
         return weight @ features + bias
 
     def _bias(self, n_tokens: int) -> Tensor:
-        """What is added to attention scores, (1, 1, T, T): nothing is hidden at causal ratio 0."""
+        """What is added to attention scores, (1, 1, T, T): nothing is hidden at causal ratio 0, but from the
+        first token, which sees itself alone where it is an attention sink."""
         ratio = self.rule["causal_ratio"]
         weight_of_future = math.log(1 - ratio) if ratio < 1 else -math.inf
-        return torch.triu(torch.full((n_tokens, n_tokens), weight_of_future), 1)[None, None]
+        bias = torch.triu(torch.full((n_tokens, n_tokens), weight_of_future), 1)
+        if self.rule["attention_sink"]:
+            bias[0, 1:] = -math.inf
+        return bias[None, None]
 
 
 def pretrained(base: str | Path) -> tuple[str, dict[str, str]]:

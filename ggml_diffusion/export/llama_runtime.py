@@ -28,6 +28,7 @@ def bidirectional_logits(
     inputs: NDArray[np.int32] | NDArray[np.float32],
     *,
     adapter: Path | None = None,
+    attention_sink: bool = False,
     n_threads: int = 1,
 ) -> NDArray[np.float32]:
     """Logits (T, V) of a GGUF in llama.cpp, every token in sight of every other.
@@ -36,6 +37,7 @@ def bidirectional_logits(
         model: the GGUF.
         inputs: tokens (T,), or what goes in in place of their embeddings (T, C).
         adapter: a GGUF LoRA that `load_adapter` has read, since llama.cpp aborts on a bad one.
+        attention_sink: the first token sees itself alone.
         n_threads: of llama.cpp.
 
     Raises:
@@ -46,6 +48,7 @@ def bidirectional_logits(
         "path": str(model),
         "adapter": None if adapter is None else str(adapter),
         "shape": inputs.shape,
+        "attention_sink": attention_sink,
         "n_threads": n_threads,
     }
     header = json.dumps(job).encode()
@@ -69,7 +72,12 @@ class _Logits:
         api, model, context = open_llama(os.fsencode(job["path"]), len(inputs), job["n_threads"], exact=True)
         if job["adapter"] is not None:
             _set_adapter(api, model, context, os.fsencode(job["adapter"]))
-        self.hello = _logits(api, model, context, inputs).tobytes()
+        parts = [inputs[:1], inputs[1:]] if job["attention_sink"] else [inputs]
+        found, first = [], 0
+        for part in parts:  # what is in the cache is in sight, what comes later is not
+            found.append(_logits(api, model, context, part, first))
+            first += len(part)
+        self.hello = np.concatenate(found).tobytes()
 
     def answer(self, request: bytes) -> bytes:
         raise ValueError("there is nothing to ask")
@@ -84,15 +92,15 @@ def _set_adapter(api: Any, model: Any, context: Any, path: bytes) -> None:
         raise RuntimeError("does not take the adapter")
 
 
-def _logits(api: Any, model: Any, context: Any, inputs: NDArray[Any]) -> NDArray[np.float32]:
-    n_tokens = len(inputs)
+def _logits(api: Any, model: Any, context: Any, inputs: NDArray[Any], first: int) -> NDArray[np.float32]:
+    n_tokens, inputs = len(inputs), np.ascontiguousarray(inputs)
     api.llama_set_causal_attn(context, False)
     batch = api.llama_batch_init(n_tokens, inputs.shape[1] if inputs.ndim == 2 else 0, 1)
     batch.n_tokens = n_tokens
     target = batch.embd if inputs.ndim == 2 else batch.token
     ctypes.memmove(target, inputs.ctypes.data, inputs.nbytes)
     for position in range(n_tokens):
-        batch.pos[position] = position
+        batch.pos[position] = first + position
         batch.n_seq_id[position] = 1
         batch.seq_id[position][0] = 0
         batch.logits[position] = 1

@@ -73,6 +73,7 @@ def _rule(checkpoint: DiffusionCheckpoint) -> dict[str, object]:
         "mask_token_id": metadata.mask_token_id,
         "prediction": rule.prediction,
         "causal_ratio": rule.causal_ratio,
+        "attention_sink": rule.attention_sink,
         "noise_schedule": rule.noise_schedule.type,
         "time_max_timesteps": metadata.time_max_timesteps,
         "block_size": rule.block_size,

@@ -97,6 +97,11 @@ def plan_standalone(
             f"the conversion's attention is at causal ratio {rule.causal_ratio:g}, and llama.cpp knows only "
             f"0 and 1: train until final_causal_ratio 0 is reached"
         )
+    if rule.attention_sink and arch == "diffusion":
+        raise UserError(
+            "the first token sees itself alone in this conversion, and llama-diffusion-cli cannot do that: "
+            "convert with --no-attention-sink, or take --arch same for programs that decode it by itself"
+        )
     if time is not None and rule.time_offset is None:
         raise UserError(f"--time {time:g}: the conversion has no time embedding")
     if time is not None and not 0 <= time <= 1:

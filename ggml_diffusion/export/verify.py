@@ -17,7 +17,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ggml_diffusion.engine.interface import Batch, Engine
+from ggml_diffusion.engine.interface import Engine
 from ggml_diffusion.errors import UserError, quoted
 from ggml_diffusion.export.comparison import Agreement, Reference
 from ggml_diffusion.export.llama_runtime import bidirectional_logits
@@ -150,6 +150,7 @@ class _Verifier:
             self._engine.file.path,
             self._reference.llama_embeddings,
             adapter=path,
+            attention_sink=self._checkpoint.metadata.attention_sink,
             n_threads=self._engine.n_threads,
         )
         limit = _limit(self._engine.file, PACKED_ADAPTER_LIMIT)
@@ -160,7 +161,12 @@ class _Verifier:
         reference = self._reference
         if (time := file.optional(TIME_KEY, -1.0)) >= 0:
             reference = Reference(self._engine, self._tokenizer, self._checkpoint, time)
-        logits = bidirectional_logits(path, reference.tokens, n_threads=self._engine.n_threads)
+        logits = bidirectional_logits(
+            path,
+            reference.tokens,
+            attention_sink=self._checkpoint.metadata.attention_sink,
+            n_threads=self._engine.n_threads,
+        )
         if logits.shape != reference.logits.shape:
             raise UserError(f"{path}: has {logits.shape[1]} tokens, the base {reference.logits.shape[1]}")
         limit = _limit(file, PACKED_STANDALONE_LIMIT)
@@ -206,8 +212,7 @@ class _Verifier:
         rule, mask = ReadingRule.of_checkpoint(self._checkpoint), self._checkpoint.metadata.mask_token_id
         tokens = np.concatenate([before, np.full(N_WRITTEN, mask, np.int32)])
         offset = rule.embedding_offset(np.array([time], np.float32))
-        batch = Batch(tokens[None], rule.causal_ratio, embedding_offset=offset)
-        logits = self._engine.logits(batch, self._checkpoint.adapter())[0]
+        logits = self._engine.logits(rule.batch(tokens[None], offset), self._checkpoint.adapter())[0]
         rows = rows_of_positions(np.arange(len(before), len(tokens)), rule.prediction)
         return log_softmax(logits[rows])
 

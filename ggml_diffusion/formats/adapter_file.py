@@ -88,6 +88,9 @@ class CheckpointMetadata(BaseModel):
         le=MAX_MARGIN,
         description="tokens on each side of masks that have a noisy row beside the one that stands",
     )
+    attention_sink: bool = Field(
+        default=False, description="the first token of a text sees itself alone, at any causal ratio"
+    )
     prompts: bool = Field(
         default=False,
         description="trained on prompts with responses: the time tells how much of these is masked",

@@ -12,15 +12,16 @@ Letters: T tokens, N positions, V vocabulary, C hidden size.
 import numpy as np
 from numpy.typing import NDArray
 
-from ggml_diffusion.engine.interface import Batch, Context, Engine, Int8
+from ggml_diffusion.engine.interface import Context, Engine, Int8
 from ggml_diffusion.formats.lora import LoraAdapter
-from ggml_diffusion.objective.output_rows import Prediction, rows_of_positions
+from ggml_diffusion.generation.reading import ReadingRule
+from ggml_diffusion.objective.output_rows import rows_of_positions
 
 
 class ApproximateText:
     """What is kept of a text while a block of it is denoised."""
 
-    def __init__(self, engine: Engine, n_tokens: int, adapter: LoraAdapter, prediction: Prediction) -> None:
+    def __init__(self, engine: Engine, n_tokens: int, adapter: LoraAdapter, rule: ReadingRule) -> None:
         """Make room for a text of `n_tokens`; the adapter does not change meanwhile.
 
         Raises:
@@ -29,7 +30,7 @@ class ApproximateText:
         """
         self._context: Context = engine.context(n_tokens, adapter=adapter)
         self._adapter = adapter
-        self._prediction: Prediction = prediction
+        self._rule = rule
         self._kept = np.zeros(
             0, dtype=np.int32
         )  # the text of the whole pass, with -1 where a row is not kept
@@ -39,7 +40,6 @@ class ApproximateText:
         tokens: NDArray[np.int32],
         block: NDArray[np.int64],
         positions: NDArray[np.int64],
-        causal_ratio: float,
         embedding_offset: NDArray[np.float32] | None,
         int8: Int8,
     ) -> NDArray[np.float32]:
@@ -49,7 +49,6 @@ class ApproximateText:
             tokens: (T,) with masks.
             block: places that are denoised together.
             positions: (N,) rising, the masks to predict.
-            causal_ratio: of the attention mask.
             embedding_offset: (1, C); None = nothing.
             int8: products of the frozen weights.
 
@@ -58,18 +57,16 @@ class ApproximateText:
 
         """
         fresh = np.zeros(len(tokens), dtype=bool)
-        fresh[block] = fresh[rows_of_positions(block, self._prediction)] = True
+        fresh[block] = fresh[rows_of_positions(block, self._rule.prediction)] = True
         wanted = np.zeros(len(tokens), dtype=bool)
-        wanted[rows_of_positions(positions, self._prediction)] = True
+        wanted[rows_of_positions(positions, self._rule.prediction)] = True
         outside = np.where(fresh, -1, tokens)
         if not np.array_equal(outside, self._kept):
             self._kept = outside
-            whole = Batch(tokens[None], causal_ratio, embedding_offset=embedding_offset)
+            whole = self._rule.batch(tokens[None], embedding_offset)
             return self._context.refill(whole, self._adapter, keep=~fresh, select=wanted, int8=int8)
         places = np.flatnonzero(fresh).astype(np.int32)
-        rows = Batch(
-            tokens[None, fresh], causal_ratio, embedding_offset=embedding_offset, positions=places[None]
-        )
+        rows = self._rule.batch(tokens[None, fresh], embedding_offset, places[None])
         return self._context.logits(rows, self._adapter, select=wanted[None, fresh], int8=int8)
 
     def close(self) -> None:

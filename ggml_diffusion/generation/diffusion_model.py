@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ggml_diffusion.engine.interface import Batch, Engine, Int8
+from ggml_diffusion.engine.interface import Engine, Int8
 from ggml_diffusion.engine.open import open_engine
 from ggml_diffusion.errors import UserError, quoted
 from ggml_diffusion.formats.adapter_file import DiffusionCheckpoint
@@ -131,8 +131,7 @@ class DiffusionModel:
         if self.rule.context == "frozen":
             result = self._logits_of_masks(batch, offset)
         else:
-            seen = Batch(batch, self.rule.causal_ratio, embedding_offset=offset)
-            result = self.engine.logits(seen, self.adapter)
+            result = self.engine.logits(self.rule.batch(batch, offset), self.adapter)
         result[..., self.mask_token_id] = -np.inf
         return result if np.ndim(tokens) == 2 else result[0]
 
@@ -399,7 +398,7 @@ class DiffusionModel:
             assert text is not None
             predict = self._predictor_over(text, tokens)
         elif config.approximate_cache:
-            kept = ApproximateText(self.engine, len(tokens), self.adapter, self.rule.prediction)
+            kept = ApproximateText(self.engine, len(tokens), self.adapter, self.rule)
         try:
             return denoise(
                 tokens,
@@ -452,13 +451,12 @@ class DiffusionModel:
         """Logits (N, V) of the tokens at `positions` of a block, computing the head for no other row."""
         t = self.rule.noise_schedule.time_at(share_masked)
         offset = self.rule.embedding_offset(np.array([t], dtype=np.float32))
-        ratio = self.rule.causal_ratio
         if kept is not None:
-            logits = kept.logits(tokens, block, positions, ratio, offset, self.int8)
+            logits = kept.logits(tokens, block, positions, offset, self.int8)
         else:
             select = np.zeros((1, len(tokens)), dtype=bool)
             select[0, rows_of_positions(positions, self.rule.prediction)] = True
-            batch = Batch(tokens[None], ratio, embedding_offset=offset)
+            batch = self.rule.batch(tokens[None], offset)
             logits = self.engine.logits(batch, self.adapter, select=select, int8=self.int8)
         logits[:, self.mask_token_id] = -np.inf
         return logits

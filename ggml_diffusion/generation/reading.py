@@ -12,6 +12,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
+from ggml_diffusion.engine.interface import Batch
 from ggml_diffusion.errors import UserError, one_line
 from ggml_diffusion.formats.adapter_file import ContextKind, DiffusionCheckpoint
 from ggml_diffusion.formats.tensor_names import TIME_BIAS, TIME_WEIGHT
@@ -34,6 +35,7 @@ class ReadingRule:
             behind it; None = it was trained on whole sequences.
         context: whether tokens that stand are the base's own, "frozen", or "adapted" as all others.
         margin: with a frozen context, tokens on each side of masks that have a noisy row as well.
+        attention_sink: whether the first token of a text sees itself alone, at any causal ratio.
         prompts: whether it was trained on prompts with responses: the time then tells how much of what is to
             be written is masked, else how much of the whole text.
         time_offset: the time embedding as a function, or None if the conversion has none.
@@ -47,6 +49,7 @@ class ReadingRule:
     prompts: bool = False
     context: ContextKind = "adapted"
     margin: int = 0
+    attention_sink: bool = False
     time_offset: TimeOffset | None = None
 
     @classmethod
@@ -74,7 +77,30 @@ class ReadingRule:
             prompts=metadata.prompts,
             context=metadata.context,
             margin=metadata.margin,
+            attention_sink=metadata.attention_sink,
             time_offset=time_offset,
+        )
+
+    def batch(
+        self,
+        tokens: NDArray[np.int32],
+        embedding_offset: NDArray[np.float32] | None,
+        positions: NDArray[np.int32] | None = None,
+    ) -> Batch:
+        """Texts (B, T) with masks, as the conversion sees them where their context is adapted.
+
+        Args:
+            tokens: (B, T).
+            embedding_offset: (B, C); None = nothing.
+            positions: (B, T) of the rows in their texts; None = the texts are whole.
+
+        """
+        return Batch(
+            tokens,
+            self.causal_ratio,
+            embedding_offset=embedding_offset,
+            positions=positions,
+            attention_sink=self.attention_sink,
         )
 
     def embedding_offset(self, t: NDArray[np.floating]) -> NDArray[np.float32] | None:

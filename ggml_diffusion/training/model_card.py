@@ -104,6 +104,11 @@ def card(checkpoint: DiffusionCheckpoint, figures: str | None, file: str | None 
         f"acts on masks alone{near}; text that stands is the base's own, computed once (`--context frozen`)"
         if is_frozen
         else "acts on all tokens, each of which sees all others (`--context adapted`)"
+        + (
+            ", but for the first, which sees itself alone (`--attention-sink`)"
+            if metadata.attention_sink
+            else ""
+        )
     )
     return f"""---
 library_name: ggml-diffusion

@@ -65,6 +65,7 @@ OTHER_VALUES = {
     "noise_schedule.complementary": True,
     "model.context": "frozen",
     "model.margin": 3,
+    "model.attention_sink": True,
     "holes.share": 0.5,
     "holes.longest": 8,
     "holes.most": 2,

@@ -209,6 +209,8 @@ BATCHES: dict[str, Callable[[int], oracle.Batch]] = {
     "all masked": _all_masked,
     "one row used": _one_of_many,
     "longer than a tile": lambda V: random_batch(V, B=2, T=150),
+    "packed, with sinks": lambda V: replace(packed(V), attention_sink=True),
+    "one sequence, with a sink": lambda V: replace(random_batch(V, B=1, T=23), attention_sink=True),
 }
 
 

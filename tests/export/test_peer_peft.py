@@ -33,6 +33,7 @@ CONFIG = {
 MODEL = {"phi3": {"keys": {"rope.scaling.type": None, "rope.scaling.attn_factor": None}}}
 
 
+@pytest.mark.parametrize("sink", [False, True])
 @pytest.mark.parametrize("causal_ratio", [0.0, 0.4])
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "phi3", "gemma3"])
 def test_base_and_folder_predict_what_base_and_adapter_predict(
@@ -41,6 +42,7 @@ def test_base_and_folder_predict_what_base_and_adapter_predict(
     monkeypatch: pytest.MonkeyPatch,
     arch: str,
     causal_ratio: float,
+    sink: bool,
 ):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     torch = pytest.importorskip("torch", reason="PyTorch is not installed")
@@ -61,15 +63,17 @@ def test_base_and_folder_predict_what_base_and_adapter_predict(
         lambda *names, **options: read(*names, config=config, **options),
     )
     checkpoint = conversion(base, scale=0.15)
-    checkpoint.metadata = checkpoint.metadata.model_copy(update={"final_causal_ratio": causal_ratio})
+    checkpoint.metadata = checkpoint.metadata.model_copy(
+        update={"final_causal_ratio": causal_ratio, "attention_sink": sink}
+    )
     export_peft(tmp_path / "folder", checkpoint, base)
     tokens = np.random.default_rng(0).integers(20, base.V, 8).astype(np.int32)
     tokens[1::3] = MASK_TOKEN
-    offset = ReadingRule.of_checkpoint(checkpoint).embedding_offset(np.array([0.37], np.float32))
+    rule = ReadingRule.of_checkpoint(checkpoint)
+    offset = rule.embedding_offset(np.array([0.37], np.float32))
     with Q4Model.from_gguf(base.path, 1, compute="f32") as engine:
-        batch = Batch(tokens[None], causal_ratio, embedding_offset=offset)
         expected, plain = (
-            engine.logits(batch, checkpoint.adapter())[0],
+            engine.logits(rule.batch(tokens[None], offset), checkpoint.adapter())[0],
             engine.logits(Batch(tokens[None], causal_ratio))[0],
         )
     found = Denoiser(tmp_path / "folder", base.path).logits(torch.from_numpy(tokens).long(), 0.37).numpy()

@@ -244,6 +244,15 @@ def test_what_the_target_would_compute_wrongly_is_refused_with_the_alternative(
     assert all(word in message for word in words), message
 
 
+def test_an_attention_sink_is_refused_where_the_program_has_none(tiny_model: TinyModel):
+    base = read_model(tiny_model())
+    checkpoint = bidirectional(base)
+    checkpoint.metadata = checkpoint.metadata.model_copy(update={"attention_sink": True})
+    message = refusal(lambda: plan_standalone(base, checkpoint))
+    assert "--no-attention-sink" in message and "--arch same" in message
+    assert plan_standalone(base, checkpoint, arch="same").arch == base.arch
+
+
 def test_a_conversion_that_is_not_bidirectional_yet_is_refused(tiny_model: TinyModel):
     base = read_model(tiny_model())
     assert "causal ratio 0.1" in refusal(lambda: plan_standalone(base, conversion(base)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import re
@@ -89,6 +90,24 @@ def test_the_adapter_of_every_architecture_does_in_llama_cpp_what_it_does_here(
     checkpoint.save_gguf(tmp_path / "adapter.gguf", base)
     (check,) = checked(tmp_path, checkpoint, base).values()
     assert check.status == "ok", check
+
+
+@pytest.mark.usefixtures("nothing_else_installed")
+def test_a_first_token_that_sees_itself_alone_does_so_in_llama_cpp(
+    tmp_path: Path, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+):
+    base = read_model(tiny_model())
+    checkpoint = bidirectional(base)
+    checkpoint.metadata = checkpoint.metadata.model_copy(update={"attention_sink": True})
+    checkpoint.save_gguf(tmp_path / "adapter.gguf", base)
+    plan = plan_standalone(base, checkpoint, arch="same", time=0.2)
+    write_standalone(tmp_path / "standalone.gguf", base, checkpoint, plan)
+    assert {one.status for one in checked(tmp_path, checkpoint, base).values()} == {"ok"}
+    all_see_all = functools.partial(verify.bidirectional_logits, attention_sink=False)
+    monkeypatch.setattr(
+        verify, "bidirectional_logits", lambda *a, attention_sink, **rest: all_see_all(*a, **rest)
+    )
+    assert {one.status for one in checked(tmp_path, checkpoint, base).values()} == {"failed"}
 
 
 @pytest.mark.usefixtures("nothing_else_installed")

@@ -42,19 +42,18 @@ def offset_of(engine: Q4Model, seed: int) -> NDArray[np.float32]:
 def whole(model: DiffusionModel, tokens: NDArray[np.int32], positions: NDArray[np.int64], offset: Any) -> Any:
     select = np.zeros((1, T), bool)
     select[0, rows_of_positions(positions, model.rule.prediction)] = True
-    batch = Batch(tokens[None], model.rule.causal_ratio, embedding_offset=offset)
-    return model.engine.logits(batch, model.adapter, select=select)
+    return model.engine.logits(model.rule.batch(tokens[None], offset), model.adapter, select=select)
 
 
 def two_steps(model: DiffusionModel) -> tuple[list[Any], list[Any]]:
     """Logits of the masks at the first step and at the second one, and of whole passes."""
     tokens, offset = text_with_masks(), offset_of(model.engine, 2)  # type: ignore[arg-type]
-    text = ApproximateText(model.engine, T, model.adapter, model.rule.prediction)
+    text = ApproximateText(model.engine, T, model.adapter, model.rule)
     found, expected = [], []
     for written in ([], [BLOCK[2], BLOCK[0]]):
         tokens[written] = [77, 78][: len(written)]
         masks = BLOCK[tokens[BLOCK] == MASK]
-        found.append(text.logits(tokens, BLOCK, masks, model.rule.causal_ratio, offset, "none"))
+        found.append(text.logits(tokens, BLOCK, masks, offset, "none"))
         expected.append(whole(model, tokens, masks, offset))
     text.close()
     return found, expected
@@ -63,12 +62,13 @@ def two_steps(model: DiffusionModel) -> tuple[list[Any], list[Any]]:
 @pytest.mark.parametrize("prediction", ["shifted", "aligned"])
 @pytest.mark.parametrize("ratio", [0.0, 0.3])
 @pytest.mark.parametrize("arch", ["llama", "gemma3"])
+@pytest.mark.parametrize("sink", [False, True])
 def test_with_one_layer_it_is_exact(
-    tiny_model: TinyModel, arch: str, ratio: float, prediction: Prediction
+    tiny_model: TinyModel, arch: str, ratio: float, prediction: Prediction, sink: bool
 ) -> None:
     path = tiny_model(L=1, arch=arch, keys=WINDOWS if arch == "gemma3" else None, **SIZES)
     with Q4Model.from_gguf(path, 2, compute="f32") as engine:
-        found, expected = two_steps(converted(engine, prediction, causal_ratio=ratio))
+        found, expected = two_steps(converted(engine, prediction, causal_ratio=ratio, attention_sink=sink))
     np.testing.assert_array_equal(found[0], expected[0])
     np.testing.assert_allclose(found[1], expected[1], atol=2e-5)
 

@@ -289,7 +289,15 @@ def engine(tiny_model):
         yield opened
 
 
-def converted(engine, prediction="shifted", causal_ratio=0.25, trained=True, time_offset=None, mask=MASK):
+def converted(
+    engine,
+    prediction="shifted",
+    causal_ratio=0.25,
+    trained=True,
+    time_offset=None,
+    mask=MASK,
+    attention_sink=False,
+):
     """A conversion with random numbers in it, or with none: then it is the base itself."""
     rng = np.random.default_rng(3)
     pair = {
@@ -306,8 +314,26 @@ def converted(engine, prediction="shifted", causal_ratio=0.25, trained=True, tim
         engine,
         adapter,
         Tokenizer.from_gguf(engine.file.path),
-        ReadingRule(prediction, causal_ratio, NoiseSchedule("linear"), time_offset=time_offset),
+        ReadingRule(
+            prediction,
+            causal_ratio,
+            NoiseSchedule("linear"),
+            attention_sink=attention_sink,
+            time_offset=time_offset,
+        ),
     )
+
+
+def test_a_text_whose_first_token_is_a_sink_is_read_so(engine):
+    tokens = np.array([[5, MASK, 300, MASK], [30, 31, MASK, 33]], np.int32)
+    model, other = (converted(engine, attention_sink=sink) for sink in (True, False))
+    found, alone = model.logits(tokens, 0.5)[:, 0], other.logits(tokens[:, :1], 0.5)[:, 0]
+    seen = np.arange(engine.file.V) != MASK
+    np.testing.assert_allclose(found[:, seen], alone[:, seen], atol=1e-5)
+    assert np.abs(found[:, seen] - other.logits(tokens, 0.5)[:, 0, seen]).max() > 1e-2
+    # the token behind it is read from there, in a text that is filled as well
+    filled = model.fill(np.array([5, MASK, 300, 301], np.int32), GenerationConfig(temperature=0.0))
+    assert filled[1] == np.argmax(alone[0])
 
 
 @pytest.mark.parametrize("prediction", ["shifted", "aligned"])

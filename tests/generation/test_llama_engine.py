@@ -63,6 +63,8 @@ def test_logits_are_the_engines(engines: tuple[Q4Model, LlamaEngine]) -> None:
         model = converted(engine, causal_ratio=0.0, time_offset=time_offset)
         tokens = np.stack([TEXT, TEXT[::-1]])
         found.append(model.logits(tokens, np.array([0.3, 0.7], np.float32)))
+        model.rule = replace(model.rule, attention_sink=True)
+        found[-1] = np.concatenate([found[-1], model.logits(tokens, np.array([0.3, 0.7], np.float32))])
         lengths = np.array([5, 12])
         causal = engine.logits(Batch(tokens, 1.0, lengths), None)
         assert not causal[0, 5:].any()
@@ -76,14 +78,14 @@ def test_logits_are_the_engines(engines: tuple[Q4Model, LlamaEngine]) -> None:
 
 
 @pytest.mark.parametrize("block_size", [None, 4])
-@pytest.mark.parametrize("prediction", ["shifted", "aligned"])
+@pytest.mark.parametrize(("prediction", "sink"), [("shifted", False), ("shifted", True), ("aligned", False)])
 def test_the_same_seed_gives_the_same_text(
-    engines: tuple[Q4Model, LlamaEngine], prediction: Any, block_size: int | None
+    engines: tuple[Q4Model, LlamaEngine], prediction: Any, sink: bool, block_size: int | None
 ) -> None:
     texts = []
     for engine in engines:
         model = converted(engine, prediction, causal_ratio=0.0, time_offset=time_offset)
-        model.rule = replace(model.rule, block_size=block_size)
+        model.rule = replace(model.rule, block_size=block_size, attention_sink=sink)
         texts.append([model.fill(TEXT, GenerationConfig(seed=seed, top_p=0.9)).tolist() for seed in range(4)])
         texts[-1].append(model.generate("the sand", GenerationConfig(length=12, seed=5), suffix=" sea"))
     assert texts[0] == texts[1]

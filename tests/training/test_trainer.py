@@ -150,6 +150,21 @@ def test_the_causal_ratio_and_the_learning_rate_follow_their_schedules(model):
     assert steps[-1].tokens == 6 * 48
 
 
+def test_an_attention_sink_is_for_an_adapted_context_with_a_shifted_prediction(model):
+    """Where it is meant it changes the loss, is kept in what is exported, and elsewhere it is none."""
+    batch, losses = make_batch(), {}
+    for sink in (False, True):
+        trainer = make_trainer(
+            model, model__attention_sink=sink, model__prediction="shifted", mask_annealing__total_steps=0
+        )
+        losses[sink] = trainer.gradients_of(trainer.corrupt(batch), 0.0)[0]
+        assert trainer.checkpoint().metadata.attention_sink == sink
+    assert abs(losses[True] - losses[False]) > 1e-5
+    for changes in ({"model__prediction": "aligned"}, {"model__context": "frozen"}):
+        trainer = make_trainer(model, model__attention_sink=True, **changes)
+        assert not trainer.checkpoint().metadata.attention_sink
+
+
 def test_a_bernoulli_mask_is_drawn_anew_each_step_and_only_if_asked_for(model):
     soft, bernoulli = make_trainer(model), make_trainer(model, mask_annealing__mask="bernoulli")
     assert soft.corrupt(make_batch()).bernoulli_seed is None

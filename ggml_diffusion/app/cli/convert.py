@@ -33,6 +33,7 @@ def convert(
     start_from: options.StartFrom = None,
     prediction: options.Prediction = None,
     context: options.ContextKind = None,
+    attention_sink: options.AttentionSink = None,
     holes: options.Holes = None,
     mask_token_id: options.MaskTokenId = None,
     seed: options.Seed = None,

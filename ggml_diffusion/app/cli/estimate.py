@@ -24,6 +24,7 @@ def estimate(
     start_from: options.StartFrom = None,
     prediction: options.Prediction = None,
     context: options.ContextKind = None,
+    attention_sink: options.AttentionSink = None,
     holes: options.Holes = None,
     mask_token_id: options.MaskTokenId = None,
     seed: options.Seed = None,

@@ -108,7 +108,12 @@ def export_standalone(
         folded = "" if plan.time is None else f", time {plan.time:.3g} folded in"
         _say(f"written: {target} ({plan.arch}, {in_bytes(os.path.getsize(target))}{folded})")
         reference = Reference(engine, Tokenizer.from_file(file), checkpoint, plan.time)
-        logits = bidirectional_logits(target, reference.tokens, n_threads=engine.n_threads)
+        logits = bidirectional_logits(
+            target,
+            reference.tokens,
+            attention_sink=checkpoint.metadata.attention_sink,
+            n_threads=engine.n_threads,
+        )
         found = reference.agreement(logits)
     _say(
         f"KL from base + adapter: {found.mean_kl:.1e} nats in llama.cpp, mean over {found.n_tokens} tokens "

@@ -57,6 +57,7 @@ RUN_FLAGS = {
     "start_from": "model.start_from",
     "prediction": "model.prediction",
     "context": "model.context",
+    "attention_sink": "model.attention_sink",
     "holes": "holes.share",
     "mask_token_id": "model.mask_token_id",
     "seed": "training.seed",
@@ -88,6 +89,9 @@ StartFrom = Annotated[str | None, setting("model.start_from", "--start-from")]
 TargetModules = Annotated[str | None, setting("model.target_modules", "--target-modules")]
 Prediction = Annotated[str | None, setting("model.prediction", "--prediction")]
 ContextKind = Annotated[str | None, setting("model.context", "--context")]
+AttentionSink = Annotated[
+    bool | None, setting("model.attention_sink", "--attention-sink/--no-attention-sink")
+]
 Holes = Annotated[float | None, setting("holes.share", "--holes")]
 MaskTokenId = Annotated[int | None, setting("model.mask_token_id", "--mask-token-id")]
 Seed = Annotated[int | None, setting("training.seed", "--seed")]

@@ -70,6 +70,7 @@ class Rows:
         self.struct.n_sequences = len(batch.tokens)
         self.struct.embedding_offset = pointer("const float *", offset)
         self.struct.causal_ratio = batch.causal_ratio
+        self.struct.attention_sink = batch.attention_sink
         self.struct.bernoulli = batch.bernoulli_seed is not None
         self.struct.bernoulli_seed = (batch.bernoulli_seed or 0) % 2**64
 

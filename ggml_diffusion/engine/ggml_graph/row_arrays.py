@@ -54,12 +54,16 @@ def log_visibility(batch: Batch, window: int = 0) -> NDArray[np.float32]:
     if window > 0:
         scores[np.abs(places[None, :] - places[:, None]) >= window] = -np.inf
     if sees_everything(batch):
+        if batch.attention_sink:
+            scores[0, 1:] = -np.inf
         return scores[None]
     documents = np.full(batch.tokens.shape, -1)
     for number, (_, n_rows, sequence, first, *_) in enumerate(batch.segments):
         documents[sequence, first : first + n_rows] = number
     same = (documents[:, :, None] == documents[:, None, :]) & (documents >= 0)[:, :, None]
     shown = np.where(same, scores[None], np.float32(-np.inf))
+    if batch.attention_sink:
+        shown[place_in_document(batch) == 0] = -np.inf  # padding too, which sees itself only
     shown[:, places, places] = 0.0
     return shown
 
