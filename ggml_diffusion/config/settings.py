@@ -75,6 +75,12 @@ class ConversionTrainingConfig(Settings):
     max_grad_norm: float = Field(
         default=1.0, gt=0.0, description="The gradient's global norm is clipped to this."
     )
+    norm_damping: float = Field(
+        default=0.0,
+        ge=0.0,
+        description="A step whose gradient's norm is more than so many times the usual gets a learning rate "
+        "that is lower in proportion; 0 = none does.",
+    )
     loss_weighting: LossWeighting = Field(
         default="uniform",
         description="uniform = mean over the masked tokens; nelbo = each weighed as in the bound.",

@@ -1,5 +1,8 @@
 """AdamW, clipping by the global norm, and the learning rate of each step.
 
+Clipping a gradient hardly shortens AdamW's step, which moves every parameter by about its rate however large
+the gradient is. So where a norm is far above the usual, the rate is what `NormTrend` shortens.
+
 All work in place on one flat float32 vector, in chunks that fit the cache, so that their temporaries cost
 next to nothing beside the two moments. The order of every sum is fixed: same input, same bits.
 
@@ -127,6 +130,34 @@ def clip_by_global_norm(gradients: NDArray[np.float32], max_norm: float) -> floa
     if math.isfinite(norm) and norm > max_norm:
         gradients *= np.float32(max_norm / norm)
     return norm
+
+
+class NormTrend:
+    """What a gradient's norm usually is, and what share of its rate a step gets whose norm is far above that.
+
+    Attributes:
+        limit: times the usual norm that a step may have at its full rate.
+        usual: a mean of the logarithms; None before the first step. It falls fast, since norms are large
+            at the start, and rises slowly, since a run that goes wrong has large norms for many steps.
+
+    """
+
+    _RISE, _FALL = 0.1, 0.5  # shares of a step's norm in the mean
+    _HIGHEST, _LOWEST = 2.0, 0.25  # of a norm, times the usual, as it counts there
+
+    def __init__(self, limit: float) -> None:
+        self.limit = limit
+        self.usual: float | None = None
+
+    def share_of_rate(self, norm: float) -> float:
+        """The share, in (0, 1], of a step whose gradient has this norm; the norm then counts as seen."""
+        if norm == 0.0:
+            return 1.0
+        usual = norm if self.usual is None else self.usual
+        counted = min(max(norm, self._LOWEST * usual), self._HIGHEST * usual)
+        weight = self._FALL if counted < usual else self._RISE
+        self.usual = usual ** (1.0 - weight) * counted**weight
+        return min(1.0, self.limit * usual / norm)
 
 
 def learning_rate_at(

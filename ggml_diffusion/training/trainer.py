@@ -50,7 +50,7 @@ from ggml_diffusion.formats.tensor_names import (
 from ggml_diffusion.generation.frozen_context import rows_batch
 from ggml_diffusion.objective.annealing import AttentionMaskAnnealer
 from ggml_diffusion.objective.corruption import NoiseSchedule, maskable, predictable
-from ggml_diffusion.objective.optim import AdamW, clip_by_global_norm, learning_rate_at
+from ggml_diffusion.objective.optim import AdamW, NormTrend, clip_by_global_norm, learning_rate_at
 from ggml_diffusion.objective.output_rows import to_output_rows
 from ggml_diffusion.objective.standing_rows import NOTHING, lay_out_rows
 from ggml_diffusion.objective.time_embedding import TimeEmbedding, parameter_shapes
@@ -100,6 +100,7 @@ class ConversionTrainer:
         rate_changes: (step, learning rate from there on), the first of them (0, the config's).
         rollbacks: how often the run has gone back to a checkpoint since the user last chose the rate.
         rolled_back_to: the step of the last time in this process, None = it has not.
+        norm_trend: shortens steps whose gradient is far larger than usual, where the config wants that.
         start: what that was before the first step.
         parameters: everything that is trained; its views are what the engine and the exports read.
         adapter: the LoRA pairs and the mask embedding, as views of `parameters`.
@@ -131,6 +132,7 @@ class ConversionTrainer:
         self.rate_changes: list[tuple[int, float]] = [(0, config.learning_rate)]
         self.rollbacks = 0
         self.rolled_back_to: int | None = None
+        self.norm_trend = NormTrend(config.norm_damping)
 
         qlora = config.qlora
         self.noise_schedule = NoiseSchedule(config.noise_schedule.type)
@@ -193,6 +195,7 @@ class ConversionTrainer:
         self.optimizer.second_moment[...] = 0.0
         self.optimizer.step_count = self.step_count = self.annealer.current_step = self.tokens_seen = 0
         self._bad_in_a_row = 0
+        self.norm_trend.usual = None
 
     # -- one optimizer step ----------------------------------------------------------------------
 
@@ -218,6 +221,8 @@ class ConversionTrainer:
         grad_norm = clip_by_global_norm(self._gradients.flat, self.config.max_grad_norm)
         loss = masked.loss + (masked.distillation_loss or 0.0) + (ar_loss or 0.0)
         if math.isfinite(loss) and math.isfinite(grad_norm):
+            if self.config.norm_damping:
+                learning_rate *= self.norm_trend.share_of_rate(grad_norm)
             self.optimizer.step(self._gradients.flat, learning_rate)
             if not np.isfinite(self.parameters.flat).all():
                 raise Diverged(
@@ -547,6 +552,7 @@ class ConversionTrainer:
                 "optimizer_steps": self.optimizer.step_count,
                 "bad_in_a_row": self._bad_in_a_row,
                 "start_cross_entropy": self._start_cross_entropy,
+                "usual_norm": self.norm_trend.usual,
                 "rollbacks": self.rollbacks,
                 "rate_changes": self.rate_changes,
                 "mask_token_id": self.mask_token_id,
@@ -564,6 +570,7 @@ class ConversionTrainer:
         self.optimizer.step_count = int(state.extra["optimizer_steps"])
         self._bad_in_a_row = int(state.extra["bad_in_a_row"])
         self._start_cross_entropy = float(state.extra["start_cross_entropy"])
+        self.norm_trend.usual = state.extra.get("usual_norm")
         self.rollbacks = int(state.extra["rollbacks"])
         self.rate_changes = [(int(step), float(rate)) for step, rate in state.extra["rate_changes"]]
         self.learning_rate = self.rate_changes[-1][1]

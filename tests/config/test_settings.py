@@ -66,6 +66,7 @@ OTHER_VALUES = {
     "model.context": "frozen",
     "model.margin": 3,
     "model.attention_sink": True,
+    "training.norm_damping": 2.5,
     "holes.share": 0.5,
     "holes.longest": 8,
     "holes.most": 2,

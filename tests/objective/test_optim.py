@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ggml_diffusion.objective import optim
-from ggml_diffusion.objective.optim import AdamW, clip_by_global_norm, learning_rate_at
+from ggml_diffusion.objective.optim import AdamW, NormTrend, clip_by_global_norm, learning_rate_at
 
 
 def textbook_adamw(
@@ -168,3 +168,28 @@ def test_a_run_that_is_all_warm_up_has_a_learning_rate_in_every_step():
     assert [learning_rate_at(step, peak=1.0, warmup_steps=3, total_steps=3) for step in range(4)] == [
         pytest.approx(1 / 3), pytest.approx(2 / 3), 1.0, 1.0,
     ]  # fmt: skip
+
+
+def test_a_step_whose_norm_is_far_above_the_usual_gets_less_of_its_rate():
+    trend = NormTrend(limit=1.5)
+    assert [trend.share_of_rate(2.0) for _ in range(4)] == [1.0] * 4
+    assert trend.usual == pytest.approx(2.0)
+    assert trend.share_of_rate(2.9) == 1.0
+    usual = trend.usual
+    assert trend.share_of_rate(60.0) == pytest.approx(1.5 * usual / 60)
+
+
+def test_the_usual_norm_rises_slowly_and_falls_fast():
+    trend = NormTrend(limit=1.5)
+    trend.share_of_rate(2.0)
+    for step in range(1, 6):  # a norm counts as at most twice the usual, and by a tenth
+        trend.share_of_rate(1000.0)
+        assert trend.usual == pytest.approx(2.0 * 2.0 ** (0.1 * step))
+    trend.usual = 40.0
+    trend.share_of_rate(10.0)
+    assert trend.usual == pytest.approx(20.0)
+    trend.share_of_rate(1e-9)  # a batch that says next to nothing does not stop the run
+    assert trend.usual == pytest.approx(10.0)
+    assert trend.share_of_rate(0.0) == 1.0 and trend.usual == pytest.approx(10.0)
+    shares = [trend.share_of_rate(20.0) for _ in range(10)]
+    assert shares[0] == pytest.approx(0.75) and shares[-1] == 1.0

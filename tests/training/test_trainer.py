@@ -15,6 +15,7 @@ from ggml_diffusion.formats.adapter_file import DiffusionCheckpoint
 from ggml_diffusion.generation.denoise import GenerationConfig
 from ggml_diffusion.generation.diffusion_model import DiffusionModel
 from ggml_diffusion.text.tokenizer import Tokenizer
+from ggml_diffusion.training import trainer as trainer_module
 from ggml_diffusion.training.resume import resume_run, save_run
 from ggml_diffusion.training.trainer import ConversionTrainer, Diverged
 
@@ -148,6 +149,32 @@ def test_the_causal_ratio_and_the_learning_rate_follow_their_schedules(model):
     assert steps[-1].learning_rate < 0.005
     assert [step.step for step in steps] == [1, 2, 3, 4, 5, 6]
     assert steps[-1].tokens == 6 * 48
+
+
+def test_a_step_with_a_norm_far_above_the_usual_is_shortened_and_a_resumed_run_knows_what_is_usual(
+    model, monkeypatch
+):
+    norms = iter([2.0, 2.0, 50.0, 2.0, 50.0, 2.0, 50.0])
+    monkeypatch.setattr(trainer_module, "clip_by_global_norm", lambda gradients, most: next(norms))
+    options = {
+        "training__norm_damping": 1.5,
+        "training__lr_schedule": "constant",
+        "training__warmup_steps": 0,
+    }
+    first, batch = make_trainer(model, **options), make_batch()
+    rates = [first.train_step(batch).learning_rate for _ in range(4)]
+    full = first.learning_rate
+    assert rates == [full, full, pytest.approx(full * 1.5 * 2.0 / 50.0), full]
+    second = make_trainer(model, **options)
+    second.restore(first.state())
+    usual = first.norm_trend.usual
+    assert usual is not None and second.norm_trend.usual == usual
+    assert second.train_step(batch).learning_rate == pytest.approx(full * 1.5 * usual / 50.0)
+    assert second.train_step(batch).learning_rate == full
+    second.restart()
+    assert second.norm_trend.usual is None
+    plain = make_trainer(model, training__lr_schedule="constant", training__warmup_steps=0)
+    assert plain.train_step(batch).learning_rate == full
 
 
 def test_an_attention_sink_is_for_an_adapted_context_with_a_shifted_prediction(model):
