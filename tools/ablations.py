@@ -56,6 +56,8 @@ VARIATIONS: Mapping[str, Mapping[str, Any]] = {
     "rank-8": {"model.qlora_rank": 8, "model.qlora_alpha": 16.0},
     "rank-64": {"model.qlora_rank": 64, "model.qlora_alpha": 128.0},
     "targets-qkvo": {"model.target_modules": QKVO},
+    "no-sink": {"model.attention_sink": False},
+    "no-damping": {"training.norm_damping": 0.0},
     "no-mask-row": {"model.train_mask_embedding": False},
     "mask-row-fast": {"training.embedding_rate_factor": 10.0},
     "time-embedding": {"time_embedding.enabled": True},

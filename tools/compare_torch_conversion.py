@@ -44,6 +44,8 @@ PEER_RECIPE: dict[str, Any] = {
     "training.learning_rate": 5e-4,
     "model.target_modules": [module.value for module in TargetModule],
     "mask_annealing.mask": "soft",
+    "model.attention_sink": False,
+    "training.norm_damping": 0.0,
     "training.lora_b_rate_factor": 1.0,
     "training.embedding_rate_factor": 1.0,
     "noise_schedule.masking": "bernoulli",

@@ -13,6 +13,10 @@ MIN_WARMUP_STEPS = 10
 # What the ablations (docs/results/ablations.md) leave of the PyTorch conversion's recipe.
 _SHORT_RECIPE: Mapping[str, Any] = {
     "model.target_modules": [module.value for module in TargetModule],
+    # Without the sink or the damping a short run may make sinks of all its tokens and forget the base
+    # (docs/results/ablations.md, "Runs that fail").
+    "model.attention_sink": True,
+    "training.norm_damping": 1.5,
     "training.batch_size": 8,
     "training.gradient_accumulation": 1,
     "training.sequence_length": 128,

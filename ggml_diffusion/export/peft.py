@@ -88,6 +88,7 @@ def _rule(checkpoint: DiffusionCheckpoint) -> dict[str, object]:
 def _readme(metadata: CheckpointMetadata, name: str | None) -> str:
     base = name or "BASE"
     row = "at i - 1" if metadata.prediction == "shifted" else "at i"
+    sink = ", except from the first token, which sees itself alone" if metadata.attention_sink else ""
     return f"""# A masked-diffusion adapter
 
 LoRA for {quoted(metadata.base_model)}, trained for {metadata.conversion_steps} steps by ggml-diffusion
@@ -120,7 +121,7 @@ print(tokenizer.decode(denoiser.fill(tokens)))
 `PeftModel.from_pretrained` alone loads the pairs. It leaves the attention causal, the mask token without its
 embedding and the time untold, and sampling that token after token is not diffusion. `denoise.py` adds:
 
-- **Attention**: a mask of shape (1, 1, T, T) that hides nothing.
+- **Attention**: a mask of shape (1, 1, T, T) that hides nothing{sink}.
 - **Mask embedding** (`{EMBEDDINGS_NAME}`): added to the embedding of token {metadata.mask_token_id}.
 - **Time embedding**, where there is one: added to every embedding; it tells which share is masked.
 - **The token at i** is read from the output {row}, with the mask token left out.

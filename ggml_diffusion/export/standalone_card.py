@@ -10,7 +10,7 @@ from ggml_diffusion.durable import replace_text
 from ggml_diffusion.export.comparison import Agreement
 from ggml_diffusion.export.standalone import Standalone
 from ggml_diffusion.export.targets import DIFFUSION_TWINS
-from ggml_diffusion.formats.adapter_file import DiffusionCheckpoint
+from ggml_diffusion.formats.adapter_file import CheckpointMetadata, DiffusionCheckpoint
 from ggml_diffusion.training.model_card import MARK, is_card, markdown_name
 
 
@@ -68,7 +68,7 @@ predicts masked tokens from both sides.
 
 ## Use
 
-{_use(plan, file, metadata.mask_token_id, row)}
+{_use(plan, file, metadata, row)}
 ## What it is not
 
 - **Not for sampling token after token.** Ollama, LM Studio, llama-server and koboldcpp load the file or
@@ -77,7 +77,7 @@ predicts masked tokens from both sides.
 """
 
 
-def _use(plan: Standalone, file: str, mask: int, row: str) -> str:
+def _use(plan: Standalone, file: str, metadata: CheckpointMetadata, row: str) -> str:
     if plan.arch in DIFFUSION_TWINS.values():
         return f"""llama.cpp's own program; `-ub` is the length of all:
 
@@ -88,17 +88,20 @@ llama-diffusion-cli -m {file} -p "Once upon a time" -ub 64 --diffusion-steps 64 
 The `Llama` class of llama-cpp-python wants a cache, which llama.cpp does not keep for this architecture:
 `ggml-diffusion export standalone --arch same` writes a file for it, of the base's own architecture.
 """
+    evaluate = "llama.eval(tokens)"
+    if metadata.attention_sink:
+        evaluate = "llama.eval(tokens[:1])  # the first token sees itself alone\nllama.eval(tokens[1:])"
     return f"""With llama-cpp-python, one pass over a text with a hole of four tokens:
 
 ```python
 from llama_cpp import Llama
 
-MASK = {mask}
+MASK = {metadata.mask_token_id}
 llama = Llama("{file}", n_ctx=256, n_batch=256, n_ubatch=256, logits_all=True, verbose=False)
 before = llama.tokenize(b"The keys are", add_bos=False)
 after = llama.tokenize(b" so nobody can open the door.", add_bos=False)
 tokens = [*before, *[MASK] * 4, *after]
-llama.eval(tokens)
+{evaluate}
 rows = llama.scores[: len(tokens)].copy()
 rows[:, MASK] = -float("inf")
 holes = [i for i, token in enumerate(tokens) if token == MASK]

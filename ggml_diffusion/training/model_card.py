@@ -9,7 +9,7 @@ from pathlib import Path
 from ggml_diffusion.durable import replace_text
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.evaluation.held_out import MaskedScore, Score
-from ggml_diffusion.formats.adapter_file import DiffusionCheckpoint
+from ggml_diffusion.formats.adapter_file import CheckpointMetadata, DiffusionCheckpoint
 from ggml_diffusion.regular_file import open_regular
 from ggml_diffusion.run_folder import CARD
 
@@ -144,7 +144,7 @@ ggml-diffusion infill {model} {adapter} notes.md --diff        # fills ___ and [
 ggml-diffusion generate {model} {adapter} --prompt "The keys are" --suffix " so stay here." --length 6
 ```
 
-{_other_programs(is_frozen, model, adapter)}
+{_other_programs(metadata, model, adapter)}
 
 ## What it is not
 
@@ -155,16 +155,24 @@ ggml-diffusion generate {model} {adapter} --prompt "The keys are" --suffix " so 
 """
 
 
-def _other_programs(is_frozen: bool, model: str, adapter: str) -> str:
-    if is_frozen:
+def _other_programs(metadata: CheckpointMetadata, model: str, adapter: str) -> str:
+    if metadata.context == "frozen":
         return """Other programs apply an adapter to all of a text, so they cannot run this one: it has no
 standalone file and no PEFT folder. A conversion with `--context adapted` has both. Over llama.cpp it drafts:
 `ggml-diffusion generate ... --runtime llama.cpp --verify`."""
-    return f"""Other programs take other forms:
-
+    one_file = f"""
 - `ggml-diffusion export standalone {model} {adapter} standalone.gguf`: one file without adapter, which
   llama-diffusion-cli runs. Ollama (which refuses `ADAPTER` with a GGUF) and LM Studio (which has no adapters)
-  can only be given that file, and do not denoise.
+  can only be given that file, and do not denoise."""
+    if metadata.attention_sink:
+        one_file = """
+- llama-diffusion-cli cannot let the first token see itself alone: a conversion for it needs
+  `--no-attention-sink`."""
+    alone = (
+        " but for the first token, which is decoded by itself before it" if metadata.attention_sink else ""
+    )
+    return f"""Other programs take other forms:
+{one_file}
 - `ggml-diffusion export peft {model} {adapter} peft`: a folder for transformers and peft, with a program.
 - llama-cpp-python, on whatever device its build has:
 
@@ -176,7 +184,7 @@ print(model.generate("The keys are", suffix=" so stay here."))
 ```
 
 A program of one's own loads the adapter as a GGUF, or the standalone file: attention not causal, the whole
-text in one micro-batch, and the memory cleared before each step."""
+text in one micro-batch{alone}, and the memory cleared before each step."""
 
 
 def markdown_name(text: str) -> str:

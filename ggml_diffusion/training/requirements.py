@@ -122,12 +122,17 @@ def memory_line(needs: Requirements, config: ConversionTrainingConfig) -> str:
 
 
 def context_line(engine: Engine, config: ConversionTrainingConfig) -> str | None:
-    """What a frozen context saves of a step's memory, None with an adapted one.
+    """What a frozen context saves of a step's memory, and what an attention sink rules out; None without.
 
     The plan of a step is for a text that is all masked, which comes up; half of it is usual. A margin takes
     in what stands between scattered masks, so that only holes are left to save.
     """
     has_margin, holes = config.margin > 0, config.holes
+    if config.attention_sink:
+        return (
+            "attention sink: the first token of a text sees itself alone, as in the base; a conversion that "
+            "llama-diffusion-cli can run needs --no-attention-sink"
+        )
     if config.qlora.context != "frozen" or (has_margin and holes.share == 0.0):
         return None
     base, T = engine.file, config.sequence_length

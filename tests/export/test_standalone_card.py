@@ -9,11 +9,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from conftest import TinyModel
 from conversions import MASK_TOKEN, conversion
-from llama_reference import Request, llama_logits
 
 from ggml_diffusion.export.comparison import Agreement
+from ggml_diffusion.export.llama_runtime import bidirectional_logits
 from ggml_diffusion.export.standalone import plan_standalone, write_standalone
 from ggml_diffusion.export.standalone_card import write_standalone_card
 from ggml_diffusion.formats.adapter_file import DiffusionCheckpoint
@@ -30,9 +31,11 @@ def bidirectional(path: Path) -> DiffusionCheckpoint:
     return checkpoint
 
 
-def test_the_program_of_the_card_runs(tiny_model: TinyModel, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sink", [False, True])
+def test_the_program_of_the_card_runs(tiny_model: TinyModel, tmp_path: Path, sink: bool) -> None:
     path = tiny_model(tied=False)
     base, checkpoint, target = read_model(path), bidirectional(path), tmp_path / "out.gguf"
+    checkpoint.metadata = checkpoint.metadata.model_copy(update={"attention_sink": sink})
     plan = plan_standalone(base, checkpoint, arch="same")
     write_standalone(target, base, checkpoint, plan, 1)
     card = write_standalone_card(target, checkpoint, plan, FOUND)
@@ -47,7 +50,7 @@ def test_the_program_of_the_card_runs(tiny_model: TinyModel, tmp_path: Path) -> 
     tokens, likeliest = json.loads(run.stdout.splitlines()[-1])
     before = Tokenizer.from_gguf(target).encode("The keys are").tolist()
     assert tokens[: len(before)] == before and tokens[len(before) : len(before) + 4] == [MASK_TOKEN] * 4
-    (expected,) = llama_logits(target, [Request(np.array(tokens, np.int32), causal=False)])
+    expected = bidirectional_logits(target, np.array(tokens, np.int32), attention_sink=sink).copy()
     expected[:, MASK_TOKEN] = -np.inf
     assert likeliest == expected.argmax(axis=1).tolist()
 

@@ -12,7 +12,9 @@ import ablations
 import learning_curve
 import numpy as np
 import pytest
+import residual_norms
 import sampler_table
+import short_runs
 from conftest import TinyModel
 
 from ggml_diffusion.config.toml import load_config
@@ -144,3 +146,41 @@ def test_wrong_input_gets_one_line_and_exit_code_2(command: list[str], tmp_path:
     assert result.stderr.startswith("error: ")
     assert len(result.stderr.splitlines()) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["a_file"]
+
+
+def test_a_short_run_is_judged_by_its_last_steps_and_by_its_norms_behind_the_warm_up() -> None:
+    metrics = [{"loss": 8.0 - 0.2 * step, "grad_norm": 40.0 if step < 3 else 2.0} for step in range(15)]
+    metrics[7]["grad_norm"] = 31.0
+    found = short_runs.judge(metrics, warmup=3)
+    assert found == {"steps": 15, "loss": 6.1, "greatest_norm": 31.0, "at_step": 8, "failed": True}
+    better = [{**line, "loss": line["loss"] - 1.0} for line in metrics]
+    assert not short_runs.judge(better, warmup=3)["failed"]
+
+
+def test_a_short_run_is_left_where_it_is_asked_to_be_and_done_once(
+    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny_model(L=1, C=32, H=2, G=1, F=32)
+    monkeypatch.setattr(short_runs, "demo_model", lambda: base)
+    (tmp_path / "text.txt").write_text("the cat sat on the mat and the dog ran to the mill of corn. " * 60)
+    settings = {
+        "training.data": [str(tmp_path / "text.txt")],
+        "training.sequence_length": 32,
+        "training.held_out_fraction": 0.3,
+        "hardware.num_threads": 1,
+    }
+    for until in (2, 2, 3):
+        short_runs.run(tmp_path / "run", 30, until, settings)
+        assert len(short_runs.read(tmp_path / "run")) == until
+
+
+def test_the_norms_of_a_conversions_layers_are_the_bases_before_it_is_trained(
+    tiny_model: TinyModel, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny_run(tiny_model, tmp_path)
+    monkeypatch.setattr("sys.argv", ["residual_norms.py", str(base), str(tmp_path / "run"), "--layers", "0"])
+    residual_norms.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4
+    assert lines[0].startswith("base, causal, clean: cross-entropy of the masked tokens ")
+    assert lines[1].split(",")[0] == lines[3].split(",")[0]  # the first token's embedding

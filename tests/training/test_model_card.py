@@ -114,13 +114,27 @@ def test_an_adapter_by_itself_has_a_card_and_one_in_a_run_has_the_runs(
     assert not (tmp_path / "mine.md").exists()
 
 
-@pytest.mark.parametrize("context", ["adapted", "frozen"])
-def test_every_command_of_a_card_runs(tiny_model: TinyModel, tmp_path: Path, context: str) -> None:
+def test_a_first_token_that_sees_itself_alone_is_said(base: ModelFile) -> None:
+    made = conversion(base)
+    made.metadata = made.metadata.model_copy(update={"attention_sink": True})
+    text = card(made, None)
+    assert "but for the first, which sees itself alone (`--attention-sink`)" in text
+    assert "export standalone" not in text and "export peft" in text and "--no-attention-sink" in text
+    assert "the first token, which is decoded by itself before it" in text
+
+
+@pytest.mark.parametrize(
+    ("context", "sink", "n_commands"), [("adapted", False, 4), ("adapted", True, 3), ("frozen", False, 2)]
+)
+def test_every_command_of_a_card_runs(
+    tiny_model: TinyModel, tmp_path: Path, context: str, sink: bool, n_commands: int
+) -> None:
     path = tmp_path / "tiny.gguf"
     path.write_bytes(tiny_model(tied=False).read_bytes())
     made = conversion(read_model(path), time=True)
     changed = {"base_model": path.name, "final_causal_ratio": 0.0, "context": context, "mask_token_id": 3}
-    made.metadata = made.metadata.model_copy(update={**changed, "base_sha256": file_sha256(path)})
+    changed |= {"attention_sink": sink, "base_sha256": file_sha256(path)}
+    made.metadata = made.metadata.model_copy(update=changed)
     made.save(tmp_path / "adapter.safetensors")
     made.save_gguf(tmp_path / "adapter.gguf", read_model(path))
     (tmp_path / "notes.md").write_text("the mill ___ corn")
@@ -130,7 +144,7 @@ def test_every_command_of_a_card_runs(tiny_model: TinyModel, tmp_path: Path, con
     ]
     commands += re.findall(r"`(ggml-diffusion export .*?)`", text)
     programs = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(commands) == (2 if context == "frozen" else 4) and len(programs) == (context == "adapted")
+    assert len(commands) == n_commands and len(programs) == (context == "adapted")
     run = [[sys.executable, "-m", "ggml_diffusion", *shlex.split(one, comments=True)[1:]] for one in commands]
     for command in [*run, *([sys.executable, "-c", program] for program in programs)]:
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)

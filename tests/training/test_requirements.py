@@ -80,6 +80,7 @@ def test_a_frozen_context_says_what_a_step_takes_where_half_is_masked(path):
         whole, half, hole = (model.describe_step(4, n, config.qlora.rank).memory_bytes for n in (64, 32, 12))
         line = context_line(model, config)
         assert context_line(model, small()) is None
+        assert "--no-attention-sink" in context_line(model, small(model__attention_sink=True))
         assert context_line(model, small(**sizes, model__margin=2)) is None  # all is in sight of a mask
         of_holes = context_line(model, holes)
     kept = 4 * 2 * 2 * 2 * 16 * 4  # float32, keys and values, layers, heads, head size, sequences
