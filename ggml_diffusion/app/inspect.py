@@ -251,7 +251,7 @@ def _conversion_sections(checkpoint: DiffusionCheckpoint) -> tuple[Section, ...]
         ("steps", f"{metadata.conversion_steps:,}"),
         ("training tokens", f"{metadata.training_tokens:,}"),
         ("final causal ratio", f"{metadata.final_causal_ratio:g}"),
-        ("first token", "sees itself alone" if metadata.attention_sink else "sees as all others do"),
+        *((("first token", "sees itself alone"),) if metadata.attention_sink else ()),
         ("prediction", metadata.prediction),
         ("mask token", str(metadata.mask_token_id)),
         ("noise schedule", schedule or "none"),

@@ -6,8 +6,8 @@ AdamW, advance the annealing. All randomness of a step comes from (seed, step) a
 draws what an undisturbed one would have drawn.
 
 This is the wiring: it sees the config, and hands plain values to the parts it wires. Deliberately not here:
-where batches come from (text/loader.py), the draw of a step (noisy_batch.py), the arithmetic of the network
-(the engine), the run as a whole (run.py).
+where batches come from (text/loader.py), the draw of a step (noisy_batch.py), its losses and gradients
+(loss_gradients.py), the arithmetic of the network (the engine), the run as a whole (run.py).
 Sources: masked-diffusion objective, MDLM [Sahoo et al. 2024, arXiv:2406.07524]; attention-mask annealing,
 DiffuLLaMA [Gong et al. 2024, arXiv:2410.17891]; distillation [Hinton et al. 2015, arXiv:1503.02531] at
 temperature 1.
@@ -18,7 +18,6 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from numpy.typing import NDArray
 
 from ggml_diffusion.config.groups import QLoraConversionConfig
 from ggml_diffusion.config.settings import ConversionTrainingConfig
-from ggml_diffusion.engine.interface import Batch, Engine, Int8, LossResult, Teacher
+from ggml_diffusion.engine.interface import Engine, Int8
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.formats.adapter_file import (
     CheckpointMetadata,
@@ -45,19 +44,16 @@ from ggml_diffusion.formats.tensor_names import (
     MASK_EMBEDDING,
     TIME_BIAS,
     TIME_WEIGHT,
-    is_lora,
 )
-from ggml_diffusion.generation.frozen_context import rows_batch
 from ggml_diffusion.objective.annealing import AttentionMaskAnnealer
-from ggml_diffusion.objective.corruption import NoiseSchedule, maskable, predictable
+from ggml_diffusion.objective.corruption import NoiseSchedule
 from ggml_diffusion.objective.optim import AdamW, NormTrend, clip_by_global_norm, learning_rate_at
-from ggml_diffusion.objective.output_rows import to_output_rows
-from ggml_diffusion.objective.standing_rows import NOTHING, lay_out_rows
 from ggml_diffusion.objective.time_embedding import TimeEmbedding, parameter_shapes
 from ggml_diffusion.randomness import Stream, generator_of
 from ggml_diffusion.text.loader import TokenBatch
 from ggml_diffusion.text.special_tokens import choose_mask_token, special_ids
 from ggml_diffusion.training.checkpoint import TrainingState
+from ggml_diffusion.training.loss_gradients import LossGradients, lora_views
 from ggml_diffusion.training.metrics import TrainMetrics
 from ggml_diffusion.training.noisy_batch import NoisyBatch, block_size_of_step, draw_noise
 from ggml_diffusion.training.start_values import StartValues
@@ -73,17 +69,6 @@ _log = logging.getLogger("ggml_diffusion")
 
 class Diverged(UserError):
     """Several steps in a row were not finite or exploded; what is trained is not worth saving."""
-
-
-@dataclass(frozen=True)
-class _MaskedTerms:
-    """Of a step's masked tokens: loss and distillation loss in nats, without their weights, accuracy, and the
-    plain mean of the cross-entropy in nats."""
-
-    loss: float
-    accuracy: float
-    cross_entropy: float
-    distillation_loss: float | None
 
 
 class ConversionTrainer:
@@ -149,10 +134,11 @@ class ConversionTrainer:
         self.start.fill(self.parameters)
         self.adapter = LoraAdapter(
             alpha=qlora.alpha,
-            tensors=_lora_views(self.parameters),
+            tensors=lora_views(self.parameters),
             mask_token_id=self.mask_token_id,
             mask_embedding=self.parameters.views[MASK_EMBEDDING],
         )
+        self._losses = LossGradients(model, config, self.adapter, self.parameters, self.time_embedding)
         self.optimizer = AdamW(
             self.parameters.flat,
             decayed=[self.parameters.slices[name] for name, shape in shapes.items() if len(shape) == 2],
@@ -216,8 +202,10 @@ class ConversionTrainer:
         learning_rate = self._learning_rate()
         noisy_batch = self.corrupt(batch)
         self._gradients.flat[...] = 0.0
-        masked = self._masked_terms(noisy_batch, causal_ratio)
-        ar_loss = self._ar_term(batch) if self.config.ar_loss_share else None
+        masked = self._losses.add_masked(noisy_batch, causal_ratio, self._gradients, self.int8)
+        ar_loss = None
+        if self.config.ar_loss_share:
+            ar_loss = self._losses.add_causal(batch, self._gradients, self.int8)
         grad_norm = clip_by_global_norm(self._gradients.flat, self.config.max_grad_norm)
         loss = masked.loss + (masked.distillation_loss or 0.0) + (ar_loss or 0.0)
         if math.isfinite(loss) and math.isfinite(grad_norm):
@@ -252,7 +240,8 @@ class ConversionTrainer:
         """The gradient (n,) of the next step's first micro-batch; the next gradient overwrites it."""
         self._gradients.flat[...] = 0.0
         part = self.corrupt(batch).part(slice(0, self.config.batch_size))
-        self._accumulate(part, self.annealer.causal_ratio_at(self.step_count), self._gradients)
+        ratio = self.annealer.causal_ratio_at(self.step_count)
+        self._losses.add_part(part, ratio, self._gradients, self.int8)
         return self._gradients.flat
 
     def corrupt(self, batch: TokenBatch) -> NoisyBatch:
@@ -266,49 +255,6 @@ class ConversionTrainer:
             bos_id=self._bos_id,
             mask_token_id=self.mask_token_id,
         )
-
-    def _masked_terms(self, batch: NoisyBatch, causal_ratio: float) -> "_MaskedTerms":
-        """Add the gradients of the masked-diffusion loss, and of the distillation, of a step's whole draw."""
-        share, distillation = 1.0 - self.config.ar_loss_share, self.config.distillation_weight
-        loss, distilled, cross_entropy, n_right, n_predicted = 0.0, 0.0, 0.0, 0, 0
-        for start in range(0, len(batch.clean), self.config.batch_size):
-            part = batch.part(slice(start, start + self.config.batch_size))
-            part = replace(part, weights=part.weights * np.float32(share))
-            result = self._accumulate(part, causal_ratio, self._gradients, distillation)
-            loss += result.loss / share
-            distilled += result.distillation_loss / share
-            cross_entropy += float(result.row_loss.sum(dtype=np.float64))
-            n_right += int(result.row_correct.sum())
-            n_predicted += int((part.weights != 0.0).sum())
-        return _MaskedTerms(
-            loss,
-            n_right / max(1, n_predicted),
-            cross_entropy / max(1, n_predicted),
-            distilled / distillation if distillation else None,
-        )
-
-    def _ar_term(self, batch: TokenBatch) -> float:
-        """Add the gradients of the causal next-token loss on the clean text; returns its mean in nats.
-
-        Its rows are shifted whatever the prediction is, as the base's, and there is no time embedding: this
-        is the adapted model as any program for autoregressive models would run it.
-        """
-        predicted = predictable(batch, "shifted", self._bos_id, self.mask_token_id)
-        share = self.config.ar_loss_share
-        weight = np.float32(share / max(1, int(predicted.sum())))
-        targets, weights = to_output_rows(batch.tokens, predicted * weight, batch.document_ids, "shifted")
-        loss = 0.0
-        for start in range(0, len(batch), self.config.batch_size):
-            rows = slice(start, start + self.config.batch_size)
-            loss += self.model.loss_and_gradients(
-                Batch(batch.tokens[rows], 1.0, batch.lengths[rows], batch.document_ids[rows]),
-                targets[rows],
-                weights[rows],
-                self.adapter,
-                self._engine_gradients(self._gradients),
-                int8=self.int8,
-            ).loss
-        return loss / share
 
     def loss_and_gradients(
         self,
@@ -361,122 +307,7 @@ class ConversionTrainer:
     ) -> tuple[float, dict[str, NDArray[np.float32]]]:
         """The same for a draw, as `corrupt` makes it."""
         gradients = ParameterStore({name: view.shape for name, view in self.parameters.views.items()})
-        return self._accumulate(batch, causal_ratio, gradients).loss, gradients.views
-
-    def _accumulate(
-        self,
-        batch: NoisyBatch,
-        causal_ratio: float,
-        gradients: ParameterStore,
-        distillation_weight: float = 0.0,
-    ) -> LossResult:
-        """Add the gradients of one micro-batch to `gradients`."""
-        if batch.groups is not None:
-            return self._accumulate_noisy_rows(batch, batch.groups, causal_ratio, gradients)
-        targets, weights = to_output_rows(
-            batch.clean, batch.weights, batch.document_ids, self.config.qlora.prediction
-        )
-        teacher = None
-        if distillation_weight:
-            teacher = self._teacher(batch, weights * np.float32(distillation_weight))
-        result = self.model.loss_and_gradients(
-            Batch(
-                batch.noisy,
-                causal_ratio,
-                batch.lengths,
-                batch.document_ids,
-                self._embedding_offset(batch),
-                batch.bernoulli_seed,
-                teacher,
-                attention_sink=self.config.attention_sink,
-            ),
-            targets,
-            weights,
-            self.adapter,
-            self._engine_gradients(gradients),
-            int8=self.int8,
-        )
-        self._add_time_gradients(batch.t, batch.keeps_time, result, gradients)
-        return result
-
-    def _accumulate_noisy_rows(
-        self,
-        batch: NoisyBatch,
-        groups: NDArray[np.int32],
-        causal_ratio: float,
-        gradients: ParameterStore,
-    ) -> LossResult:
-        """The same with a frozen context; what the result has by row are the noisy rows."""
-        masked = (batch.noisy == self.mask_token_id) & (groups != NOTHING)
-        rows = lay_out_rows(
-            batch.clean,
-            batch.noisy,
-            masked,
-            groups,
-            batch.lengths,
-            batch.document_ids,
-            self.config.qlora.prediction,
-            in_blocks=batch.in_blocks,
-            margin=self.config.margin,
-        )
-        kept = rows.lengths > 0  # a sequence without a mask has none
-        if not kept.any():
-            nothing = np.zeros(rows.tokens.shape, dtype=np.float32)
-            return LossResult(0.0, nothing, nothing != 0.0)
-        rows, offset = rows.of_sequences(kept), self._embedding_offset(batch)
-        result = self.model.loss_and_gradients(
-            rows_batch(
-                rows,
-                causal_ratio,
-                None if offset is None else offset[kept],
-                batch.bernoulli_seed,
-                n_positions=batch.clean.shape[1],
-            ),
-            rows.of_rows(batch.clean[kept]),
-            rows.of_rows(batch.weights[kept]),
-            self.adapter,
-            self._engine_gradients(gradients),
-            int8=self.int8,
-        )
-        self._add_time_gradients(batch.t[kept], batch.keeps_time[kept], result, gradients)
-        return result
-
-    def _add_time_gradients(
-        self,
-        t: NDArray[np.float32],
-        keeps_time: NDArray[np.bool_],
-        result: LossResult,
-        gradients: ParameterStore,
-    ) -> None:
-        """From the offsets' gradients to those of the time embedding."""
-        if self.time_embedding is not None:
-            assert result.offset_gradient is not None
-            d_weight, d_bias = self.time_embedding.backward(t, result.offset_gradient * keeps_time[:, None])
-            gradients.views[TIME_WEIGHT] += d_weight
-            gradients.views[TIME_BIAS] += d_bias
-
-    def _teacher(self, batch: NoisyBatch, weights: NDArray[np.float32]) -> Teacher:
-        """The frozen base on the clean text, for the rows (B, T) with a weight."""
-        if self.config.qlora.prediction == "shifted":
-            return Teacher(batch.clean, weights)
-        # Aligned, a document's first token may be masked; the base has no prediction for it.
-        has_teacher = maskable(batch.clean, batch.document_ids, batch.lengths, "shifted", None)
-        return Teacher(batch.clean, weights * has_teacher, rows_back=1)
-
-    def _engine_gradients(self, gradients: ParameterStore) -> dict[str, NDArray[np.float32]]:
-        """Where the engine adds its gradients; without one for the mask embedding that stays 0."""
-        views = _lora_views(gradients)
-        if self.config.qlora.train_mask_embedding:
-            views[MASK_EMBEDDING] = gradients.views[MASK_EMBEDDING]
-        return views
-
-    def _embedding_offset(self, batch: NoisyBatch) -> NDArray[np.float32] | None:
-        """The time embedding (B, C), 0 where a sequence goes without it."""
-        if self.time_embedding is None:
-            return None
-        views = self.parameters.views
-        offset = self.time_embedding.forward(batch.t, views[TIME_WEIGHT], views[TIME_BIAS])
-        return np.ascontiguousarray(offset * batch.keeps_time[:, None], dtype=np.float32)
+        return self._losses.add_part(batch, causal_ratio, gradients, self.int8).loss, gradients.views
 
     def _learning_rate(self) -> float:
         config = self.config
@@ -604,7 +435,3 @@ def trained_shapes(base: ModelDims, qlora: QLoraConversionConfig) -> dict[str, t
     if qlora.time_embedding.enabled:
         shapes |= parameter_shapes(qlora.time_embedding.dim, base.C)
     return shapes
-
-
-def _lora_views(store: ParameterStore) -> dict[str, NDArray[np.float32]]:
-    return {name: view for name, view in store.views.items() if is_lora(name)}

@@ -12,6 +12,7 @@ from runs import Recorder, rates_in, run, steps_in, tensors_of
 from ggml_diffusion.config.toml import load_config
 from ggml_diffusion.errors import UserError
 from ggml_diffusion.training.checkpoint import load_latest
+from ggml_diffusion.training.loss_gradients import LossGradients
 from ggml_diffusion.training.run import run_conversion
 from ggml_diffusion.training.trainer import ConversionTrainer
 
@@ -24,14 +25,18 @@ def diverging(monkeypatch):
     """A function: from a step on the loss is not finite wherever the learning rate is above a limit."""
 
     def above(limit, from_step):
-        masked_terms = ConversionTrainer._masked_terms
+        take, add_masked, now_bad = ConversionTrainer.train_step, LossGradients.add_masked, []
 
-        def terms(self, batch, causal_ratio):
-            found = masked_terms(self, batch, causal_ratio)
-            bad = self.step_count >= from_step and self.learning_rate > limit
-            return dataclasses.replace(found, loss=float("nan")) if bad else found
+        def train_step(self, batch):
+            now_bad[:] = [self.step_count >= from_step and self.learning_rate > limit]
+            return take(self, batch)
 
-        monkeypatch.setattr(ConversionTrainer, "_masked_terms", terms)
+        def terms(self, *rest):
+            found = add_masked(self, *rest)
+            return dataclasses.replace(found, loss=float("nan")) if now_bad == [True] else found
+
+        monkeypatch.setattr(ConversionTrainer, "train_step", train_step)
+        monkeypatch.setattr(LossGradients, "add_masked", terms)
 
     return above
 
